@@ -1,0 +1,1 @@
+"""Benches and the doubles they need; nothing here is part of a running mesh."""
