@@ -1,0 +1,340 @@
+"""What the session service speaks about, free of gRPC, SQL and Redis."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Generic, TypeVar
+from uuid import UUID
+
+T = TypeVar("T")
+
+
+class RunStatus(IntEnum):
+    """The state of a run; the numbers are the wire's (`session.v1.RunStatus`) and the table's."""
+
+    QUEUED = 1
+    RUNNING = 2
+    REQUIRES_ACTION = 3
+    COMPLETED = 4
+    FAILED = 5
+    CANCELLED = 6
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a run in this state never changes again."""
+        return self >= RunStatus.COMPLETED
+
+
+class ToolCallState(IntEnum):
+    """A tool call's place in the journal (`session.v1.ToolCallState`)."""
+
+    INTENT = 1
+    RUNNING = 2
+    COMPLETED = 3
+    FAILED = 4
+    UNKNOWN = 5
+
+
+class EffectClass(IntEnum):
+    """What may be done again after a crash (`session.v1.EffectClass`)."""
+
+    PURE = 1
+    IDEMPOTENT = 2
+    NON_IDEMPOTENT = 3
+
+
+class ConcurrencyPolicy(IntEnum):
+    """What happens to input while a run is unfinished (`session.v1.ConcurrencyPolicy`)."""
+
+    DEFAULT = 0
+    ENQUEUE = 1
+    REJECT = 2
+    INTERRUPT = 3
+    ROLLBACK = 4
+
+
+class ClaimOutcome(IntEnum):
+    """How a claim ended (`session.v1.ClaimOutcome`)."""
+
+    CLAIMED = 1
+    ALREADY_CLAIMED = 2
+    FINISHED = 3
+    REQUIRES_ACTION = 4
+
+
+class AppendOutcome(IntEnum):
+    """What became of a write (`session.v1.AppendOutcome`)."""
+
+    COMMITTED = 1
+    FENCED = 2
+    GAP = 3
+    RETRY = 4
+    INVALID = 5
+
+
+class BeginOutcome(IntEnum):
+    """Whether a tool may act (`session.v1.BeginOutcome`)."""
+
+    GO = 1
+    DONE = 2
+    UNKNOWN = 3
+    FENCED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation; times are Unix milliseconds."""
+
+    session_id: UUID
+    tenant_id: UUID
+    title: str
+    metadata: Mapping[str, str]
+    agent: str
+    user: str
+    create_time_ms: int
+    update_time_ms: int
+    active_run_id: UUID | None
+    message_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; `ordinal` counts from 1 without a gap in a session."""
+
+    message_id: UUID
+    session_id: UUID
+    run_id: UUID
+    ordinal: int
+    role: str
+    content: str
+    tool_calls: str
+    tool_call_id: str
+    create_time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunError:
+    """Why a run failed; `reason` is an ErrorReason without prefix."""
+
+    code: str
+    reason: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a run as the model reported them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One input to a session and all that was done to answer it.
+
+    `options` is the serialized `session.v1.RunOptions`, opaque to the store.
+    """
+
+    run_id: UUID
+    session_id: UUID
+    tenant_id: UUID
+    ordinal: int
+    status: RunStatus
+    model: str
+    attempt: int
+    last_seq: int
+    error: RunError | None
+    usage: Usage | None
+    create_time_ms: int
+    finish_time_ms: int
+    cancel_requested: bool
+    cancel_reason: str
+    options: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of a run's log; `data` is a JSON object as text, the same bytes for every reader."""
+
+    run_id: UUID
+    seq: int
+    type: str
+    time_ms: int
+    data: str
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing follows it in its run."""
+        return self.type in TERMINAL_EVENTS
+
+
+TERMINAL_EVENTS = frozenset({"run.completed", "run.failed", "run.cancelled"})
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One entry of the tool journal."""
+
+    call_id: str
+    run_id: UUID
+    session_id: UUID
+    name: str
+    arguments: str
+    effect: EffectClass
+    state: ToolCallState
+    content: str
+    content_ref: str
+    idempotency_key: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message before it has its ordinal; `message_id` is chosen by the agent so that a repeat is the same."""
+
+    message_id: UUID
+    role: str
+    content: str
+    tool_calls: str = ""
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event before it has its seq."""
+
+    type: str
+    time_ms: int
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewToolCall:
+    """The intent of a tool call, to be journalled."""
+
+    call_id: str
+    name: str
+    arguments: str
+    effect: EffectClass
+    idempotency_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommit:
+    """What a step changes beside the log, in the same transaction."""
+
+    messages: Sequence[NewMessage] = ()
+    intents: Sequence[NewToolCall] = ()
+    status: RunStatus | None = None
+    error: RunError | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunAppend:
+    """One write of one run: events from `first_seq` on, and what commits with them."""
+
+    session_id: UUID
+    run_id: UUID
+    fence: int
+    first_seq: int
+    events: Sequence[NewEvent]
+    commit: StepCommit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What became of a RunAppend; `next_seq` is PostgreSQL's word where it was asked, else 0."""
+
+    run_id: UUID
+    first_seq: int
+    outcome: AppendOutcome
+    next_seq: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRef:
+    """A lease as its holder knows it."""
+
+    session_id: UUID
+    run_id: UUID
+    fence: int
+    attach: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A lease on a session for one run; `ttl_ms` runs from the moment of the grant."""
+
+    session_id: UUID
+    run_id: UUID
+    fence: int
+    attach: int
+    next_seq: int
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What an agent needs to go on with a run, as of the claim."""
+
+    messages: Sequence[Message]
+    events: Sequence[Event]
+    tool_calls: Sequence[ToolCall]
+    user: str
+    agent: str
+    omitted_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """How a claim ended, with the grant and the context where it was won."""
+
+    outcome: ClaimOutcome
+    run: Run
+    grant: Grant | None = None
+    context: RunContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request to run: the input and how to run it."""
+
+    session_id: UUID
+    input: Sequence[tuple[str, str]]
+    options: bytes
+    model: str
+    request_id: str
+    fingerprint: bytes
+    concurrency: ConcurrencyPolicy
+    claim_owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What became of a Submission; `claim` is set when the lease was asked for and taken."""
+
+    run: Run
+    created: Event
+    duplicate: bool
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list and the opaque token of the next; empty on the last."""
+
+    items: Sequence[T]
+    next_page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a batch of renewals found: leases that are lost, runs that are to be cancelled."""
+
+    lost: Sequence[UUID] = field(default=())
+    cancelled: Sequence[UUID] = field(default=())

@@ -1,0 +1,208 @@
+"""The store's port: what the session service asks of PostgreSQL, and every adapter has to answer.
+
+Every method that a caller's key can reach takes the tenant and sees nothing of another's. Methods
+raise `meshkit.errors` (NotFoundError, AbortedError, UnavailableError, ...), never a driver's error.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+from uuid import UUID
+
+from services.session.domain import (
+    AppendResult,
+    BeginOutcome,
+    Claim,
+    Event,
+    Grant,
+    LeaseRef,
+    Message,
+    NewEvent,
+    Page,
+    Renewal,
+    Run,
+    RunAppend,
+    Session,
+    Submission,
+    Submitted,
+    ToolCall,
+    ToolCallState,
+)
+
+
+class Tenants(Protocol):
+    """Tenants and their API keys; a key is stored as the SHA-256 of its text, in hex."""
+
+    async def tenant_of_key(self, key_hash: str) -> UUID | None:
+        """Returns the tenant of a key that is not revoked, else None."""
+        ...
+
+    async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:
+        """Makes the tenant and the key if they are not there; returns the tenant."""
+        ...
+
+
+class Conversations(Protocol):
+    """Sessions and their messages."""
+
+    async def create_session(
+        self,
+        tenant_id: UUID,
+        *,
+        title: str,
+        metadata: dict[str, str],
+        agent: str,
+        user: str,
+        request_id: str,
+        fingerprint: bytes,
+    ) -> Session:
+        """Creates a session, or returns the one that `request_id` made (REQUEST_ID_REUSED on another body)."""
+        ...
+
+    async def get_session(self, tenant_id: UUID, session_id: UUID) -> Session:
+        """Returns a session. Raises NotFoundError(SESSION_NOT_FOUND)."""
+        ...
+
+    async def list_sessions(
+        self, tenant_id: UUID, *, page_size: int, page_token: str, user: str = ""
+    ) -> Page[Session]:
+        """Lists sessions, last changed first. Raises InvalidArgumentError(PAGE_TOKEN_INVALID)."""
+        ...
+
+    async def update_session(
+        self, tenant_id: UUID, session_id: UUID, *, title: str | None, metadata: dict[str, str]
+    ) -> Session:
+        """Sets the title if given, and labels; an empty value removes the label."""
+        ...
+
+    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> None:
+        """Deletes a session with all that hangs on it; its lease too, so that a writer is fenced."""
+        ...
+
+    async def list_messages(
+        self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
+    ) -> Page[Message]:
+        """Lists messages, oldest first."""
+        ...
+
+    async def messages_after(
+        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
+    ) -> list[Message]:
+        """Returns the newest `limit` messages whose ordinal is larger than `ordinal`, oldest first."""
+        ...
+
+
+class Runs(Protocol):
+    """Runs: accepting, claiming, finding what to dispatch."""
+
+    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+        """Accepts input in one transaction: idempotency key, messages, run, first event and, if asked and
+        free, the lease. Raises NotFoundError, AlreadyExistsError(REQUEST_ID_REUSED),
+        FailedPreconditionError(SESSION_BUSY)."""
+        ...
+
+    async def claim(self, run_id: UUID, owner: str) -> Claim:
+        """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
+        asked for, or that was claimed five times without a new durable event, is finished here."""
+        ...
+
+    async def get_run(self, tenant_id: UUID, run_id: UUID) -> Run:
+        """Returns a run. Raises NotFoundError(RUN_NOT_FOUND)."""
+        ...
+
+    async def list_runs(
+        self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
+    ) -> Page[Run]:
+        """Lists runs, newest first."""
+        ...
+
+    async def runs_from(self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int) -> list[Run]:
+        """Returns runs whose ordinal is at least `ordinal`, in order."""
+        ...
+
+    async def cancel(self, tenant_id: UUID, run_id: UUID, reason: str) -> tuple[Run, Event | None]:
+        """Asks for a cancel, durably. A run that no agent holds is cancelled here, and its terminal event
+        returned; else the holder is told by notification."""
+        ...
+
+    async def due(self, limit: int) -> list[UUID]:
+        """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
+        their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones."""
+        ...
+
+
+class Log(Protocol):
+    """The event log and the leases that guard it."""
+
+    async def append(self, appends: Sequence[RunAppend]) -> list[AppendResult]:
+        """Writes plain appends (no commit) of distinct sessions in one autocommit statement; each is won
+        or refused by itself. Raises UnavailableError when the outcome of all is unknown."""
+        ...
+
+    async def append_step(self, append: RunAppend) -> AppendResult:
+        """Writes one append with its StepCommit in one transaction; a terminal status releases the lease
+        and makes the session's next queued run due at once. A repeat of a committed one is a GAP."""
+        ...
+
+    async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
+        """Renews a lease under a new fence (`fence + 1`, `attach + 1`); None when it is lost."""
+        ...
+
+    async def renew(self, refs: Sequence[LeaseRef]) -> Renewal:
+        """Extends leases in one statement that locks in session order."""
+        ...
+
+    async def release(self, ref: LeaseRef) -> bool:
+        """Gives a lease up before its run is done; the run is due at once."""
+        ...
+
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+        """Cuts leases to `grace_ms` from now where fence and attach still match; returns how many."""
+        ...
+
+    async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """Returns the current fences."""
+        ...
+
+    async def events_after(self, tenant_id: UUID, run_id: UUID, seq: int, limit: int) -> list[Event]:
+        """Returns events with a larger seq, in order. Raises OutOfRangeError(CURSOR_EXPIRED) when they
+        are older than the retention window."""
+        ...
+
+
+class Journal(Protocol):
+    """The tool journal."""
+
+    async def begin(self, call_id: str, session_id: UUID, fence: int) -> tuple[BeginOutcome, ToolCall]:
+        """Marks a call as running if the fence is current and the call may run (again)."""
+        ...
+
+    async def complete(
+        self, call_id: str, fence: int, state: ToolCallState, content: str, content_ref: str
+    ) -> ToolCall:
+        """Stores what a begun call did; the first outcome stays."""
+        ...
+
+    async def reconcile(self, call_id: str, state: ToolCallState, content: str, content_ref: str) -> ToolCall:
+        """Stores the outcome of an unknown call; other states are left as they are."""
+        ...
+
+    async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
+        """Returns a run's calls in order."""
+        ...
+
+    async def resolve(
+        self,
+        tenant_id: UUID,
+        run_id: UUID,
+        call_id: str,
+        decision: int,
+        content: str,
+        events: Sequence[NewEvent],
+    ) -> tuple[Run, ToolCall]:
+        """Settles a call that waits for a person (`session.v1.ActionDecision`), appends `events`
+        (action.resolved) and makes the run due again or, on ABANDON, ends it."""
+        ...
+
+
+class Store(Tenants, Conversations, Runs, Log, Journal, Protocol):
+    """All of it."""
