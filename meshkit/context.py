@@ -1,0 +1,41 @@
+"""What one RPC carries along inside a process: its request id, its trace and its deadline."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextvars import ContextVar
+
+from meshkit.ids import uuid7
+
+REQUEST_ID_KEY = "x-request-id"
+TRACEPARENT_KEY = "traceparent"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+request_id_var: ContextVar[str] = ContextVar("hermesh_request_id", default="")
+# Absolute, on the monotonic clock.
+deadline_var: ContextVar[float | None] = ContextVar("hermesh_deadline", default=None)
+
+
+def current_request_id() -> str:
+    """Returns the id of the request being served, or an empty string outside of one."""
+    return request_id_var.get()
+
+
+def accept_request_id(offered: str | None) -> str:
+    """Returns a caller's request id if it is harmless in a log line, else a new one."""
+    if offered and _REQUEST_ID.fullmatch(offered):
+        return offered
+    return str(uuid7())
+
+
+def remaining() -> float | None:
+    """Returns the seconds left of the RPC being served, or None if it has no deadline.
+
+    Never negative. Tasks that outlive the RPC (`TaskOwner.start`) do not inherit it.
+    """
+    deadline = deadline_var.get()
+    if deadline is None:
+        return None
+    return max(0.0, deadline - time.monotonic())
