@@ -169,6 +169,17 @@ class Log(Protocol):
         ...
 
 
+    async def heads(self, run_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """Returns the last seq of each run's log, in one query; a run that is gone is absent. For watchers
+        that were admitted with their tenant before."""
+        ...
+
+    async def last_ordinals(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """Returns the ordinal of each session's newest run (0 without one), in one query; a session that
+        is gone is absent. For watchers that were admitted with their tenant before."""
+        ...
+
+
 class Journal(Protocol):
     """The tool journal."""
 

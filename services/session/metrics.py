@@ -1,0 +1,32 @@
+"""What a session replica counts; served on /metrics."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+append_streams = Gauge("hermesh_session_append_streams", "Open Append streams.")
+attached_runs = Gauge("hermesh_session_attached_runs", "Runs whose writer appends on this replica.")
+flush_appends = Histogram(
+    "hermesh_session_flush_appends",
+    "Appends in one group commit.",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+)
+flush_seconds = Histogram(
+    "hermesh_session_flush_seconds",
+    "Duration of one group commit.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
+)
+step_seconds = Histogram(
+    "hermesh_session_step_commit_seconds",
+    "Duration of one step commit.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
+)
+appends = Counter("hermesh_session_appends_total", "Appends by what became of them.", ["outcome"])
+events = Counter("hermesh_session_events_total", "Events committed on this replica.")
+watchers = Gauge("hermesh_session_watchers", "Open watches.", ["kind"])
+watch_catch_up = Counter(
+    "hermesh_session_watch_catch_up_total", "Times a watcher went back to PostgreSQL.", ["cause"]
+)
+redis_up = Gauge("hermesh_session_redis_up", "1 while Redis answers, 0 while it does not or is not used.")
+publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
+dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])
+dispatched_runs = Gauge("hermesh_session_dispatched_runs", "Runs whose Execute stream this replica holds.")
+leases_shortened = Counter("hermesh_session_leases_shortened_total", "Leases cut after a stream broke.")

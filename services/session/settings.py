@@ -1,0 +1,45 @@
+"""What a session replica reads from its environment."""
+
+from pydantic import Field, SecretStr
+
+from meshkit.settings import MeshSettings
+
+
+class SessionSettings(MeshSettings):
+    """Settings of the session service; each is an environment variable HERMESH_<NAME>."""
+
+    database_url: SecretStr = Field(
+        SecretStr(""), description="PostgreSQL, postgresql://user:password@host:port/database."
+    )
+    redis_url: SecretStr = Field(
+        SecretStr(""), description="Redis or Valkey, redis://host:port or unix://path; empty runs without."
+    )
+    database_pool_size: int = Field(
+        16, ge=4, le=200, description="Most connections of one session replica to PostgreSQL."
+    )
+    max_flush_appends: int = Field(1024, ge=1, le=10_000, description="Most runs in one group commit.")
+    max_step_commits: int = Field(8, ge=1, le=100, description="Most step commits under way at once.")
+    max_dispatches: int = Field(
+        512, ge=1, le=100_000, description="Most runs that one replica keeps dispatched to agents at once."
+    )
+    sweep_seconds: float = Field(
+        0.5, gt=0, le=60, description="Seconds between two looks for runs that wait for an agent."
+    )
+    maintain_seconds: float = Field(
+        600.0, ge=1, description="Seconds between two rounds of upkeep: partitions, expired keys."
+    )
+    watch_poll_seconds: float = Field(
+        1.0, gt=0, le=60, description="Seconds between two looks in PostgreSQL for what the live tail missed."
+    )
+    watch_poll_degraded_seconds: float = Field(
+        0.15, gt=0, le=60, description="The same while Redis does not answer."
+    )
+    stream_ttl_seconds: int = Field(
+        3600, ge=1, description="How long Redis keeps a run's events after its last one."
+    )
+    stream_max_events: int = Field(
+        10_000, ge=10, description="About how many events of a run Redis keeps; older ones are in PostgreSQL."
+    )
+    conversation_ttl_seconds: int = Field(
+        86_400, ge=1, description="How long Redis keeps a conversation after its last use."
+    )
