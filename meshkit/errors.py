@@ -83,8 +83,8 @@ class HermeshError(Exception):
     ) -> None:
         """Makes an error.
 
-        `reason` and `code` default to the class's own. Where the list of reasons has no general one (NOT_FOUND
-        has none: say what was not found) the default is INTERNAL, for errors that foreign code sent.
+        `reason` and `code` default to the class's own. Where the list of reasons has no general one
+        (NOT_FOUND has none: say what was not found) the default is INTERNAL, for errors of foreign code.
         """
         self.code: grpc.StatusCode = code if code is not None else self.default_code
         self.reason: str = reason if reason is not None else self.default_reason

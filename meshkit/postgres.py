@@ -1,0 +1,219 @@
+"""PostgreSQL: the pool, SQL files, and driver errors turned into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from meshkit.errors import (
+    HermeshError,
+    InternalError,
+    InvalidArgumentError,
+    StartupError,
+    UnavailableError,
+)
+
+CONNECT_TIMEOUT = 5.0
+
+# Bounds on the server's side, so that a lost client or a stuck lock cannot hold a row for long.
+_SERVER_SETTINGS: Mapping[str, str] = {
+    "statement_timeout": "5000",
+    "lock_timeout": "2000",
+    "idle_in_transaction_session_timeout": "5000",
+    "jit": "off",
+    "timezone": "UTC",
+}
+# The client gives up a little after the server did, so that the server's clearer error wins.
+_COMMAND_TIMEOUT = 7.0
+
+_RETRY_DOWN_MS = 500
+_RETRY_BUSY_MS = 100
+
+
+async def open_pool(
+    url: str, *, min_size: int = 1, max_size: int = 8, name: str = "hermesh"
+) -> asyncpg.Pool[asyncpg.Record]:
+    """Opens a pool; the caller closes it.
+
+    Connections are not reset between uses (that would cost a round trip each): use `SET LOCAL`, and a
+    connection of your own for LISTEN.
+
+    Args:
+        url: `postgresql://user:password@host:port/database`, or with `?host=/socket/folder`.
+        min_size: Connections opened at once; 0 defers the first.
+        max_size: Most connections.
+        name: `application_name`, as pg_stat_activity shows it.
+
+    Raises:
+        StartupError: The database cannot be reached or refuses us.
+    """
+    if not url:
+        raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
+    try:
+        pool: asyncpg.Pool[asyncpg.Record] = await asyncpg.create_pool(
+            url,
+            min_size=min_size,
+            max_size=max_size,
+            timeout=CONNECT_TIMEOUT,
+            command_timeout=_COMMAND_TIMEOUT,
+            reset=_reset,
+            server_settings={**_SERVER_SETTINGS, "application_name": name[:63]},
+        )
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
+        raise StartupError(connect_failure(url, error)) from error
+    return pool
+
+
+async def _reset(connection: Any) -> None:
+    if connection.is_in_transaction():
+        await connection.reset()
+
+
+def connect_failure(url: str, error: BaseException) -> str:
+    """Returns one line about a connection that failed, with the place but without the password."""
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        cause = f"no answer within {CONNECT_TIMEOUT:.0f} s"
+    elif isinstance(error, asyncpg.InvalidPasswordError | asyncpg.InvalidAuthorizationSpecificationError):
+        cause = "the user or password is refused"
+    elif isinstance(error, asyncpg.InvalidCatalogNameError):
+        cause = "the database does not exist"
+    elif isinstance(error, asyncpg.PostgresError):
+        cause = str(error).splitlines()[0]
+    elif isinstance(error, OSError):
+        cause = error.strerror or type(error).__name__
+    else:
+        cause = "the URL is not valid"
+    return f"cannot use PostgreSQL at {_place(url)}: {cause}; check HERMESH_DATABASE_URL and that it runs"
+
+
+def _place(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or "the local socket"
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return "the configured address"
+    return f"{host}{port}{parts.path}"
+
+
+# Broken or refused connections, restarts, failovers, and a server out of disk, memory or connections.
+_DOWN = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    OSError,
+    TimeoutError,
+)
+# A statement that lost against its time limit or against another one.
+_BUSY = (
+    asyncpg.QueryCanceledError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+)
+_BAD_TEXT = (asyncpg.CharacterNotInRepertoireError, asyncpg.UntranslatableCharacterError)
+
+
+def map_pg_error(exc: BaseException) -> HermeshError:
+    """Returns the error that a caller may see for a failure in asyncpg.
+
+    The driver's own text stays out of it: log the original beside.
+    """
+    if isinstance(exc, HermeshError):
+        return exc
+    if isinstance(exc, _BUSY):
+        return UnavailableError(
+            "DATABASE_UNAVAILABLE",
+            "the database is too busy; try again",
+            retry_after_ms=_RETRY_BUSY_MS,
+        )
+    if isinstance(exc, _BAD_TEXT):
+        return InvalidArgumentError(
+            "INVALID_ARGUMENT", "a text holds a character that cannot be stored, such as U+0000"
+        )
+    # asyncpg also reports misuse, such as a wrong parameter type, as an InterfaceError: that is our bug.
+    if isinstance(exc, asyncpg.DataError | asyncpg.exceptions.UnsupportedClientFeatureError):
+        return InternalError()
+    if isinstance(exc, _DOWN):
+        return UnavailableError(
+            "DATABASE_UNAVAILABLE",
+            "the database does not answer; nothing was changed, try again",
+            retry_after_ms=_RETRY_DOWN_MS,
+        )
+    return InternalError()
+
+
+def is_retryable(exc: BaseException) -> bool:
+    """Returns True if the same statement may work a moment later (its first try may still have committed)."""
+    return isinstance(map_pg_error(exc), UnavailableError)
+
+
+_NAME = re.compile(r"--\s*name:\s*(?P<name>[a-z][a-z0-9_]*)\s*")
+
+
+def load_sql(package_or_path: str | Path | ModuleType, file: str) -> dict[str, str]:
+    """Reads the named statements of one SQL file.
+
+    A block is `-- name: foo`, then at least one comment line that describes it, then one statement. A final
+    semicolon is dropped.
+
+    Args:
+        package_or_path: The folder, or the package (dotted name or module) that holds the file.
+        file: Its name.
+
+    Returns:
+        Statement by name.
+
+    Raises:
+        ValueError: A name comes twice, or a block has no description or no statement.
+    """
+    if isinstance(package_or_path, Path):
+        text = (package_or_path / file).read_text(encoding="utf-8")
+    elif isinstance(package_or_path, str) and "/" in package_or_path:
+        text = (Path(package_or_path) / file).read_text(encoding="utf-8")
+    else:
+        text = importlib.resources.files(package_or_path).joinpath(file).read_text(encoding="utf-8")
+    return parse_sql(text, file)
+
+
+def parse_sql(text: str, file: str = "<text>") -> dict[str, str]:
+    """Splits the text of a SQL file into its named statements; see `load_sql`."""
+    blocks: dict[str, list[str]] = {}
+    name: str | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = _NAME.fullmatch(line.strip())
+        if match is not None:
+            name = match["name"]
+            if name in blocks:
+                raise ValueError(f"{file}:{number}: {name} is there twice")
+            blocks[name] = []
+        elif name is not None:
+            blocks[name].append(line)
+        elif line.strip() and not line.lstrip().startswith("--"):
+            raise ValueError(f"{file}:{number}: a statement without a '-- name:' line")
+    return {name: _statement(name, lines, file) for name, lines in blocks.items()}
+
+
+def _statement(name: str, lines: list[str], file: str) -> str:
+    description = 0
+    while description < len(lines) and lines[description].lstrip().startswith("--"):
+        description += 1
+    if not description:
+        raise ValueError(f"{file}: {name} has no description")
+    statement = "\n".join(lines[description:]).strip().removesuffix(";").rstrip()
+    if not statement:
+        raise ValueError(f"{file}: {name} has no statement")
+    return statement

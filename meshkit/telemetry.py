@@ -1,0 +1,186 @@
+"""Logs and metrics of a process: structlog JSON lines on stderr, Prometheus figures."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, MutableMapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import orjson
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from meshkit import tracing
+from meshkit.context import current_request_id
+from meshkit.settings import MeshSettings
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+# Keys whose values are secrets wherever they turn up.
+_SECRET_KEYS = frozenset(
+    {"authorization", "api_key", "apikey", "token", "mesh_token", "password", "secret", "cookie"}
+    | {"x-hermesh-mesh", "x_hermesh_mesh", "llm_api_key"}
+)
+_REDACTED = "[redacted]"
+
+Event = MutableMapping[str, Any]
+
+
+class _Stderr:
+    """Writes a finished line to stderr and never fails.
+
+    A log that cannot be written (a full disk, a reader that is gone) must not fail the call it is about.
+    """
+
+    def msg(self, line: bytes | str) -> None:
+        data = line.encode("utf-8", "replace") if isinstance(line, str) else line
+        try:
+            os.write(2, data + b"\n")
+        except OSError:
+            return
+
+    debug = info = warning = warn = error = critical = exception = fatal = log = msg
+
+
+def _stderr(*_: Any) -> _Stderr:
+    return _Stderr()
+
+
+def _add_context(_: Any, __: str, event: Event) -> Event:
+    if "request_id" not in event:
+        request_id = current_request_id()
+        if request_id:
+            event["request_id"] = request_id
+    if "trace_id" not in event:
+        trace_id = tracing.current_trace_id()
+        if trace_id:
+            event["trace_id"] = trace_id
+    return event
+
+
+def redact(_: Any, __: str, event: Event) -> Event:
+    """Replaces the values of secret keys; a structlog processor."""
+    for key in event:
+        if key.lower() in _SECRET_KEYS:
+            event[key] = _REDACTED
+    return event
+
+
+def _render_json(_: Any, __: str, event: Event) -> bytes:
+    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
+
+
+def setup_logging(settings: MeshSettings, service: str, replica: str | None = None) -> None:
+    """Sends all logs of the process, those of libraries too, to stderr as one line each.
+
+    Each line has timestamp (UTC), level, event, service, replica, and the request id and trace id of the RPC
+    being served.
+    """
+    level = _LEVELS[settings.log_level]
+    static = {"service": service, "replica": replica if replica is not None else settings.replica}
+
+    def add_static(_: Any, __: str, event: Event) -> Event:
+        event.update(static)
+        return event
+
+    shared: list[Callable[..., Any]] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_static,
+        _add_context,
+        redact,
+    ]
+    if settings.log_format == "json":
+        render: list[Callable[..., Any]] = [structlog.processors.format_exc_info, _render_json]
+        foreign: list[Callable[..., Any]] = [structlog.processors.format_exc_info, _decode_json]
+    else:
+        console = structlog.dev.ConsoleRenderer(colors=False)
+        render = foreign = [console]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=_stderr,
+        cache_logger_on_first_use=True,
+    )
+    handler = _LibraryHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *foreign],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # Libraries tell what is wrong, not what they do.
+    root.setLevel(max(level, logging.WARNING))
+
+
+def _decode_json(logger: Any, name: str, event: Event) -> str:
+    return _render_json(logger, name, event).decode()
+
+
+class _LibraryHandler(logging.Handler):
+    """Writes the standard library's log records the same way as ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _Stderr().msg(self.format(record))
+
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
+
+class RpcMetrics:
+    """Figures of the RPCs that a process serves.
+
+    Attributes:
+        active: How many are being served, by any method.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        """Registers the metrics; once a registry (see `rpc_metrics`)."""
+        self._started = Counter("hermesh_rpc_started", "RPCs begun.", ["method"], registry=registry)
+        self._handled = Counter("hermesh_rpc_handled", "RPCs ended.", ["method", "code"], registry=registry)
+        self._seconds = Histogram(
+            "hermesh_rpc_seconds", "Time an RPC took.", ["method"], buckets=_BUCKETS, registry=registry
+        )
+        self.active = Gauge("hermesh_rpc_active", "RPCs being served now.", registry=registry)
+        self._methods: dict[str, tuple[Counter, Histogram]] = {}
+        self._codes: dict[tuple[str, str], Counter] = {}
+
+    def started(self, method: str) -> None:
+        """Counts a begun RPC."""
+        children = self._methods.get(method)
+        if children is None:
+            children = (self._started.labels(method), self._seconds.labels(method))
+            self._methods[method] = children
+        children[0].inc()
+        self.active.inc()
+
+    def handled(self, method: str, code: str, seconds: float) -> None:
+        """Counts an ended RPC."""
+        child = self._codes.get((method, code))
+        if child is None:
+            child = self._codes[method, code] = self._handled.labels(method, code)
+        child.inc()
+        self._methods[method][1].observe(seconds)
+        self.active.dec()
+
+
+_rpc_metrics: WeakKeyDictionary[CollectorRegistry, RpcMetrics] = WeakKeyDictionary()
+
+
+def rpc_metrics(registry: CollectorRegistry = REGISTRY) -> RpcMetrics:
+    """Returns the RPC metrics of a registry, made at first use: a name can be registered only once."""
+    metrics = _rpc_metrics.get(registry)
+    if metrics is None:
+        metrics = _rpc_metrics[registry] = RpcMetrics(registry)
+    return metrics
+
+
+def render_metrics(registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
+    """Returns the text of /metrics and its content type. Process metrics (process_*) are part of it."""
+    return generate_latest(registry), CONTENT_TYPE_LATEST

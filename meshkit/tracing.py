@@ -1,0 +1,336 @@
+"""W3C trace context across every hop, and spans where an exporter is configured.
+
+Without an exporter this is propagation only: a few string operations a call, and OpenTelemetry's SDK is not
+even imported. With `OTEL_EXPORTER_OTLP_ENDPOINT` (or its traces variant) spans go out by OTLP over HTTP; with
+`HERMESH_TRACE_FILE` they are appended to a file as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from meshkit.context import TRACEPARENT_KEY
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.trace import Span as OtelSpan
+    from opentelemetry.trace import Tracer
+
+TRACESTATE_KEY = "tracestate"
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_MAX_TRACESTATE = 512
+_SAMPLED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """A position in a trace: what `traceparent` says."""
+
+    trace_id: str
+    span_id: str
+    flags: int = 0
+    state: str = ""
+
+    @property
+    def traceparent(self) -> str:
+        """The value of the `traceparent` header."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
+
+
+_current: ContextVar[TraceContext | None] = ContextVar("hermesh_trace", default=None)
+_random = random.SystemRandom()
+
+
+def parse_traceparent(text: str | None, state: str = "") -> TraceContext | None:
+    """Reads a `traceparent` header; None if there is none or it breaks the rules of W3C trace context."""
+    if not text:
+        return None
+    match = _TRACEPARENT.fullmatch(text)
+    if match is None:
+        return None
+    version, trace_id, span_id, flags, rest = match.groups()
+    if version == "ff" or (version == "00" and rest) or not int(trace_id, 16) or not int(span_id, 16):
+        return None
+    if len(state) > _MAX_TRACESTATE or not state.isprintable():
+        state = ""
+    return TraceContext(trace_id, span_id, int(flags, 16) & _SAMPLED, state)
+
+
+def current_trace() -> TraceContext | None:
+    """Returns the trace of what is being served, or None."""
+    return _current.get()
+
+
+def current_trace_id() -> str:
+    """Returns the trace id of what is being served as 32 hex digits, or an empty string."""
+    context = _current.get()
+    return context.trace_id if context is not None else ""
+
+
+def current_traceparent() -> str:
+    """Returns a `traceparent` for a call that is made by hand (HTTP): the current one, or a new root."""
+    context = _current.get()
+    return (context if context is not None else _child(None)).traceparent
+
+
+def _child(parent: TraceContext | None) -> TraceContext:
+    # A random id needs no secrecy, but must differ between processes forked from one: SystemRandom does.
+    span_id = f"{_random.getrandbits(64) or 1:016x}"
+    if parent is None:
+        return TraceContext(f"{_random.getrandbits(128) or 1:032x}", span_id)
+    return TraceContext(parent.trace_id, span_id, parent.flags, parent.state)
+
+
+class _State:
+    """The process's one tracer, if any."""
+
+    tracer: Tracer | None = None
+
+
+class Span:
+    """A span under way; it records nothing unless tracing is configured."""
+
+    __slots__ = ("_otel", "_token", "context")
+
+    def __init__(self, context: TraceContext, otel: OtelSpan | None) -> None:
+        """Wraps a position in the trace and, if one is recorded, OpenTelemetry's span."""
+        self.context = context
+        self._otel = otel
+        self._token: Token[TraceContext | None] | None = None
+
+    @property
+    def recording(self) -> bool:
+        """True if the span will be exported."""
+        return self._otel is not None
+
+    @property
+    def traceparent(self) -> str:
+        """The header that makes a callee's span this one's child."""
+        return self.context.traceparent
+
+    def set(self, key: str, value: str | int | float | bool) -> None:
+        """Sets an attribute."""
+        if self._otel is not None:
+            self._otel.set_attribute(key, value)
+
+    def enter(self) -> None:
+        """Makes this span the current one of the running task."""
+        self._token = _current.set(self.context)
+
+    def leave(self) -> None:
+        """Makes the span before `enter` the current one again."""
+        if self._token is not None:
+            _current.reset(self._token)
+            self._token = None
+
+    def end(self, code: str = "OK", *, failed: bool = False) -> None:
+        """Ends the span with a status; only the first call counts."""
+        otel, self._otel = self._otel, None
+        if otel is None:
+            return
+        from opentelemetry.trace import Status, StatusCode
+
+        otel.set_attribute("rpc.response.status_code", code)
+        if failed:
+            otel.set_status(Status(StatusCode.ERROR, code))
+        otel.end()
+
+    def end_with(self, call: Any) -> None:
+        """Ends the span when a grpc.aio call does, with its code."""
+        call.add_done_callback(self._call_done)
+
+    def _call_done(self, call: Any) -> None:
+        # The call is done, so that its coroutine has the code at hand and ends at the first step.
+        reading = call.code()
+        code = grpc.StatusCode.UNKNOWN
+        try:
+            reading.send(None)
+        except StopIteration as stop:
+            code = stop.value or grpc.StatusCode.UNKNOWN
+        finally:
+            reading.close()
+        self.end(code.name, failed=code is not grpc.StatusCode.OK)
+
+
+ClientSpan = Span
+
+
+def start_server_span(method: str, traceparent: str | None, tracestate: str = "") -> Span:
+    """Starts the span of an RPC being served, below the caller's."""
+    return _start(method, parse_traceparent(traceparent, tracestate), "server")
+
+
+def start_client_span(method: str) -> Span:
+    """Starts the span of a call to another service, below the current one."""
+    return _start(method, _current.get(), "client")
+
+
+@contextmanager
+def span(name: str, **attributes: str | int | float | bool) -> Iterator[Span]:
+    """Records a piece of work inside of the process, below the current span.
+
+    Example:
+        with tracing.span("model.turn", model=name):
+            ...
+    """
+    started = _start(name, _current.get(), "internal")
+    for key, value in attributes.items():
+        started.set(key, value)
+    started.enter()
+    try:
+        yield started
+    except BaseException as error:
+        started.end(type(error).__name__, failed=True)
+        raise
+    finally:
+        started.leave()
+        started.end()
+
+
+def _start(name: str, parent: TraceContext | None, kind: str) -> Span:
+    tracer = _State.tracer
+    if tracer is None:
+        return Span(_child(parent), None)
+    return _start_recorded(tracer, name, parent, kind)
+
+
+def _start_recorded(tracer: Tracer, name: str, parent: TraceContext | None, kind: str) -> Span:
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+
+    context = Context()
+    if parent is not None:
+        remote = trace.SpanContext(
+            int(parent.trace_id, 16),
+            int(parent.span_id, 16),
+            is_remote=kind == "server",
+            trace_flags=trace.TraceFlags(parent.flags),
+        )
+        context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+    kinds = {"server": trace.SpanKind.SERVER, "client": trace.SpanKind.CLIENT}
+    started = tracer.start_span(
+        name.lstrip("/"), context=context, kind=kinds.get(kind, trace.SpanKind.INTERNAL)
+    )
+    identity = started.get_span_context()
+    position = TraceContext(
+        f"{identity.trace_id:032x}",
+        f"{identity.span_id:016x}",
+        int(identity.trace_flags),
+        parent.state if parent is not None else "",
+    )
+    return Span(position, started if started.is_recording() else None)
+
+
+def configure(service: str, replica: str, trace_file: Path | None = None) -> Callable[[], None]:
+    """Turns tracing on if an exporter is configured.
+
+    Args:
+        service: Becomes `service.name`.
+        replica: Becomes `service.instance.id`.
+        trace_file: File that gets finished spans as JSON lines.
+
+    Returns:
+        A function that flushes and ends tracing; it blocks for at most a few seconds.
+    """
+    otlp = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    if trace_file is None and not otlp:
+        return _nothing
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+
+    resource = Resource.create({"service.name": f"hermesh-{service}", "service.instance.id": replica})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    if trace_file is not None:
+        provider.add_span_processor(SimpleSpanProcessor(_file_exporter(trace_file, service, replica)))
+    if otlp:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=3)))
+    tracer = provider.get_tracer("meshkit")
+    _State.tracer = tracer
+
+    def end() -> None:
+        if _State.tracer is tracer:
+            _State.tracer = None
+        provider.shutdown()
+
+    return end
+
+
+def _nothing() -> None:
+    return None
+
+
+def _file_exporter(path: Path, service: str, replica: str) -> Any:
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+    class FileExporter(SpanExporter):
+        """Appends spans to a file, one write a line, so that processes may share it."""
+
+        def __init__(self) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            try:
+                for item in spans:
+                    os.write(self._fd, _line(item, service, replica))
+            except OSError:
+                return SpanExportResult.FAILURE
+            return SpanExportResult.SUCCESS
+
+        def shutdown(self) -> None:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    return FileExporter()
+
+
+def _line(item: ReadableSpan, service: str, replica: str) -> bytes:
+    context = item.get_span_context()
+    record = {
+        "name": item.name,
+        "kind": item.kind.name.lower(),
+        "service": service,
+        "replica": replica,
+        "trace_id": f"{context.trace_id:032x}" if context else "",
+        "span_id": f"{context.span_id:016x}" if context else "",
+        "parent_span_id": f"{item.parent.span_id:016x}" if item.parent else "",
+        "start_unix_ns": item.start_time,
+        "end_unix_ns": item.end_time,
+        "status": item.status.status_code.name,
+        "attributes": dict(item.attributes or {}),
+    }
+    return json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+
+
+__all__ = [
+    "TRACEPARENT_KEY",
+    "TRACESTATE_KEY",
+    "ClientSpan",
+    "Span",
+    "TraceContext",
+    "configure",
+    "current_trace",
+    "current_trace_id",
+    "current_traceparent",
+    "parse_traceparent",
+    "span",
+    "start_client_span",
+    "start_server_span",
+]
