@@ -1,0 +1,28 @@
+"""One whole mesh for all end-to-end tests, on the scripted model; tests that break it leave it healthy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.mesh import Mesh
+
+
+@pytest.fixture(scope="session")
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every process of the mesh writes its finished spans."""
+    return tmp_path_factory.mktemp("traces") / "spans.jsonl"
+
+
+@pytest.fixture(scope="session")
+def shared_mesh(trace_file: Path) -> Iterator[Mesh]:
+    settings = {"HERMESH_TRACE_FILE": str(trace_file), "HERMESH_LLM_IDLE_TIMEOUT_SECONDS": "5"}
+    with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1", settings=settings) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def mesh(shared_mesh: Mesh) -> Mesh:
+    """The shared mesh, healthy: what an earlier test broke has come back."""
+    shared_mesh.wait_healthy()
+    return shared_mesh
