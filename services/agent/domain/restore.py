@@ -1,0 +1,160 @@
+"""Rebuilds a run's state from what is stored: a pure fold, the same on every replica."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from services.agent.domain.loop import Call, CallState, LoopState, Partial, settle
+from services.agent.model.port import ChatMessage, ToolUse
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message as the session service has it; `tool_calls` is a JSON array as text or empty."""
+
+    run_id: str
+    role: str
+    content: str
+    tool_calls: str = ""
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvent:
+    """An event of the run's log."""
+
+    seq: int
+    type: str
+    data: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Fold:
+    step: int = 0
+    pieces: list[tuple[int, str]] = field(default_factory=list)
+    reported: set[str] = field(default_factory=set)
+    approved: set[str] = field(default_factory=set)
+
+
+def restore(
+    run_id: str,
+    messages: Sequence[StoredMessage],
+    events: Sequence[LoggedEvent] = (),
+    journal: Sequence[Call] = (),
+) -> LoopState:
+    """Rebuild the state of a run.
+
+    Args:
+        run_id: the run.
+        messages: the conversation with what this run has added, oldest first.
+        events: at least everything of the current model turn and the `step.started` before it.
+        journal: the run's tool calls.
+
+    Returns:
+        The state to go on with. Where the log has half a turn, `partial` says so.
+    """
+    fold = _fold(events)
+    own = [message for message in messages if message.run_id == run_id and message.role == "assistant"]
+    chat = tuple(to_chat(message) for message in messages)
+    state = LoopState(
+        messages=chat,
+        # Without its step.started (an older log was cut) the number follows from the finished turns.
+        step=max(fold.step, len(own)),
+        turns=len(own),
+        partial=_partial(fold),
+    )
+    if not own:
+        return state
+    uses = parse_tool_calls(own[-1].tool_calls)
+    if not uses:
+        return replace(state, finish_reason="stop")  # the reply is whole, only the run's end is missing
+    answered = {message.tool_call_id for message in messages if message.role == "tool"}
+    if all(use.call_id in answered for use in uses):
+        return state
+    by_id = {call.call_id: call for call in journal}
+    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold) for use in uses)
+    return settle(replace(state, calls=calls))
+
+
+def _fold(events: Sequence[LoggedEvent]) -> _Fold:
+    fold = _Fold()
+    for event in events:
+        data = event.data
+        if event.type == "step.started":
+            fold.step = int(data["step"])
+            fold.pieces = []
+        elif event.type == "text.delta":
+            fold.pieces.append((event.seq, str(data["text"])))
+        elif event.type == "reasoning.delta":
+            fold.pieces.append((event.seq, ""))
+        elif event.type == "attempt.reset":
+            from_seq = int(data["from_seq"])
+            fold.pieces = [piece for piece in fold.pieces if piece[0] < from_seq]
+        elif event.type == "message.completed":
+            fold.pieces = []
+        elif event.type == "tool.result":
+            fold.reported.add(str(data["call_id"]))
+        elif event.type == "action.resolved" and data.get("decision") in ("retry", "approved"):
+            fold.approved.add(str(data["call_id"]))
+    return fold
+
+
+def _partial(fold: _Fold) -> Partial | None:
+    if not fold.pieces:
+        return None
+    return Partial("".join(text for _, text in fold.pieces), fold.pieces[0][0])
+
+
+def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold) -> Call:
+    reported = use.call_id in fold.reported
+    if entry is None:
+        # A call that never got into the journal was refused when the model made it.
+        return Call(
+            use.call_id, use.name, use.arguments, CallState.FAILED, "The call was not valid.", False, reported
+        )
+    return Call(
+        use.call_id,
+        entry.name,
+        entry.arguments,
+        entry.state,
+        entry.content,
+        entry.needs_approval and use.call_id not in fold.approved,
+        reported,
+    )
+
+
+def to_chat(message: StoredMessage) -> ChatMessage:
+    """Turn a stored message into what the model is given."""
+    return ChatMessage(
+        message.role, message.content, parse_tool_calls(message.tool_calls), message.tool_call_id
+    )
+
+
+def parse_tool_calls(text: str) -> tuple[ToolUse, ...]:
+    """Read the JSON array of a message's tool calls; text that is not one counts as none."""
+    if not text:
+        return ()
+    try:
+        entries = orjson.loads(text)
+        return tuple(
+            ToolUse(str(entry["call_id"]), str(entry["name"]), _arguments(entry.get("arguments", {})))
+            for entry in entries
+        )
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def _arguments(value: object) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def render_tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    """Return what a message's `tool_calls` holds: [{"call_id", "name", "arguments": {...}}]."""
+    return [
+        {"call_id": call.call_id, "name": call.name, "arguments": orjson.loads(call.arguments)}
+        for call in calls
+    ]

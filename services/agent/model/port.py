@@ -1,0 +1,151 @@
+"""What the loop asks of a language model, whoever serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """One tool call inside an assistant message.
+
+    Attributes:
+        call_id: Hermesh's id of the call (`run:step:index`); it is also sent to the backend.
+        name: the tool.
+        arguments: a JSON object as text.
+    """
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation, in the shape that every chat model knows."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolUse, ...] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOffer:
+    """A tool as it is offered to the model; `schema` is the JSON Schema of its arguments."""
+
+    name: str
+    description: str
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """One model turn.
+
+    Attributes:
+        model: the backend's name of the model.
+        messages: the conversation; a last message of role assistant is to be continued.
+        tools: what may be called; empty means nothing.
+        tool_choice: "auto", "none", "required" or a tool's name.
+        max_tokens: the most tokens to write, 0 = the backend's default.
+        response_schema: when set, the reply's text must be JSON of this schema (grammar-constrained).
+        cache_key: a stable key of the conversation; backends and balancers use it for prefix caches.
+    """
+
+    model: str
+    messages: Sequence[ChatMessage]
+    tools: Sequence[ToolOffer] = ()
+    tool_choice: str = "auto"
+    max_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    response_schema: Mapping[str, Any] | None = None
+    cache_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that was just written; often many tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Reasoning that was just written and is not part of the reply."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call; the pieces of one `index` add up. `name` comes once."""
+
+    index: int
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the backend counted them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply is whole. `reason` is "stop", "length", "tool_calls" or "content_filter"."""
+
+    reason: str
+
+
+ModelEvent = TextDelta | ReasoningDelta | ToolCallDelta | Usage | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that a backend serves."""
+
+    name: str
+    owned_by: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """A language model backend."""
+
+    def stream(self, request: ModelRequest) -> AsyncIterator[Sequence[ModelEvent]]:
+        """Stream one reply as batches: each holds all that had arrived when it was asked for.
+
+        The last batch ends with `Finished`. Closing the iterator (or cancelling the task that reads
+        it) closes the backend's connection at once, so that the backend stops working on it.
+
+        Raises:
+            ModelError: one of its subclasses; after the first batch nothing is retried.
+        """
+        ...
+
+    async def list_models(self) -> Sequence[ModelInfo]:
+        """List the models that the backend serves.
+
+        Raises:
+            ModelError: the backend cannot be asked.
+        """
+        ...

@@ -1,0 +1,230 @@
+"""The one append stream of an agent process: many runs' writes out, their results in.
+
+When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
+it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import grpc.aio
+import structlog
+
+from hermesh.session.v1.session_internal_service_pb2 import (
+    AppendRequest,
+    AppendResponse,
+    Reattach,
+    ReattachResult,
+)
+from services.agent.runs.writer import Attachment, RunWriter, WriterStopped
+
+_log = structlog.get_logger("agent.link")
+
+BACKOFF = (0.0, 0.05, 0.1, 0.2)
+# A write without an answer for this long means a dead peer: the store's own statement timeout is 5 s.
+ANSWER_TIMEOUT = 8.0
+RETRY_DELAY = 0.1
+MAX_MESSAGE = 4 * 1024 * 1024
+
+
+class AppendCall(Protocol):
+    """A bidirectional call, as grpc.aio has it."""
+
+    async def write(self, request: AppendRequest) -> None:
+        """Send a message."""
+
+    def __aiter__(self) -> AsyncIterator[AppendResponse]:
+        """Read messages."""
+
+    def cancel(self) -> bool:
+        """End the call."""
+
+
+class StreamEnded(Exception):
+    """The append stream is over and another one is needed."""
+
+
+class AppendLink:
+    """Owns the append stream; `run` is its one task.
+
+    Args:
+        open_stream: starts a call.
+        owner: this replica's name.
+        on_cancel: told about runs that somebody asked to cancel.
+        monotonic: the clock of leases.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[], AppendCall],
+        owner: str,
+        on_cancel: Callable[[str], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._open_stream = open_stream
+        self._owner = owner
+        self._on_cancel = on_cancel
+        self._monotonic = monotonic
+        self._writers: dict[str, RunWriter] = {}
+        self._ready: dict[str, RunWriter] = {}
+        self._reattach: dict[str, RunWriter] = {}
+        self._wake = asyncio.Event()
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._asked_at: dict[str, float] = {}
+
+    def add(self, writer: RunWriter) -> None:
+        """Serve a run's writer."""
+        self._writers[writer.run_id] = writer
+        if writer.ready:
+            self.schedule(writer)
+
+    def remove(self, writer: RunWriter) -> None:
+        """Serve it no more."""
+        if self._writers.get(writer.run_id) is writer:
+            del self._writers[writer.run_id]
+        self._ready.pop(writer.run_id, None)
+        self._reattach.pop(writer.run_id, None)
+        self._asked_at.pop(writer.run_id, None)
+
+    def schedule(self, writer: RunWriter) -> None:
+        """Send what a writer has ready, together with whatever else is."""
+        if writer.run_id in self._writers:
+            self._ready[writer.run_id] = writer
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Keep a stream open until cancelled."""
+        failures = 0
+        try:
+            while True:
+                started = self._monotonic()
+                try:
+                    await self._serve()
+                except* (StreamEnded, grpc.RpcError) as group:
+                    reason = group.exceptions[0]
+                    _log.warning("append stream broke", runs=len(self._writers), cause=_describe(reason))
+                for writer in self._writers.values():
+                    writer.detach()
+                failures = 0 if self._monotonic() - started > 1.0 else failures + 1
+                wait = BACKOFF[min(failures, len(BACKOFF) - 1)]
+                await asyncio.sleep(random.uniform(wait / 2, wait))  # noqa: S311 - jitter
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+            self._timers.clear()
+
+    async def _serve(self) -> None:
+        """Use one stream until it ends; it always ends by an exception."""
+        call = self._open_stream()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(call), name="append-read")
+                group.create_task(self._watch(), name="append-watch")
+                group.create_task(self._write(call), name="append-write")
+        finally:
+            call.cancel()
+
+    # sending
+
+    async def _write(self, call: AppendCall) -> None:
+        self._asked_at.clear()
+        for writer in self._writers.values():
+            if writer.attachment is Attachment.DETACHED:
+                self._reattach[writer.run_id] = writer
+        first = True
+        while True:
+            message = self._message()
+            if first or message.appends or message.reattach:
+                if first:
+                    message.owner = self._owner
+                    first = False
+                await call.write(message)
+                continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _message(self) -> AppendRequest:
+        message = AppendRequest()
+        for writer in self._reattach.values():
+            message.reattach.append(
+                Reattach(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
+            )
+            self._asked_at[writer.run_id] = self._monotonic()
+        self._reattach.clear()
+        size = 0
+        while self._ready and size < MAX_MESSAGE:
+            _, writer = self._ready.popitem()
+            if not writer.ready:
+                continue
+            if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
+                # Not renewed in time: it may be another's. A new fence says whether it is still ours.
+                writer.detach()
+                self._reattach[writer.run_id] = writer
+                self._wake.set()
+                continue
+            size += writer.take(message.appends.add())
+        return message
+
+    # receiving
+
+    async def _read(self, call: AppendCall) -> None:
+        async for response in call:
+            for result in response.results:
+                writer = self._writers.get(result.run_id)
+                if writer is not None and writer.answered(result):
+                    self._later(partial(writer.send_again, result.first_seq))
+            if response.reattached:
+                self._reattached(response.reattached)
+            for run_id in response.cancelled_run_ids:
+                self._on_cancel(run_id)
+            if response.draining:
+                # What is in flight there is settled by the new fence: it is in the log by then, or refused.
+                raise StreamEnded("the session replica is draining")
+        raise StreamEnded("closed by the session replica")
+
+    def _reattached(self, results: Sequence[ReattachResult]) -> None:
+        for result in results:
+            writer = self._writers.get(result.run_id)
+            asked_at = self._asked_at.pop(result.run_id, None)
+            if writer is None or asked_at is None:
+                continue
+            if result.HasField("grant"):
+                writer.reattached(result.grant, asked_at + result.grant.ttl_ms / 1000)
+            elif result.lost:
+                writer.stop(WriterStopped("lost"))
+            else:
+                self._later(partial(self._ask_again, writer))
+
+    def _ask_again(self, writer: RunWriter) -> None:
+        if self._writers.get(writer.run_id) is writer and writer.attachment is Attachment.DETACHED:
+            self._reattach[writer.run_id] = writer
+            self._wake.set()
+
+    def _later(self, action: Callable[[], None]) -> None:
+        def fire() -> None:
+            self._timers.discard(timer)
+            action()
+
+        delay = random.uniform(RETRY_DELAY / 2, RETRY_DELAY * 2)  # noqa: S311 - jitter
+        timer = asyncio.get_running_loop().call_later(delay, fire)
+        self._timers.add(timer)
+
+    async def _watch(self) -> None:
+        """End the stream when a write or a re-attach stays without an answer."""
+        while True:
+            await asyncio.sleep(1.0)
+            limit = self._monotonic() - ANSWER_TIMEOUT
+            late = any(writer.in_flight and writer.sent_at < limit for writer in self._writers.values())
+            if late or any(at < limit for at in self._asked_at.values()):
+                raise StreamEnded("the session replica does not answer")
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code().name
+    return str(error) if isinstance(error, StreamEnded) else repr(error)

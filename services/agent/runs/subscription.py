@@ -1,0 +1,65 @@
+"""A caller's bounded view of the events that a run has stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from hermesh.common.v1.event_pb2 import Event
+
+
+class Subscription:
+    """Events on their way to one caller.
+
+    A caller that falls further behind than the bounds is cut off with `reconnect = "slow_reader"`: what
+    was queued until then is still delivered, so that what it got is a prefix of the log.
+
+    Args:
+        max_events, max_bytes: bounds of what is queued.
+    """
+
+    def __init__(self, max_events: int = 4096, max_bytes: int = 4 * 1024 * 1024) -> None:
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._queue: list[Event] = []
+        self._bytes = 0
+        self._changed = asyncio.Event()
+        self._closed = False
+        self.reconnect = ""
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will be queued."""
+        return self._closed
+
+    def push(self, events: Sequence[Event]) -> None:
+        """Queue stored events, or cut the caller off when it is too far behind."""
+        if self._closed:
+            return
+        size = sum(len(event.data) for event in events)
+        full = self._queue and (
+            len(self._queue) + len(events) > self._max_events or self._bytes + size > self._max_bytes
+        )
+        if full:
+            self.close("slow_reader")
+            return
+        self._queue.extend(events)
+        self._bytes += size
+        self._changed.set()
+
+    def close(self, reconnect: str = "") -> None:
+        """End the stream after what is queued; `reconnect` says why when the log goes on without it."""
+        if not self._closed:
+            self._closed = True
+            self.reconnect = reconnect
+            self._changed.set()
+
+    async def next(self) -> list[Event]:
+        """Return everything queued, waiting for some; [] at the end."""
+        while not self._queue:
+            if self._closed:
+                return []
+            self._changed.clear()
+            await self._changed.wait()
+        events, self._queue, self._bytes = self._queue, [], 0
+        return events

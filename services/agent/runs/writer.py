@@ -1,0 +1,319 @@
+"""One run's writer: what arrives while an append is in flight becomes the next append.
+
+The first event goes out at once; under load batches grow by themselves, because text that waits is
+joined. At most one append of a run is in flight, and its bytes never change once it was sent: sent again
+after a broken stream it is either in the log as a whole already, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import orjson
+
+from hermesh.common.v1.event_pb2 import Event
+from hermesh.session.v1.resources_pb2 import Grant
+from hermesh.session.v1.session_internal_service_pb2 import (
+    APPEND_OUTCOME_COMMITTED,
+    APPEND_OUTCOME_FENCED,
+    APPEND_OUTCOME_GAP,
+    APPEND_OUTCOME_INVALID,
+    AppendResult,
+    RunAppend,
+    StepCommit,
+)
+from services.agent.runs.subscription import Subscription
+
+MAX_TEXT = 64 * 1024
+MAX_APPEND = 512 * 1024
+HIGH_WATER = 1024 * 1024
+
+
+class WriterStopped(Exception):
+    """The run's events can no longer be written here.
+
+    Attributes:
+        kind: "lost" = another replica owns the run; "rejected" = the store refused the write itself.
+    """
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+class Attachment(Enum):
+    """A writer's tie to the append stream."""
+
+    NEW = "new"
+    ATTACHED = "attached"
+    DETACHED = "detached"
+
+
+@dataclass(slots=True)
+class _Pending:
+    type: str
+    time_ms: int
+    parts: list[str] = field(default_factory=list)
+    size: int = 0
+    data: str = ""
+    commit: StepCommit | None = None
+
+    def render(self) -> str:
+        return self.data or f'{{"text":{orjson.dumps("".join(self.parts)).decode()}}}'
+
+
+class RunWriter:
+    """Writes the events of one run under one lease.
+
+    Args:
+        grant: the lease.
+        lease_until: monotonic time at which it must be taken for lost unless renewed.
+        now_ms: the clock of the events' times.
+        schedule: asks the append stream to come and `take` what is ready.
+        monotonic: the clock of `lease_until`.
+    """
+
+    def __init__(
+        self,
+        grant: Grant,
+        *,
+        lease_until: float,
+        now_ms: Callable[[], int],
+        schedule: Callable[[RunWriter], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.run_id = grant.run_id
+        self.session_id = grant.session_id
+        self.fence = grant.fence
+        self.next_seq = grant.next_seq
+        self.lease_until = lease_until
+        self.attachment = Attachment.NEW
+        self.sent_at = 0.0
+        self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
+        self._now_ms = now_ms
+        self._monotonic = monotonic
+        self._schedule = schedule
+        self._pending: deque[_Pending] = deque()
+        self._pending_size = 0
+        self._in_flight: RunAppend | None = None
+        self._sent = False
+        self._moved = asyncio.Event()
+        self._stopped: WriterStopped | None = None
+        self._subscriptions: list[Subscription] = []
+
+    # the runner's side
+
+    def subscribe(self, subscription: Subscription) -> None:
+        """Send every event that is stored from now on to a caller."""
+        self._subscriptions.append(subscription)
+
+    def close_subscriptions(self, reconnect: str = "") -> None:
+        """End the callers' streams after what they were sent."""
+        for subscription in self._subscriptions:
+            subscription.close(reconnect)
+        self._subscriptions.clear()
+
+    def text(self, kind: str, text: str) -> None:
+        """Write text ("text.delta" or "reasoning.delta"); text that waits is joined."""
+        if self._stopped is not None:
+            raise self._stopped
+        last = self._pending[-1] if self._pending else None
+        if last is None or last.type != kind or last.commit is not None or last.size > MAX_TEXT:
+            last = _Pending(kind, self._now_ms())
+            self._pending.append(last)
+        last.parts.append(text)
+        last.size += len(text)
+        self._pending_size += len(text)
+        if self._in_flight is None:
+            self._schedule(self)
+
+    def event(self, kind: str, data: dict[str, Any], commit: StepCommit | None = None) -> None:
+        """Write an event; `commit` is stored in the same transaction as it and what waits before it."""
+        if self._stopped is not None:
+            raise self._stopped
+        text = orjson.dumps(data).decode()
+        self._pending.append(_Pending(kind, self._now_ms(), size=len(text), data=text, commit=commit))
+        self._pending_size += len(text)
+        if self._in_flight is None:
+            self._schedule(self)
+
+    async def room(self) -> None:
+        """Wait while too much is waiting to be stored: the producer must not outrun the store."""
+        while self._pending_size > HIGH_WATER:
+            await self._wait()
+
+    async def flush(self) -> None:
+        """Wait until everything written so far is stored.
+
+        Raises:
+            WriterStopped: it cannot be.
+        """
+        while self._pending or self._in_flight is not None:
+            await self._wait()
+        if self._stopped is not None:
+            raise self._stopped
+
+    async def _wait(self) -> None:
+        if self._stopped is not None:
+            raise self._stopped
+        self._moved.clear()
+        await self._moved.wait()
+        if self._stopped is not None:
+            raise self._stopped
+
+    def stop(self, stopped: WriterStopped) -> None:
+        """Write nothing more, at once and for good."""
+        if self._stopped is None:
+            self._stopped = stopped
+            self._pending.clear()
+            self._pending_size = 0
+            self._in_flight = None
+            self._moved.set()
+            self.on_stopped(stopped)
+
+    def discard(self) -> None:
+        """Drop what a rejected write left behind, so that the run's end can be written in its place."""
+        self._stopped = None
+        self._pending.clear()
+        self._pending_size = 0
+        self._in_flight = None
+
+    # the append stream's side
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the writer was stopped."""
+        return self._stopped is not None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a write waits for its answer."""
+        return self._in_flight is not None and self._sent
+
+    @property
+    def lease_held(self) -> bool:
+        """Whether the lease is surely still ours."""
+        return self._monotonic() < self.lease_until
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to send that is not under way."""
+        if self._stopped is not None or self.attachment is Attachment.DETACHED:
+            return False
+        return not self._sent if self._in_flight is not None else bool(self._pending)
+
+    def take(self, target: RunAppend) -> int:
+        """Fill in the next write, its bytes now fixed; call it only when `ready`.
+
+        Args:
+            target: an empty write inside the message that is about to be sent.
+
+        Returns:
+            Its size, roughly, in characters.
+        """
+        size = 0
+        if self._in_flight is None:
+            target.session_id, target.run_id = self.session_id, self.run_id
+            target.fence, target.first_seq = self.fence, self.next_seq
+            while self._pending and size < MAX_APPEND:
+                entry = self._pending.popleft()
+                size += entry.size
+                target.events.add(type=entry.type, time_ms=entry.time_ms, data=entry.render())
+                if entry.commit is not None:
+                    target.commit.CopyFrom(entry.commit)
+                    break
+            self._pending_size = max(0, self._pending_size - size)
+            self._in_flight = target
+            self._moved.set()
+        else:
+            target.CopyFrom(self._in_flight)
+            size = sum(len(event.data) for event in target.events)
+        self._sent = True
+        self.sent_at = self._monotonic()
+        self.attachment = Attachment.ATTACHED
+        return size
+
+    def send_again(self, first_seq: int) -> None:
+        """Send the write in flight once more, unchanged, if it is still that one."""
+        if self._in_flight is not None and self._sent and self._in_flight.first_seq == first_seq:
+            self._sent = False
+            self._schedule(self)
+
+    def answered(self, result: AppendResult) -> bool:
+        """Take an append's result in.
+
+        Returns:
+            Whether the write is to be sent again after a moment.
+        """
+        append = self._in_flight
+        if self._stopped is not None or append is None or result.first_seq != append.first_seq:
+            return False  # an answer to what was settled by a re-attach in the meantime
+        if result.outcome == APPEND_OUTCOME_COMMITTED:
+            self._stored(append)
+        elif result.outcome == APPEND_OUTCOME_GAP:
+            # Only this lease writes: a log that ends right after this write has it, from an earlier try.
+            self._settle(append, result.next_seq)
+        elif result.outcome == APPEND_OUTCOME_FENCED:
+            if append.fence == self.fence:
+                self.stop(WriterStopped("lost"))
+        elif result.outcome == APPEND_OUTCOME_INVALID:
+            self.stop(WriterStopped("rejected", result.detail))
+        else:
+            return True
+        return False
+
+    def detach(self) -> None:
+        """The append stream broke: nothing is sent until the lease is attached to another one."""
+        if self.attachment is Attachment.ATTACHED:
+            self.attachment = Attachment.DETACHED
+
+    def reattached(self, grant: Grant, lease_until: float) -> None:
+        """Go on under a new fence: what the store has is dropped, the rest is sent again."""
+        if self._stopped is not None:
+            return
+        self.fence = grant.fence
+        self.lease_until = lease_until
+        self.attachment = Attachment.ATTACHED
+        append = self._in_flight
+        if append is None:
+            if grant.next_seq != self.next_seq:
+                self.stop(WriterStopped("lost", "the log went on without this writer"))
+            elif self._pending:
+                self._schedule(self)
+            return
+        append.fence = grant.fence
+        self._settle(append, grant.next_seq)
+
+    def _settle(self, append: RunAppend, next_seq: int) -> None:
+        if next_seq == append.first_seq + len(append.events):
+            self._stored(append)
+        elif next_seq == append.first_seq:
+            self._sent = False
+            self._schedule(self)
+        else:
+            self.stop(WriterStopped("lost", "the log went on without this writer"))
+
+    def _stored(self, append: RunAppend) -> None:
+        self._in_flight = None
+        self._sent = False
+        self.next_seq = append.first_seq + len(append.events)
+        if self._subscriptions:
+            events = self._events(append)
+            for subscription in self._subscriptions:
+                subscription.push(events)
+            self._subscriptions = [one for one in self._subscriptions if not one.closed]
+        self._moved.set()
+        if self._pending:
+            self._schedule(self)
+
+    def _events(self, append: RunAppend) -> Sequence[Event]:
+        run_id, seq = self.run_id, append.first_seq
+        return [
+            Event(run_id=run_id, seq=seq + place, type=new.type, time_ms=new.time_ms, data=new.data)
+            for place, new in enumerate(append.events)
+        ]
