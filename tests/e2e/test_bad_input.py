@@ -8,7 +8,16 @@ import httpx
 import pytest
 
 from bench.mesh import Mesh
-from tests.e2e.client import assert_whole, frames_of, http, new_session, run_to_end, submit, watch_to_end
+from tests.e2e.client import (
+    assert_whole,
+    frames_of,
+    http,
+    new_session,
+    run_to_end,
+    submit,
+    watch,
+    watch_to_end,
+)
 
 
 def assert_problem(answer: httpx.Response, status: int, reason: str) -> None:
@@ -82,7 +91,7 @@ async def test_an_idempotency_key_gives_one_run(mesh: Mesh) -> None:
         await watch_to_end(client, first.json()["run_id"])
         async with client.stream("POST", url, json=body | {"stream": True}, headers=key) as response:
             if response.status_code == 200:
-                assert [frame async for frame in frames_of(response)][0].run_id == first.json()["run_id"]
+                assert (await anext(frames_of(response))).run_id == first.json()["run_id"]
             else:
                 raise AssertionError((response.status_code, await response.aread()))
         runs = (await client.get(f"/v1/sessions/{session}/messages")).json()["messages"]
@@ -139,8 +148,8 @@ async def test_a_cancel_reaches_the_model_at_once(mesh: Mesh) -> None:
         aborted = (await client.get(stats_url)).json()["aborted"]
         run = await submit(client, session, "[[tokens=2000 rate=20]]")
         watcher = asyncio.create_task(watch_to_end(client, run))
-        while (await client.get(stats_url)).json()["open"] == 0:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            await watch(client, run, 0, lambda frame: frame.event == "text.delta")
         assert (await client.post(f"/v1/runs/{run}/cancel", json={"reason": "enough"})).status_code in (
             200,
             202,

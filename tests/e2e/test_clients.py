@@ -152,10 +152,9 @@ async def test_mesh_only_methods_refuse_the_public(mesh: Mesh) -> None:
             )
         assert refused.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED)
         agents = agent_service_pb2_grpc.AgentServiceStub(channel)
+        request = agent_service_pb2.ExecuteRequest(run_id="01890000-0000-7000-8000-000000000000")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            request = agent_service_pb2.ExecuteRequest(run_id="01890000-0000-7000-8000-000000000000")
-            async for _ in agents.Execute(request, metadata=forged, timeout=10):
-                pass
+            await agents.Execute(request, metadata=forged, timeout=10).read()
         assert refused.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED)
 
 

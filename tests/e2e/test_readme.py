@@ -22,9 +22,15 @@ def localized(text: str, mesh: Mesh) -> str:
 
 def run(mesh: Mesh, command: list[str], script: str) -> str:
     done = subprocess.run(
-        command, input=localized(script, mesh), cwd=ROOT, env=mesh.environment, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        command,
+        input=localized(script, mesh),
+        cwd=ROOT,
+        env=mesh.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,0 +1,82 @@
+"""Writes the parts of docs/ that come from the code: settings and error reasons.
+
+Run by `make docs`; `--check` (in `make check`) fails where a file is not what the code says.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from gateway.settings import GatewaySettings
+from launcher.settings import LauncherSettings
+from meshkit.settings import MeshSettings, settings_table
+from services.agent.settings import AgentSettings
+from services.memory.settings import MemorySettings
+from services.session.settings import SessionSettings
+from services.tool.settings import ToolSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+REASON = re.compile(r"((?:^  // .*\n)+)^  ERROR_REASON_(\w+) = \d+;", re.MULTILINE)
+
+SETTINGS = {
+    "The command `hermesh`": LauncherSettings,
+    "Every process of the mesh": MeshSettings,
+    "Session": SessionSettings,
+    "Agent": AgentSettings,
+    "Tool": ToolSettings,
+    "Memory": MemorySettings,
+    "Gateway": GatewaySettings,
+}
+
+
+def settings_page() -> str:
+    """The page of settings, one table a process."""
+    parts = [
+        "# Settings",
+        "Made from the code by `make docs`. Every setting is an environment variable. The command `hermesh`",
+        "passes on to each process what that process reads; under compose or Kubernetes set them yourself.",
+    ]
+    for title, settings in SETTINGS.items():
+        inherited = set(MeshSettings.model_fields) if settings is not MeshSettings else set()
+        parts += ["", f"## {title}", "", settings_table(settings, without=inherited)]
+    return "\n".join(parts) + "\n"
+
+
+def errors_page() -> str:
+    """The page of error reasons, from the comments of the proto."""
+    proto = (ROOT / "protos/hermesh/common/v1/error_reason.proto").read_text()
+    rows = [
+        f"| `{name}` | {' '.join(line.strip().removeprefix('// ') for line in comment.splitlines() if line)} |"
+        for comment, name in REASON.findall(proto)
+        if name != "UNSPECIFIED"
+    ]
+    return "\n".join(
+        [
+            "# Error reasons",
+            "",
+            "Made from `protos/hermesh/common/v1/error_reason.proto` by `make docs`. Over gRPC the reason is in",
+            "`google.rpc.ErrorInfo` (domain `hermesh`); over HTTP it is the problem document's `reason`.",
+            "",
+            "| reason | meaning |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Writes the pages, or compares them with `--check`."""
+    stale = []
+    for name, text in (("settings.md", settings_page()), ("errors.md", errors_page())):
+        path = ROOT / "docs" / name
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            stale.append(f"docs/{name}")
+    if stale:
+        raise SystemExit(f"{', '.join(stale)}: not what the code says; run `make docs` and commit")
+
+
+if __name__ == "__main__":
+    main()
