@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gateway.settings import GatewaySettings
 from launcher.settings import LauncherSettings
-from meshkit.settings import MeshSettings, settings_table
+from meshkit.settings import settings_table
 from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
@@ -18,28 +18,28 @@ from services.tool.settings import ToolSettings
 ROOT = Path(__file__).resolve().parent.parent
 REASON = re.compile(r"((?:^  // .*\n)+)^  ERROR_REASON_(\w+) = \d+;", re.MULTILINE)
 
-SETTINGS = {
-    "The command `hermesh`": LauncherSettings,
-    "Every process of the mesh": MeshSettings,
-    "Session": SessionSettings,
-    "Agent": AgentSettings,
-    "Tool": ToolSettings,
-    "Memory": MemorySettings,
-    "Gateway": GatewaySettings,
-}
+SETTINGS = (
+    LauncherSettings,
+    SessionSettings,
+    AgentSettings,
+    ToolSettings,
+    MemorySettings,
+    GatewaySettings,
+)
 
 
 def settings_page() -> str:
-    """The page of settings, one table a process."""
-    parts = [
-        "# Settings",
-        "Made from the code by `make docs`. Every setting is an environment variable. The command `hermesh`",
-        "passes on to each process what that process reads; under compose or Kubernetes set them yourself.",
-    ]
-    for title, settings in SETTINGS.items():
-        inherited = set(MeshSettings.model_fields) if settings is not MeshSettings else set()
-        parts += ["", f"## {title}", "", settings_table(settings, without=inherited)]
-    return "\n".join(parts) + "\n"
+    """The page of settings: one table."""
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Made from the code by `make docs`. Every setting is an environment variable. The command `hermesh`",
+            "gives each process what that process reads; under compose or Kubernetes set them yourself.",
+            "",
+            settings_table(*SETTINGS),
+        ]
+    )
 
 
 def errors_page() -> str:
