@@ -1,0 +1,398 @@
+"""The one server interceptor: what happens around every RPC.
+
+In this order: request id, trace, metrics and log line; deadline; identity; validation of the request; the
+method; and every failure turned into a rich status. One interceptor in place of five, because grpc.aio pays
+for each one on each RPC; a method's handler is wrapped once and kept. Streams pay per message for one loop
+step and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+from uuid import UUID
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_status import rpc_status
+
+from meshkit import tracing
+from meshkit.auth import Authenticator, invalid_key
+from meshkit.context import (
+    REQUEST_ID_KEY,
+    TRACEPARENT_KEY,
+    accept_request_id,
+    deadline_var,
+    request_id_var,
+)
+from meshkit.errors import (
+    DeadlineError,
+    HermeshError,
+    InternalError,
+    InvalidArgumentError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    from_rpc_error,
+    to_status,
+)
+from meshkit.identity import (
+    ANONYMOUS,
+    AUTHORIZATION_KEY,
+    MESH_TOKEN_KEY,
+    TENANT_KEY,
+    Identity,
+    identity_var,
+    require_mesh,
+)
+from meshkit.telemetry import RpcMetrics
+from meshkit.validation import validate
+
+_log = structlog.get_logger("meshkit.rpc")
+
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+_REFLECTION_PREFIX = "/grpc.reflection."
+# Services of the mesh only, by the name that their protos give them.
+_INTERNAL_SUFFIX = "InternalService"
+_BEARER = "bearer "
+
+# Codes that say that we, not the caller, are at fault.
+_FAULTS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of a server."""
+
+    def __init__(self, *, authenticator: Authenticator | None, mesh_token: str, metrics: RpcMetrics) -> None:
+        """Makes the interceptor.
+
+        Args:
+            authenticator: For calls with an API key; None refuses them all.
+            mesh_token: The mesh's shared secret; calls from the mesh are refused if it is empty.
+            metrics: Where RPCs are counted.
+        """
+        self._authenticator = authenticator
+        self._mesh_token = mesh_token.encode()
+        self._metrics = metrics
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Returns the wrapped handler of a method; None for an unknown one."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        name = handler_call_details.method
+        known = self._wrapped.get(name)
+        if known is not None and known[0] is handler:
+            return known[1]
+        wrapped = self._wrap(name, handler)
+        self._wrapped[name] = (handler, wrapped)
+        return wrapped
+
+    def _wrap(self, name: str, handler: Any) -> Any:
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(name, handler.stream_stream, None),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                self._single(name, handler.stream_unary, None),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        # A unary request is read here and not by gRPC, whose answer to broken bytes is a bare INTERNAL.
+        read = handler.request_deserializer or _as_is
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(name, handler.unary_stream, read), None, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._single(name, handler.unary_unary, read), None, handler.response_serializer
+        )
+
+    def _single(self, name: str, behavior: Any, read: Callable[[bytes], Any] | None) -> Any:
+        if not inspect.iscoroutinefunction(behavior):
+            behavior = _unimplemented
+        check = _checker(name, read)
+
+        async def serve(request: Any, context: Any) -> Any:
+            call = _Call(self, name, context)
+            try:
+                call.begin()
+                await self._identify(call)
+                result = await behavior(check(request) if check is not None else request, context)
+                call.code = _set_code(context)
+                return result
+            except BaseException as error:
+                await call.fail(error)
+            finally:
+                call.finish()
+
+        return serve
+
+    def _streaming(self, name: str, behavior: Any, read: Callable[[bytes], Any] | None) -> Any:
+        generates = inspect.isasyncgenfunction(behavior)
+        if not generates and not inspect.iscoroutinefunction(behavior):
+            behavior = _unimplemented
+        check = _checker(name, read)
+
+        async def serve(request: Any, context: Any) -> None:
+            call = _Call(self, name, context)
+            try:
+                call.begin()
+                await self._identify(call)
+                if check is not None:
+                    request = check(request)
+                if generates:
+                    write = context.write
+                    responses = behavior(request, context)
+                    try:
+                        async for response in responses:
+                            await write(response)
+                    finally:
+                        # A generator that is only dropped would run its `finally` at some later time.
+                        await responses.aclose()
+                else:
+                    await behavior(request, context)
+                call.code = _set_code(context)
+            except BaseException as error:
+                await call.fail(error)
+            finally:
+                call.finish()
+
+        return serve
+
+    async def _identify(self, call: _Call) -> None:
+        if call.name.startswith(_HEALTH_PREFIX):
+            return
+        token = call.metadata.get(MESH_TOKEN_KEY)
+        if token is not None:
+            identity_var.set(self._mesh_identity(token, call.metadata.get(TENANT_KEY)))
+            return
+        authorization = call.metadata.get(AUTHORIZATION_KEY)
+        if authorization is None:
+            raise UnauthenticatedError(
+                "API_KEY_MISSING", "send an API key in the metadata: authorization: Bearer hm_..."
+            )
+        if not isinstance(authorization, str) or not authorization[: len(_BEARER)].lower() == _BEARER:
+            raise UnauthenticatedError("API_KEY_INVALID", "authorization must be: Bearer hm_...")
+        if self._authenticator is None:
+            raise invalid_key()
+        tenant_id = await self._authenticator.authenticate(authorization[len(_BEARER) :].strip())
+        identity_var.set(Identity(tenant_id=tenant_id, mesh=False))
+        if call.internal:
+            require_mesh()
+
+    def _mesh_identity(self, token: str | bytes, tenant: str | bytes | None) -> Identity:
+        offered = token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
+        if not self._mesh_token or not hmac.compare_digest(offered, self._mesh_token):
+            raise UnauthenticatedError("API_KEY_INVALID", "the mesh token is not valid")
+        if not tenant:
+            return Identity(tenant_id=None, mesh=True)
+        try:
+            return Identity(tenant_id=UUID(str(tenant)), mesh=True)
+        except ValueError:
+            raise InvalidArgumentError("INVALID_ARGUMENT", f"metadata {TENANT_KEY} is not a UUID") from None
+
+
+class _Call:
+    """One RPC being served: its figures, and how it ends."""
+
+    __slots__ = (
+        "_context",
+        "_owner",
+        "_reason",
+        "_request_id",
+        "_span",
+        "_started",
+        "code",
+        "internal",
+        "metadata",
+        "name",
+    )
+
+    def __init__(self, owner: RpcInterceptor, name: str, context: Any) -> None:
+        self.name = name
+        self.code = "OK"
+        self._owner = owner
+        self._context = context
+        self._reason = ""
+        self._started = time.monotonic()
+        self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
+        self.internal = name[1:].partition("/")[0].endswith(_INTERNAL_SUFFIX)
+        # The task is the RPC's own, so that what is set here ends with it.
+        self._request_id = accept_request_id(_text(self.metadata.get(REQUEST_ID_KEY)))
+        request_id_var.set(self._request_id)
+        identity_var.set(ANONYMOUS)
+        self._span = tracing.start_server_span(
+            name,
+            _text(self.metadata.get(TRACEPARENT_KEY)),
+            _text(self.metadata.get(tracing.TRACESTATE_KEY)) or "",
+        )
+        self._span.enter()
+        owner._metrics.started(name)
+
+    def begin(self) -> None:
+        """Takes over the deadline and announces the request id.
+
+        Raises:
+            DeadlineError: The deadline has passed already: nobody waits for the work.
+        """
+        self._context.set_trailing_metadata(((REQUEST_ID_KEY, self._request_id),))
+        left = self._context.time_remaining()
+        if left is None:
+            deadline_var.set(None)
+            return
+        deadline_var.set(self._started + left)
+        if left <= 0:
+            raise DeadlineError()
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """Ends the RPC with the status of an error; always raises."""
+        if isinstance(error, asyncio.CancelledError):
+            left = self._context.time_remaining()
+            self.code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            raise error
+        if isinstance(error, grpc.aio.AbortError):
+            self.code = _set_code(self._context)
+            raise error
+        if not isinstance(error, Exception):
+            self.code = "UNKNOWN"
+            raise error
+        mapped = self._map(error)
+        self.code = mapped.code.name
+        self._reason = mapped.reason
+        if self._context.done():
+            # Nobody is there to read the status: the client left, or its deadline passed.
+            raise asyncio.CancelledError from error
+        status = rpc_status.to_status(to_status(mapped, self._request_id))
+        trailers = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, self._request_id))
+        await self._context.abort(status.code, status.details, trailers)
+        raise AssertionError("abort returned")
+
+    def _map(self, error: Exception) -> HermeshError:
+        if isinstance(error, HermeshError):
+            if isinstance(error, InternalError):
+                _log.error("rpc hit a broken invariant", method=self.name[1:], exc_info=error)
+            return error
+        if isinstance(error, grpc.RpcError):
+            mapped = from_rpc_error(error)
+            _log.warning("upstream call failed", method=self.name[1:], upstream=_describe(error))
+            return mapped
+        mapped_driver = _map_driver(error)
+        if mapped_driver is not None and not isinstance(mapped_driver, InternalError):
+            _log.warning("driver failed", method=self.name[1:], error=type(error).__name__, detail=str(error))
+            return mapped_driver
+        _log.error("rpc failed unexpectedly", method=self.name[1:], exc_info=error)
+        return InternalError()
+
+    def finish(self) -> None:
+        """Counts and logs the RPC and ends its span."""
+        seconds = time.monotonic() - self._started
+        code = self.code
+        self._owner._metrics.handled(self.name, code, seconds)
+        self._span.end(code, failed=code in _FAULTS)
+        if self.name.startswith(_HEALTH_PREFIX) and code in ("OK", "CANCELLED"):
+            # Envoy asks each second: a line each would bury the rest.
+            return
+        tenant_id = identity_var.get().tenant_id
+        if code in ("OK", "CANCELLED"):
+            write = _log.info
+        elif code in _FAULTS:
+            write = _log.error
+        else:
+            write = _log.warning
+        write(
+            "rpc",
+            method=self.name[1:],
+            code=code,
+            reason=self._reason or None,
+            duration_ms=round(seconds * 1000, 2),
+            request_id=self._request_id,
+            tenant=str(tenant_id) if tenant_id is not None else None,
+        )
+
+
+def _checker(name: str, read: Callable[[bytes], Any] | None) -> Callable[[Any], Any] | None:
+    """Returns what turns a unary request's bytes into a valid message."""
+    if read is None:
+        return None
+    if name.startswith((_HEALTH_PREFIX, _REFLECTION_PREFIX)):
+        return read
+
+    def check(data: bytes) -> Any:
+        try:
+            message = read(data)
+        except Exception as error:
+            raise InvalidArgumentError(
+                "INVALID_ARGUMENT", "the request cannot be read: it is not the message that its method takes"
+            ) from error
+        validate(message)
+        return message
+
+    return check
+
+
+def _as_is(data: bytes) -> bytes:
+    return data
+
+
+async def _unimplemented(_request: Any, _context: Any) -> NoReturn:
+    raise UnimplementedError("UNIMPLEMENTED", "this method is not served by this version")
+
+
+def _set_code(context: Any) -> str:
+    """Returns the code that a servicer set by hand, or OK."""
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return _CODE_NAMES.get(code, "OK") if isinstance(code, int) else "OK"
+
+
+_CODE_NAMES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _describe(error: grpc.RpcError) -> str:
+    code = getattr(error, "code", None)
+    details = getattr(error, "details", None)
+    return f"{code() if callable(code) else '?'}: {details() if callable(details) else ''}"
+
+
+def _map_driver(error: Exception) -> HermeshError | None:
+    """Maps what a store's driver raised; None if no driver is involved.
+
+    By module name and by traceback, so that a process without a database does not import its driver.
+    """
+    module = type(error).__module__.partition(".")[0]
+    driver = module if module in ("asyncpg", "redis") else _driver_in(error)
+    if driver == "asyncpg":
+        from meshkit.postgres import map_pg_error
+
+        return map_pg_error(error)
+    if driver == "redis":
+        return UnavailableError("SERVICE_UNAVAILABLE", retry_after_ms=500)
+    return None
+
+
+def _driver_in(error: Exception) -> str:
+    """Returns the driver in whose frames a plain OSError or TimeoutError began, or an empty string."""
+    if not isinstance(error, OSError | TimeoutError):
+        return ""
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module in ("asyncpg", "redis"):
+            return module
+        trace = trace.tb_next
+    return ""
