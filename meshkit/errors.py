@@ -306,9 +306,11 @@ def from_rpc_error(error: grpc.RpcError) -> HermeshError:
     """
     code = _code_of(error)
     rich = _status_of(error)
-    if rich is None:
-        return _plain(code)
-    return from_status(rich)
+    if rich is not None:
+        return from_status(rich)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in _details_of(error):
+        return InvalidArgumentError("INPUT_TOO_LARGE", "the message is larger than the limit of 16 MiB")
+    return _plain(code)
 
 
 def from_status(status: status_pb2.Status) -> HermeshError:
@@ -343,6 +345,8 @@ def from_status(status: status_pb2.Status) -> HermeshError:
 
 
 _STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+# gRPC's own words where either end refuses a message.
+_TOO_LARGE = "message larger than max"
 # Where a retry of a foreign error can help, how long to wait.
 _FOREIGN_RETRY_MS = 500
 
@@ -357,6 +361,11 @@ def _code_of(error: grpc.RpcError) -> grpc.StatusCode:
     read = getattr(error, "code", None)
     code = read() if callable(read) else None
     return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def _details_of(error: grpc.RpcError) -> str:
+    read = getattr(error, "details", None)
+    return str(read() or "") if callable(read) else ""
 
 
 def _status_of(error: grpc.RpcError) -> status_pb2.Status | None:

@@ -56,9 +56,7 @@ def require_tenant() -> UUID:
     """
     tenant_id = identity_var.get().tenant_id
     if tenant_id is None:
-        raise UnauthenticatedError(
-            reason="UNAUTHENTICATED", message="this call needs a tenant: send an API key"
-        )
+        raise UnauthenticatedError(reason="API_KEY_MISSING", message="this call needs an API key")
     return tenant_id
 
 

@@ -309,11 +309,12 @@ class _Call:
             write = _log.error
         else:
             write = _log.warning
+        more = {"reason": self._reason} if self._reason else {}
         write(
             "rpc",
             method=self.name[1:],
             code=code,
-            reason=self._reason or None,
+            **more,
             duration_ms=round(seconds * 1000, 2),
             request_id=self._request_id,
             tenant=str(tenant_id) if tenant_id is not None else None,

@@ -120,7 +120,9 @@ def check_free(address: str, variable: str) -> None:
 
 def bind_failure(address: str, variable: str, error: OSError) -> StartupError:
     """Returns the one-line error for an address that cannot be bound."""
-    cause = (error.strerror or str(error)).lower()
+    # asyncio puts a text of its own, with the address, in place of the system's.
+    named = error.errno is not None and error.errno > 0
+    cause = (os.strerror(error.errno or 0) if named else error.strerror or str(error)).lower()
     return StartupError(f"cannot listen on {address}: {cause}; free it or set {variable} to another")
 
 

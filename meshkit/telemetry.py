@@ -10,7 +10,15 @@ from weakref import WeakKeyDictionary
 
 import orjson
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from meshkit import tracing
@@ -35,6 +43,9 @@ class _Stderr:
     A log that cannot be written (a full disk, a reader that is gone) must not fail the call it is about.
     """
 
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
     def msg(self, line: bytes | str) -> None:
         data = line.encode("utf-8", "replace") if isinstance(line, str) else line
         try:
@@ -45,8 +56,8 @@ class _Stderr:
     debug = info = warning = warn = error = critical = exception = fatal = log = msg
 
 
-def _stderr(*_: Any) -> _Stderr:
-    return _Stderr()
+def _stderr(name: str = "", *_: Any) -> _Stderr:
+    return _Stderr(name)
 
 
 def _add_context(_: Any, __: str, event: Event) -> Event:
@@ -88,6 +99,7 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
 
     shared: list[Callable[..., Any]] = [
         structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_static,
@@ -109,7 +121,7 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
     handler = _LibraryHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *foreign],
         )
     )
@@ -129,6 +141,9 @@ class _LibraryHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _Stderr().msg(self.format(record))
 
+
+# The time at which each series began doubles the text of /metrics and is used by nobody here.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
