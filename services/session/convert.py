@@ -7,7 +7,6 @@ from uuid import UUID
 from hermesh.common.v1 import event_pb2
 from hermesh.session.v1 import resources_pb2 as resources
 from hermesh.session.v1 import session_internal_service_pb2 as internal
-
 from meshkit.errors import FieldViolation, InvalidArgumentError
 from services.session.domain import (
     EffectClass,
@@ -35,7 +34,9 @@ def uuid_of(text: str, field: str) -> UUID:
         return UUID(text)
     except ValueError as error:
         raise InvalidArgumentError(
-            "INVALID_ARGUMENT", f"{field} must be a UUID", violations=[FieldViolation(field, "must be a UUID")]
+            "INVALID_ARGUMENT",
+            f"{field} must be a UUID",
+            violations=[FieldViolation(field, "must be a UUID")],
         ) from error
 
 
@@ -207,9 +208,7 @@ def commit_of(commit: internal.StepCommit) -> StepCommit:
             for call in commit.intents
         ],
         status=status,
-        error=RunError(
-            commit.error.code, commit.error.reason, commit.error.message, commit.error.retryable
-        )
+        error=RunError(commit.error.code, commit.error.reason, commit.error.message, commit.error.retryable)
         if commit.HasField("error")
         else None,
         usage=Usage(commit.usage.input_tokens, commit.usage.output_tokens, commit.usage.cached_tokens)

@@ -1,0 +1,319 @@
+"""The append streams of a replica: which stream holds which run, and what goes back down each of them."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from hermesh.session.v1 import session_internal_service_pb2 as internal
+from meshkit.errors import HermeshError, UnavailableError
+from meshkit.tasks import Backoff, TaskOwner
+from services.session import convert, metrics
+from services.session.domain import AppendOutcome, Grant, LeaseRef, RunAppend, StepCommit
+from services.session.flusher import Flusher, Pending
+from services.session.storm import StormGuard
+
+_log = structlog.get_logger("session.append")
+
+# A stream whose writes pile up beyond these is not read until some are settled; HTTP/2 then slows the agent.
+_MAX_OUTSTANDING = 4096
+_MAX_OUTSTANDING_BYTES = 32 * 1024 * 1024
+_MAX_EVENTS = 10_000
+_MAX_REATTACHING = 32
+_REATTACH_TIMEOUT = 8.0
+# Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
+_SETTLE_S = 0.06
+_SHORTEN_TRIES_S = 5.0
+
+
+class Leases(Protocol):
+    """The part of the store that the hub needs; see `store.port.Log`."""
+
+    async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
+        """Renews a lease under a new fence."""
+        ...
+
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+        """Cuts leases."""
+        ...
+
+
+class AppendHub:
+    """Owns the append streams of this replica."""
+
+    def __init__(self, leases: Leases, flusher: Flusher, *, tasks: TaskOwner, guard: StormGuard) -> None:
+        """Makes a hub without streams; `tasks` owns its background work."""
+        self.flusher = flusher
+        self.tasks = tasks
+        self._leases = leases
+        self._guard = guard
+        self._streams: set[AppendStream] = set()
+        self._holders: dict[str, AppendStream] = {}
+        self._broken: list[LeaseRef] = []
+        self._reattaching = asyncio.Semaphore(_MAX_REATTACHING)
+        self._draining = False
+
+    def open(self) -> "AppendStream":
+        """Opens a stream; the caller closes it."""
+        stream = AppendStream(self)
+        self._streams.add(stream)
+        metrics.append_streams.set(len(self._streams))
+        if self._draining:
+            stream.say_draining()
+        return stream
+
+    def close(self, stream: "AppendStream") -> None:
+        """Forgets a stream. Runs that it still held lose most of their lease, unless this replica drains."""
+        if stream not in self._streams:
+            return
+        self._streams.discard(stream)
+        held = list(stream.held.items())
+        stream.held.clear()
+        stream.closed = True
+        for run_text, _ in held:
+            if self._holders.get(run_text) is stream:
+                del self._holders[run_text]
+        metrics.append_streams.set(len(self._streams))
+        metrics.attached_runs.set(len(self._holders))
+        if not held or self._draining:
+            return
+        _log.info("an append stream ended while it held runs", owner=stream.owner, runs=len(held))
+        self._guard.broke()
+        first = not self._broken
+        self._broken.extend(lease for _, lease in held)
+        if first:
+            self.tasks.start(self._shorten(), name="shorten")
+
+    async def _shorten(self) -> None:
+        await asyncio.sleep(_SETTLE_S)
+        refs, self._broken = self._broken, []
+        grace_ms = self._guard.grace_ms(sum(1 for stream in self._streams if stream.held))
+        # A writer that came back on another stream of this replica has a newer fence and keeps its lease.
+        grace_ms = max(1, grace_ms - int(_SETTLE_S * 1000))
+        count = 0
+        try:
+            async with asyncio.timeout(_SHORTEN_TRIES_S):
+                count = await self._insist(refs, grace_ms)
+        except (TimeoutError, HermeshError) as error:
+            _log.warning("leases could not be cut; they end by themselves", runs=len(refs), error=str(error))
+            return
+        metrics.leases_shortened.inc(count)
+        _log.info("leases cut after a stream broke", runs=len(refs), cut=count, grace_ms=grace_ms)
+
+    async def _insist(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+        backoff = Backoff(first=0.05, limit=1.0)
+        while True:
+            try:
+                return await self._leases.shorten(refs, grace_ms)
+            except UnavailableError:
+                await backoff.sleep()
+
+    def attach(self, stream: "AppendStream", run_text: str, lease: LeaseRef) -> None:
+        """Notes that a run's writer is on this stream, unless a newer writer is on another."""
+        former = self._holders.get(run_text)
+        if former is not None and former is not stream:
+            other = former.held.get(run_text)
+            if other is not None and other.fence > lease.fence:
+                return
+            former.held.pop(run_text, None)
+        if stream.closed:
+            return
+        self._holders[run_text] = stream
+        stream.held[run_text] = lease
+        metrics.attached_runs.set(len(self._holders))
+
+    def detach(self, run_text: str, fence: int | None = None) -> None:
+        """Notes that a run has no writer here any more: it ended, was released, or its fence is old."""
+        stream = self._holders.get(run_text)
+        if stream is None:
+            return
+        lease = stream.held.get(run_text)
+        if fence is not None and lease is not None and lease.fence != fence:
+            return
+        stream.held.pop(run_text, None)
+        del self._holders[run_text]
+        metrics.attached_runs.set(len(self._holders))
+
+    def holds(self, run_id: UUID) -> bool:
+        """Returns True if the run's writer appends on this replica."""
+        return str(run_id) in self._holders
+
+    def cancel(self, run_id: UUID) -> bool:
+        """Tells the run's writer that somebody asked to cancel; returns False if it is not here."""
+        text = str(run_id)
+        stream = self._holders.get(text)
+        if stream is None:
+            return False
+        stream.say_cancelled(text)
+        return True
+
+    def drain(self) -> None:
+        """Asks all writers to move to other replicas."""
+        self._draining = True
+        for stream in self._streams:
+            stream.say_draining()
+
+    async def reattach(self, stream: "AppendStream", request: internal.Reattach) -> None:
+        """Moves a run onto a stream under a new fence and answers there."""
+        answer = internal.ReattachResult(run_id=request.run_id)
+        try:
+            ref = LeaseRef(UUID(request.session_id), UUID(request.run_id), request.fence)
+            async with self._reattaching, asyncio.timeout(_REATTACH_TIMEOUT):
+                grant = await self._leases.reattach(ref, stream.owner)
+        except ValueError:
+            answer.lost = True
+        except (HermeshError, TimeoutError) as error:
+            _log.warning("a re-attach got no answer", run_id=request.run_id, error=str(error))
+        else:
+            if grant is None:
+                answer.lost = True
+            else:
+                answer.grant.CopyFrom(convert.grant_to_proto(grant))
+                lease = LeaseRef(grant.session_id, grant.run_id, grant.fence, grant.attach)
+                self.attach(stream, request.run_id, lease)
+        stream.say_reattached(answer)
+
+
+class AppendStream:
+    """One Append call: what came up it and is not settled, and what waits to go down."""
+
+    def __init__(self, hub: AppendHub) -> None:
+        """Makes an open stream; use `AppendHub.open`."""
+        self.owner = ""
+        self.held: dict[str, LeaseRef] = {}
+        self.closed = False
+        self._hub = hub
+        self._response = internal.AppendResponse()
+        self._full = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._outstanding = 0
+        self._outstanding_bytes = 0
+        self._read_all = False
+
+    async def read(self, requests: AsyncIterator[internal.AppendRequest]) -> None:
+        """Takes requests until the writer closes its side; pauses while too much is under way."""
+        try:
+            async for request in requests:
+                if request.owner:
+                    self.owner = request.owner
+                for append in request.appends:
+                    self._accept(append)
+                for item in request.reattach:
+                    self._outstanding += 1
+                    self._hub.tasks.start(self._hub.reattach(self, item), name="reattach")
+                while (
+                    self._outstanding >= _MAX_OUTSTANDING or self._outstanding_bytes >= _MAX_OUTSTANDING_BYTES
+                ):
+                    self._room.clear()
+                    await self._room.wait()
+        finally:
+            self._read_all = True
+            self._wake.set()
+
+    def _accept(self, append: internal.RunAppend) -> None:
+        run_text = append.run_id
+        lease = self.held.get(run_text)
+        if lease is None or lease.fence != append.fence:
+            try:
+                lease = LeaseRef(UUID(append.session_id), UUID(run_text), append.fence)
+            except ValueError:
+                self._invalid(append, "session_id and run_id must be UUIDs")
+                return
+            self._hub.attach(self, run_text, lease)
+        count = len(append.events)
+        commit: StepCommit | None = None
+        if append.HasField("commit"):
+            try:
+                commit = convert.commit_of(append.commit)
+            except ValueError as error:
+                self._invalid(append, str(error))
+                return
+        elif not count:
+            self._invalid(append, "an append needs events or a commit")
+            return
+        if append.first_seq < 1 or count > _MAX_EVENTS:
+            self._invalid(append, f"first_seq starts at 1, and an append holds at most {_MAX_EVENTS} events")
+            return
+        size = append.ByteSize()
+        self._outstanding += 1
+        self._outstanding_bytes += size
+        write = RunAppend(
+            lease.session_id,
+            lease.run_id,
+            append.fence,
+            append.first_seq,
+            convert.events_of(append),
+            commit,
+        )
+        self._hub.flusher.submit(Pending(write, run_text, size, self))
+
+    def _invalid(self, append: internal.RunAppend, detail: str) -> None:
+        self._outstanding += 1
+        metrics.appends.labels(AppendOutcome.INVALID.name).inc()
+        self._response.results.add(
+            run_id=append.run_id,
+            first_seq=append.first_seq,
+            outcome=internal.APPEND_OUTCOME_INVALID,
+            detail=detail,
+        )
+        self._ready()
+
+    def settled(self, pending: Pending, outcome: AppendOutcome, next_seq: int, detail: str) -> None:
+        """Takes the outcome of a write and passes it down."""
+        append = pending.append
+        self._outstanding_bytes -= pending.size
+        if outcome is AppendOutcome.FENCED or (
+            outcome is AppendOutcome.COMMITTED
+            and append.commit is not None
+            and append.commit.status is not None
+        ):
+            self._hub.detach(pending.run_text, append.fence)
+        if self.closed:
+            return
+        self._response.results.add(
+            run_id=pending.run_text,
+            first_seq=append.first_seq,
+            outcome=int(outcome),
+            next_seq=next_seq,
+            detail=detail,
+        )
+        self._ready()
+
+    def say_reattached(self, answer: internal.ReattachResult) -> None:
+        """Passes the answer to a re-attach down."""
+        self._response.reattached.append(answer)
+        self._ready()
+
+    def say_cancelled(self, run_text: str) -> None:
+        """Passes down that somebody asked to cancel a run."""
+        if run_text not in self._response.cancelled_run_ids:
+            self._response.cancelled_run_ids.append(run_text)
+        self._ready()
+
+    def say_draining(self) -> None:
+        """Passes down that this replica drains."""
+        self._response.draining = True
+        self._ready()
+
+    def _ready(self) -> None:
+        self._full = True
+        self._wake.set()
+
+    async def responses(self) -> AsyncGenerator[internal.AppendResponse]:
+        """Yields what there is to say, everything at hand in one message, until all is said."""
+        while True:
+            if self._full:
+                response, self._response = self._response, internal.AppendResponse()
+                self._full = False
+                yield response
+                # Only what was sent makes room: a writer that does not read its answers is not read either.
+                self._outstanding -= len(response.results) + len(response.reattached)
+                self._room.set()
+            elif self._read_all and not self._outstanding:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()

@@ -1,0 +1,118 @@
+"""Accepting input: what is checked before a transaction begins, and what makes two requests the same."""
+
+import hashlib
+from collections.abc import Sequence
+from uuid import UUID
+
+from meshkit.errors import FieldViolation, InvalidArgumentError, PermissionDeniedError
+from meshkit.identity import Identity
+from services.session.domain import ConcurrencyPolicy, Submission, Submitted
+from services.session.store.port import Runs
+
+MAX_INPUT_BYTES = 1024 * 1024
+_ROLES = frozenset({"user", "system", "assistant"})
+
+
+def fingerprint(*parts: str | bytes) -> bytes:
+    """Returns the SHA-256 of a request's canonical form: its parts, each after its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.digest()
+
+
+def check_text(field: str, text: str, violations: list[FieldViolation]) -> None:
+    """Adds a violation if a text holds what PostgreSQL cannot store."""
+    if "\x00" in text:
+        violations.append(FieldViolation(field, "must not hold the character U+0000"))
+
+
+def check_input(messages: Sequence[tuple[str, str]]) -> None:
+    """Checks the messages that a caller adds.
+
+    Args:
+        messages: Pairs of role and content.
+
+    Raises:
+        InvalidArgumentError: INPUT_TOO_LARGE with `limit_bytes`, or INVALID_ARGUMENT that names each field.
+    """
+    violations: list[FieldViolation] = []
+    if not messages:
+        violations.append(FieldViolation("input", "must hold at least one message"))
+    size = 0
+    for index, (role, content) in enumerate(messages):
+        size += len(content.encode())
+        if role not in _ROLES:
+            violations.append(
+                FieldViolation(f"input[{index}].role", "must be one of user, system, assistant")
+            )
+        if not content.strip():
+            violations.append(FieldViolation(f"input[{index}].content", "must not be empty"))
+        check_text(f"input[{index}].content", content, violations)
+    if size > MAX_INPUT_BYTES:
+        raise InvalidArgumentError(
+            "INPUT_TOO_LARGE",
+            f"the input has {size} bytes; at most {MAX_INPUT_BYTES} are accepted",
+            metadata={"limit_bytes": str(MAX_INPUT_BYTES), "size_bytes": str(size)},
+            violations=[FieldViolation("input", f"must have at most {MAX_INPUT_BYTES} bytes in all")],
+        )
+    if violations:
+        raise InvalidArgumentError("INVALID_ARGUMENT", "the input is not valid", violations=violations)
+
+
+async def submit(
+    store: Runs,
+    identity: Identity,
+    tenant_id: UUID,
+    *,
+    session_id: UUID,
+    messages: Sequence[tuple[str, str]],
+    options: bytes,
+    model: str,
+    request_id: str,
+    concurrency: ConcurrencyPolicy,
+    claim_owner: str,
+) -> Submitted:
+    """Accepts input for a session, once for each request id.
+
+    Args:
+        store: Where it is kept.
+        identity: The caller; only the mesh may take a lease.
+        tenant_id: Whose session it is.
+        session_id: The session.
+        messages: Pairs of role and content.
+        options: The serialized run options, in their deterministic form.
+        model: The model asked for, empty for the default.
+        request_id: The caller's idempotency key, or empty.
+        concurrency: What to do if the session is busy.
+        claim_owner: The agent replica that wants the lease in the same transaction, or empty.
+
+    Raises:
+        InvalidArgumentError: The input breaks a rule.
+        PermissionDeniedError: MESH_ONLY: a caller from outside asked for the lease.
+        NotFoundError, AlreadyExistsError, FailedPreconditionError: As the store's `submit`.
+    """
+    if claim_owner and not identity.mesh:
+        raise PermissionDeniedError("MESH_ONLY", "claim_owner is for the mesh's own services")
+    check_input(messages)
+    return await store.submit(
+        tenant_id,
+        Submission(
+            session_id=session_id,
+            input=messages,
+            options=options,
+            model=model,
+            request_id=request_id,
+            fingerprint=fingerprint(
+                "run",
+                session_id.bytes,
+                options,
+                str(int(concurrency)),
+                *(part for message in messages for part in message),
+            ),
+            concurrency=concurrency,
+            claim_owner=claim_owner,
+        ),
+    )

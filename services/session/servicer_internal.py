@@ -1,0 +1,136 @@
+"""SessionInternalService: glue between the mesh's own services and this one."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from hermesh.session.v1 import session_internal_service_pb2 as pb
+from hermesh.session.v1 import session_internal_service_pb2_grpc as grpc_pb
+from meshkit.auth import Authenticator
+from meshkit.identity import require_mesh
+from services.session import convert
+from services.session.append_hub import AppendHub
+from services.session.commits import Commits
+from services.session.domain import BeginOutcome, ClaimOutcome, ToolCallState
+from services.session.store.port import Store
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+LEASE_TTL_MS = 10_000
+
+
+class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
+    """Serves the mesh; every method refuses callers from outside."""
+
+    def __init__(self, store: Store, hub: AppendHub, commits: Commits, keys: Authenticator) -> None:
+        """Makes a servicer.
+
+        Args:
+            store: What is durable.
+            hub: The append streams.
+            commits: Told of what is committed outside of the append streams.
+            keys: Looks API keys up, without a cache: the callers have one.
+        """
+        self._store = store
+        self._hub = hub
+        self._commits = commits
+        self._keys = keys
+
+    async def Authenticate(
+        self, request: pb.AuthenticateRequest, context: Context
+    ) -> pb.AuthenticateResponse:
+        """See the proto."""
+        require_mesh()
+        return pb.AuthenticateResponse(tenant_id=str(await self._keys.authenticate(request.api_key)))
+
+    async def ClaimRun(self, request: pb.ClaimRunRequest, context: Context) -> pb.ClaimRunResponse:
+        """See the proto."""
+        require_mesh()
+        claim = await self._store.claim(convert.uuid_of(request.run_id, "run_id"), request.owner)
+        response = pb.ClaimRunResponse(
+            outcome=int(claim.outcome),  # type: ignore[arg-type]  # the numbers are the wire's by definition
+            run=convert.run_to_proto(claim.run),
+        )
+        if claim.outcome is ClaimOutcome.FINISHED:
+            self._commits.changed(claim.run)
+        if claim.grant is not None and claim.context is not None:
+            response.grant.CopyFrom(convert.grant_to_proto(claim.grant))
+            response.context.CopyFrom(convert.context_to_proto(claim.context))
+            response.options.CopyFrom(convert.options_of(claim.run.options))
+            response.tenant_id = str(claim.run.tenant_id)
+        return response
+
+    async def Append(
+        self, request_iterator: AsyncIterator[pb.AppendRequest], context: Context
+    ) -> AsyncIterator[pb.AppendResponse]:
+        """See the proto."""
+        require_mesh()
+        # The writer learns at once that the stream is up, before its first append.
+        await context.send_initial_metadata(())
+        stream = self._hub.open()
+        reader = self._hub.tasks.start(stream.read(request_iterator), name="append-read")
+        try:
+            async with aclosing(stream.responses()) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            reader.cancel()
+            self._hub.close(stream)
+
+    async def RenewLeases(self, request: pb.RenewLeasesRequest, context: Context) -> pb.RenewLeasesResponse:
+        """See the proto."""
+        require_mesh()
+        renewal = await self._store.renew([convert.lease_of(lease) for lease in request.leases])
+        return pb.RenewLeasesResponse(
+            lost_run_ids=[str(run_id) for run_id in renewal.lost],
+            cancelled_run_ids=[str(run_id) for run_id in renewal.cancelled],
+            ttl_ms=LEASE_TTL_MS,
+        )
+
+    async def ReleaseLease(
+        self, request: pb.ReleaseLeaseRequest, context: Context
+    ) -> pb.ReleaseLeaseResponse:
+        """See the proto."""
+        require_mesh()
+        released = await self._store.release(convert.lease_of(request.lease))
+        self._hub.detach(request.lease.run_id, request.lease.fence)
+        return pb.ReleaseLeaseResponse(released=released)
+
+    async def BeginToolCall(
+        self, request: pb.BeginToolCallRequest, context: Context
+    ) -> pb.BeginToolCallResponse:
+        """See the proto."""
+        require_mesh()
+        outcome, call = await self._store.begin(
+            request.call_id, convert.uuid_of(request.session_id, "session_id"), request.fence
+        )
+        return pb.BeginToolCallResponse(
+            outcome=int(BeginOutcome(outcome)),  # type: ignore[arg-type]  # the numbers are the wire's
+            tool_call=convert.tool_call_to_proto(call),
+        )
+
+    async def CompleteToolCall(
+        self, request: pb.CompleteToolCallRequest, context: Context
+    ) -> pb.CompleteToolCallResponse:
+        """See the proto."""
+        require_mesh()
+        call = await self._store.complete(
+            request.call_id,
+            request.fence,
+            ToolCallState(request.state),
+            request.content,
+            request.content_ref,
+        )
+        return pb.CompleteToolCallResponse(tool_call=convert.tool_call_to_proto(call))
+
+    async def ReconcileToolCall(
+        self, request: pb.ReconcileToolCallRequest, context: Context
+    ) -> pb.ReconcileToolCallResponse:
+        """See the proto."""
+        require_mesh()
+        call = await self._store.reconcile(
+            request.call_id, ToolCallState(request.state), request.content, request.content_ref
+        )
+        return pb.ReconcileToolCallResponse(tool_call=convert.tool_call_to_proto(call))

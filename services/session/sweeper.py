@@ -1,0 +1,132 @@
+"""The dispatcher: runs that wait for an agent are pushed to one, through Envoy.
+
+The Execute stream is kept open for as long as the agent works, because streams in flight are the load that
+Envoy's least-request counts. Losing one changes nothing: the agent's own task owns the run.
+"""
+
+import asyncio
+import random
+from typing import Any, Protocol
+from uuid import UUID
+
+import grpc
+import structlog
+
+from hermesh.agent.v1 import agent_service_pb2 as agent_pb
+from meshkit.channel import stream_call
+from meshkit.errors import HermeshError
+from meshkit.tasks import Backoff, TaskOwner
+from services.session import metrics
+
+_log = structlog.get_logger("session.sweeper")
+
+_BATCH = 64
+# A stream that outlives this is let go; the run goes on without it.
+_HOLD_SECONDS = 6 * 3600.0
+# After a notice the sweep waits this long for more of them: many commits, one sweep.
+_GATHER_S = 0.002
+_LATER = frozenset(
+    {
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+)
+
+
+class DueRuns(Protocol):
+    """The part of the store that the sweeper needs; see `store.port.Runs`."""
+
+    async def due(self, limit: int) -> list[UUID]:
+        """Takes runs to dispatch."""
+        ...
+
+
+class Sweeper:
+    """Finds runs that wait and hands each to an agent."""
+
+    def __init__(
+        self, store: DueRuns, agent: Any, *, tasks: TaskOwner, interval: float, max_dispatches: int
+    ) -> None:
+        """Makes a sweeper that starts with `run`.
+
+        Args:
+            store: Where runs wait.
+            agent: The stub of AgentService, over the mesh.
+            tasks: Owns the dispatches.
+            interval: Seconds between two sweeps without a notice.
+            max_dispatches: Most Execute streams that this replica holds.
+        """
+        self._store = store
+        self._agent = agent
+        self._tasks = tasks
+        self._interval = interval
+        self._max = max_dispatches
+        self._held = 0
+        self._wake = asyncio.Event()
+        self._stopped = False
+        self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
+
+    def wake(self) -> None:
+        """Sweeps soon: something was queued."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Dispatches no more; what is under way goes on."""
+        self._stopped = True
+
+    async def run(self) -> None:
+        """Sweeps until cancelled."""
+        backoff = Backoff(first=0.5, limit=5.0)
+        while True:
+            try:
+                async with asyncio.timeout(self._interval * self._random.uniform(0.7, 1.3)):
+                    await self._wake.wait()
+                await asyncio.sleep(_GATHER_S)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            try:
+                await self.sweep()
+            except HermeshError as error:
+                _log.warning("runs to dispatch could not be looked up", error=str(error))
+                await backoff.sleep()
+            else:
+                backoff.reset()
+
+    async def sweep(self) -> int:
+        """Dispatches what is due, as far as there is room; returns how many runs."""
+        total = 0
+        while not self._stopped:
+            limit = min(_BATCH, self._max - self._held)
+            if limit <= 0:
+                break
+            run_ids = await self._store.due(limit)
+            for run_id in run_ids:
+                self._held += 1
+                self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
+            total += len(run_ids)
+            if len(run_ids) < limit:
+                break
+        metrics.dispatched_runs.set(self._held)
+        return total
+
+    async def _dispatch(self, run_id: UUID) -> None:
+        result = "ended"
+        try:
+            request = agent_pb.ExecuteRequest(run_id=str(run_id))
+            async with stream_call(self._agent.Execute(request, timeout=_HOLD_SECONDS)) as call:
+                async for response in call:
+                    if response.already_claimed:
+                        result = "already_claimed"
+        except grpc.aio.AioRpcError as error:
+            # The run is still due, and the next sweep that finds it so tries again.
+            code = error.code()
+            result = code.name.lower()
+            if code not in _LATER:
+                _log.error("an agent refused a run", run_id=str(run_id), code=code.name)
+        finally:
+            self._held -= 1
+            metrics.dispatched_runs.set(self._held)
+            metrics.dispatches.labels(result).inc()
