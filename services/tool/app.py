@@ -1,0 +1,83 @@
+"""The tool service's wiring."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from types import ModuleType
+
+import grpc
+
+from hermesh.tool.v1.tool_service_pb2_grpc import add_ToolServiceServicer_to_server
+from meshkit.auth import MeshAuthenticator
+from meshkit.channel import open_channel
+from meshkit.errors import StartupError
+from meshkit.server import Server
+from meshkit.tasks import TaskOwner
+from services.tool.builtin import calculator, current_time
+from services.tool.builtin.fetch import make_fetch_page
+from services.tool.builtin.fetch.address import Allowed
+from services.tool.builtin.fetch.client import Fetcher
+from services.tool.execution import Executor
+from services.tool.journal import MeshJournal
+from services.tool.registry import Registry, Tool, load_modules, tools_in
+from services.tool.results import open_results
+from services.tool.servicer import ToolServicer
+from services.tool.settings import ToolSettings, split
+
+SERVICE_NAME = "hermesh.tool.v1.ToolService"
+_BUILTIN: tuple[ModuleType, ...] = (calculator, current_time)
+
+
+def builtin_tools(settings: ToolSettings) -> list[Tool]:
+    """Returns the tools that come with Hermesh."""
+    tools = [declared for module in _BUILTIN for declared in tools_in(module)]
+    return [*tools, make_fetch_page(Fetcher(Allowed(split(settings.tool_fetch_allow))))]
+
+
+def make_registry(settings: ToolSettings) -> Registry:
+    """Returns the tools that this process offers.
+
+    Raises:
+        StartupError: A tool is not declared as it should be, or a name is not known.
+    """
+    tools = [*builtin_tools(settings), *load_modules(split(settings.tool_modules))]
+    disabled = set(split(settings.tool_disabled))
+    unknown = disabled - {declared.name for declared in tools}
+    if unknown:
+        raise StartupError(f"HERMESH_TOOL_DISABLED names what is no tool: {', '.join(sorted(unknown))}")
+    return Registry(declared for declared in tools if declared.name not in disabled)
+
+
+async def serve(settings: ToolSettings) -> None:
+    """Serves until the process is told to stop.
+
+    Raises:
+        StartupError: Something that is needed is not there.
+    """
+    registry = make_registry(settings)
+    async with AsyncExitStack() as stack:
+        channel = await stack.enter_async_context(open_channel(settings))
+        owner = await stack.enter_async_context(TaskOwner("tool"))
+        executor = Executor(
+            registry,
+            MeshJournal(channel, settings),
+            open_results(settings.object_store_url),
+            owner,
+            max_calls=settings.tool_max_calls,
+            complete_seconds=settings.tool_complete_seconds,
+        )
+        server = await stack.enter_async_context(
+            Server(settings, service="tool", authenticator=MeshAuthenticator(channel, settings))
+        )
+        server.add(add_ToolServiceServicer_to_server, ToolServicer(registry, executor), SERVICE_NAME)
+
+        async def drain() -> None:
+            await executor.drain(settings.drain_seconds)
+
+        async def mesh() -> str | None:
+            failing = channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            return "the mesh cannot be reached" if failing else None
+
+        server.on_drain(drain, after_delay=True)
+        server.add_readiness("mesh", mesh)
+        await server.serve()

@@ -1,0 +1,151 @@
+"""HTML to the text that a person would read, with the standard library's parser."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from html.parser import HTMLParser
+
+_SKIPPED = frozenset({"script", "style", "noscript", "template", "svg", "math", "iframe", "object", "canvas"})
+# Elements without an end tag: nothing is inside, so skipping or indenting must not wait for one.
+_VOID = frozenset(
+    {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+)
+_BLOCKS = frozenset(
+    {"address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dialog"}
+    | {"dir", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "header", "hgroup"}
+    | {"h1", "h2", "h3", "h4", "h5", "h6", "hr", "html", "legend", "li", "main", "menu", "nav", "ol"}
+    | {"option", "p", "pre", "search", "section", "select", "summary", "table", "tbody", "tfoot", "thead"}
+    | {"tr", "ul"}
+)
+_HEADINGS = {f"h{level}": "#" * level for level in range(1, 7)}
+_CELLS = frozenset({"td", "th"})
+_SPACE = re.compile(r"[ \t\r\f\v\xa0]+")
+_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]{1,40})", re.IGNORECASE)
+_CHUNK = 131_072
+
+
+class _Reader(HTMLParser):
+    """Collects text, one list entry a piece, with newlines where blocks begin and end."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.pieces: list[str] = []
+        self.title: list[str] = []
+        self._skip: str | None = None
+        self._skip_depth = 0
+        self._in_title = False
+        self._pre = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self._skip is not None:
+            if tag == self._skip:
+                self._skip_depth += 1
+            return
+        if tag in _SKIPPED:
+            self._skip, self._skip_depth = tag, 1
+        elif tag == "title":
+            self._in_title = True
+        elif tag == "br":
+            self.pieces.append("\n")
+        elif tag in _BLOCKS:
+            self._open_block(tag)
+        elif tag in _CELLS:
+            self.pieces.append(" \t")
+        elif tag == "img":
+            text = dict(attrs).get("alt")
+            if text and text.strip():
+                self.pieces.append(f" [{text.strip()}] ")
+
+    def _open_block(self, tag: str) -> None:
+        self.pieces.append("\n")
+        if tag == "pre":
+            self._pre += 1
+        elif tag in _HEADINGS:
+            self.pieces.append(f"\n{_HEADINGS[tag]} ")
+        elif tag == "li":
+            self.pieces.append("- ")
+        elif tag == "p":
+            self.pieces.append("\n")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._skip is not None:
+            if tag == self._skip:
+                self._skip_depth -= 1
+                if not self._skip_depth:
+                    self._skip = None
+            return
+        if tag == "title":
+            self._in_title = False
+        elif tag in _BLOCKS:
+            if tag == "pre" and self._pre:
+                self._pre -= 1
+            self.pieces.append("\n\n" if tag == "p" or tag in _HEADINGS else "\n")
+
+    def handle_data(self, data: str) -> None:
+        if self._skip is not None:
+            return
+        if self._in_title:
+            self.title.append(data)
+        elif self._pre:
+            self.pieces.append(data)
+        else:
+            # A newline in the source is a space; newlines in `pieces` come from elements.
+            self.pieces.append(data.replace("\n", " "))
+
+
+def html_to_text(html: str) -> tuple[str, str]:
+    """Returns a page's title and its text.
+
+    Scripts, styles and the like are left out; headings get `#`, list items `-`; runs of space become one, and
+    more than one empty line becomes one.
+    """
+    reader = _Reader()
+    # In pieces, and without close(): what is unfinished at the end is dropped. Deciding what an unfinished
+    # tag at the very end means takes the parser quadratic time on hostile input.
+    for start in range(0, len(html), _CHUNK):
+        reader.feed(html[start : start + _CHUNK])
+    rest = reader.rawdata
+    if rest and "<" not in rest:
+        reader.handle_data(rest)
+    title = " ".join("".join(reader.title).split())
+    return title, tidy("".join(reader.pieces))
+
+
+def tidy(text: str) -> str:
+    """Joins runs of space, and keeps at most one empty line."""
+    lines = [_SPACE.sub(" ", line).strip() for line in text.split("\n")]
+    kept: list[str] = []
+    for line in lines:
+        if line or (kept and kept[-1]):
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def decode(body: bytes, charset: str, html: bool) -> str:
+    """Returns a body as text: by its byte order mark, the server's charset, the page's own, or UTF-8.
+
+    Bytes that are not valid become U+FFFD.
+    """
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if body.startswith(mark):
+            return body.decode(name, "replace").removeprefix("\ufeff")
+    if not charset and html:
+        match = _CHARSET.search(body[:4096])
+        charset = match[1].decode("ascii") if match else ""
+    try:
+        # Python also knows codecs that are no charsets (zip, rot13): only those that make text count.
+        name = codecs.lookup(charset).name if charset else "utf-8"
+        text = body.decode(name, "replace")
+    except (LookupError, ValueError):
+        text = body.decode("utf-8", "replace")
+    return text

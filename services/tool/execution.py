@@ -1,0 +1,406 @@
+"""Running calls: the journal's word before, the tool's act under a timeout, the journal's record after.
+
+A call is a task of the service, not of the RPC that asked for it: an RPC only watches, and one that breaks
+ends nothing. Nothing here runs a tool twice. What is tried again is only the record of what was done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+import grpc
+import structlog
+
+from meshkit.errors import AbortedError, HermeshError, ResourceExhaustedError, UnavailableError
+from meshkit.tasks import Backoff, TaskOwner
+from services.tool import metrics
+from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
+from services.tool.journal import Journal
+from services.tool.registry import (
+    ArgumentsError,
+    Effect,
+    OutcomeUnknownError,
+    Registry,
+    Tool,
+    ToolContext,
+    ToolError,
+)
+from services.tool.results import INLINE_BYTES, ResultStore, clean, cut, preview
+
+_log = structlog.get_logger("tool.execution")
+
+# How long a tool that was told to stop gets to do so.
+STOP_SECONDS = 1.0
+_KEPT_PROGRESS = 64
+_MAX_PROGRESS = 2_000
+_RETRY_AFTER_MS = 500
+# The journal may answer these and still take the record a moment later.
+_PASSING = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A sign of life of a running call."""
+
+    text: str
+
+
+class Execution:
+    """One call under way, and those who watch it."""
+
+    def __init__(self, request: CallRequest) -> None:
+        self.request = request
+        self.cancelled = False
+        # Both return their failures: raised ones would be logged as the owner's.
+        self.task: asyncio.Task[Outcome | HermeshError] | None = None
+        self.act: asyncio.Task[str | Exception] | None = None
+        self._recent: deque[tuple[int, str]] = deque(maxlen=_KEPT_PROGRESS)
+        self._count = 0
+        self._changed = asyncio.Event()
+
+    def publish(self, text: str) -> None:
+        """Tells the watchers; one that is slow sees the latest 64."""
+        self._count += 1
+        self._recent.append((self._count, text))
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets the watchers look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def stop(self) -> None:
+        """Asks the tool to stop, if it acts already."""
+        if self.act is not None:
+            self.act.cancel()
+
+    async def watch(self) -> AsyncGenerator[Progress | Outcome, None]:
+        """Yields progress, then the outcome.
+
+        Raises:
+            HermeshError: The call ended without one.
+        """
+        assert self.task is not None
+        seen = 0
+        while True:
+            changed = self._changed
+            for index, text in tuple(self._recent):
+                if index > seen:
+                    seen = index
+                    yield Progress(text)
+            if self.task.done():
+                break
+            await changed.wait()
+        result = _stopping() if self.task.cancelled() else self.task.result()
+        if isinstance(result, HermeshError):
+            raise result
+        yield result
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError(message="the tool service is stopping; ask again", retry_after_ms=_RETRY_AFTER_MS)
+
+
+class Executor:
+    """Runs calls, at most `max_calls` at once."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        journal: Journal,
+        results: ResultStore | None,
+        owner: TaskOwner,
+        *,
+        max_calls: int = 64,
+        complete_seconds: float = 60.0,
+    ) -> None:
+        """Wires it.
+
+        Args:
+            registry: The tools.
+            journal: Asked before each act and told after it.
+            results: Where large results go; None cuts them.
+            owner: Owns the tasks.
+            max_calls: Most calls at once; more are refused.
+            complete_seconds: How long an outcome is recorded again while the journal is away.
+        """
+        self._registry = registry
+        self._journal = journal
+        self._results = results
+        self._owner = owner
+        self._max_calls = max_calls
+        self._complete_seconds = complete_seconds
+        self._running: dict[str, Execution] = {}
+        # Acts that were told to stop and do not: they keep their place in the limit.
+        self._stuck = 0
+        self._refusing = False
+        self._draining = False
+
+    async def run(self, request: CallRequest) -> AsyncGenerator[Progress | Outcome, None]:
+        """Runs a call, or watches it if it runs here already; yields progress, then the outcome.
+
+        Raises:
+            ResourceExhaustedError: The replica is at its limit; nothing was done.
+            AbortedError: The fence is old; nothing was done.
+            UnavailableError: The journal was not reached (nothing was done), or not told (the outcome is
+                unknown to it).
+        """
+        while True:
+            execution = self._submit(request)
+            try:
+                async with aclosing(execution.watch()) as updates:
+                    async for update in updates:
+                        yield update
+                return
+            except AbortedError:
+                # Refused by an older fence than ours, under which another caller began: ask under our own.
+                if execution.request.fence >= request.fence:
+                    raise
+
+    def cancel(self, call_id: str, tenant_id: UUID) -> bool:
+        """Asks a call to stop; returns False if it does not run here."""
+        execution = self._running.get(call_id)
+        if execution is None or execution.request.tenant_id != tenant_id:
+            return False
+        execution.cancelled = True
+        execution.stop()
+        return True
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no more calls and lets those under way end, then stops them.
+
+        One that was stopped and may run again is left for another replica.
+        """
+        self._refusing = True
+        if await self._owner.wait_idle(max(0.0, seconds - 2 * STOP_SECONDS)):
+            return
+        self._draining = True
+        for execution in tuple(self._running.values()):
+            execution.stop()
+        await self._owner.wait_idle(2 * STOP_SECONDS)
+
+    def _submit(self, request: CallRequest) -> Execution:
+        known = self._running.get(request.call_id)
+        if known is not None and known.task is not None and known.task.done():
+            known = None
+        if known is not None and known.request.tenant_id == request.tenant_id:
+            return known
+        if self._refusing:
+            raise _stopping()
+        if known is not None or len(self._running) + self._stuck >= self._max_calls:
+            metrics.REFUSED.inc()
+            raise ResourceExhaustedError(
+                "OVERLOADED",
+                "the tool service is at its limit of calls; nothing was done",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        execution = Execution(request)
+        self._running[request.call_id] = execution
+        metrics.RUNNING.inc()
+        execution.task = self._owner.start(self._work(execution), name=f"call-{request.call_id}")
+        execution.task.add_done_callback(lambda _: self._ended(execution))
+        return execution
+
+    def _ended(self, execution: Execution) -> None:
+        if self._running.get(execution.request.call_id) is execution:
+            del self._running[execution.request.call_id]
+        metrics.RUNNING.dec()
+        execution.wake()
+
+    async def _work(self, execution: Execution) -> Outcome | HermeshError:
+        request = execution.request
+        found = self._registry.find(request.name)
+        label = found.name if found is not None else "(unknown)"
+        began = time.monotonic()
+        try:
+            outcome = await self._journalled(execution, found)
+        except HermeshError as error:
+            metrics.CALLS.labels(label, "error").inc()
+            _log.warning("tool call gave up", call_id=request.call_id, tool=label, reason=error.reason)
+            return error
+        metrics.CALLS.labels(label, "reused" if outcome.reused else outcome.state.name.lower()).inc()
+        metrics.SECONDS.labels(label).observe(time.monotonic() - began)
+        _log.info(
+            "tool call ended",
+            call_id=request.call_id,
+            tool=label,
+            state=outcome.state.name,
+            reason=outcome.reason,
+            reused=outcome.reused,
+        )
+        return outcome
+
+    async def _journalled(self, execution: Execution, found: Tool | None) -> Outcome:
+        request = execution.request
+        # Before the journal is asked: between its word and the act there should be nothing that takes time.
+        prepared = _prepare(found, request)
+        go, entry = await self._journal.begin(request)
+        if go is BeginOutcome.DONE:
+            return _stored(entry)
+        if go is BeginOutcome.UNKNOWN:
+            text = entry.content or "It is not known whether this call took effect, so it is not repeated."
+            return Outcome(CallState.UNKNOWN, text, reason="TOOL_CALL_UNKNOWN")
+        if go is BeginOutcome.FENCED:
+            raise AbortedError("FENCE_STALE", "another replica owns the session now; nothing was done")
+        if isinstance(prepared, Outcome):
+            outcome: Outcome | None = prepared
+        else:
+            assert found is not None
+            outcome = await self._act(execution, found, prepared, entry)
+        if outcome is None:
+            raise _stopping()
+        return await self._record(request, await self._shrink(request, outcome))
+
+    async def _act(
+        self, execution: Execution, found: Tool, arguments: Mapping[str, Any], entry: Entry
+    ) -> Outcome | None:
+        """Runs the tool; None if it was stopped for a drain and may run again elsewhere."""
+        # The journal was told an effect when the call was made; the stricter word counts.
+        repeatable = max(found.effect, entry.effect) < Effect.NON_IDEMPOTENT
+        if execution.cancelled:
+            return Outcome(CallState.FAILED, "The call was cancelled before it began.", reason="CANCELLED")
+        context = _context(execution, entry, asyncio.get_running_loop())
+        act = execution.act = self._owner.start(_call(found, arguments, context), name=f"tool-{found.name}")
+        await asyncio.wait({act}, timeout=found.timeout)
+        late = not act.done()
+        if late:
+            act.cancel()
+            await asyncio.wait({act}, timeout=STOP_SECONDS)
+        if not act.done():
+            self._stuck += 1
+            act.add_done_callback(self._unstuck)
+        if not act.done() or (late and act.cancelled()):
+            text = f"The tool did not finish within {found.timeout:g} seconds."
+            return _lost(repeatable, text, "TOOL_TIMEOUT")
+        if act.cancelled():
+            if self._draining and repeatable and not execution.cancelled:
+                return None
+            return _lost(repeatable, "The call was cancelled.", "CANCELLED")
+        return _judge(act.result(), found, repeatable)
+
+    def _unstuck(self, _: asyncio.Task[str | Exception]) -> None:
+        self._stuck -= 1
+
+    async def _shrink(self, request: CallRequest, outcome: Outcome) -> Outcome:
+        data = outcome.content.encode("utf-8")
+        if len(data) <= INLINE_BYTES:
+            return outcome
+        if self._results is None or outcome.state is not CallState.COMPLETED:
+            return replace(outcome, content=cut(data))
+        end = time.monotonic() + self._complete_seconds
+        backoff = Backoff(0.2, 5.0)
+        while True:
+            try:
+                ref = await self._results.put(request.tenant_id, data)
+            except UnavailableError:
+                wait = backoff.next()
+                if time.monotonic() + wait > end:
+                    return replace(outcome, content=cut(data))
+                await asyncio.sleep(wait)
+            else:
+                return replace(outcome, content=preview(data), content_ref=ref)
+
+    async def _record(self, request: CallRequest, outcome: Outcome) -> Outcome:
+        end = time.monotonic() + self._complete_seconds
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                entry = await self._journal.complete(request, outcome)
+            except HermeshError as error:
+                wait = backoff.next()
+                if error.code not in _PASSING or time.monotonic() + wait > end:
+                    _log.error(
+                        "the outcome of a tool call was not recorded",
+                        call_id=request.call_id,
+                        tool=request.name,
+                        state=outcome.state.name,
+                        reason=error.reason,
+                    )
+                    raise
+                metrics.COMPLETE_RETRIES.inc()
+                await asyncio.sleep(wait)
+            else:
+                # Somebody else may have settled the call before: the journal's word is the outcome.
+                same = entry.state is None or entry.state is outcome.state
+                return outcome if same else _stored(entry)
+
+
+def _prepare(found: Tool | None, request: CallRequest) -> Mapping[str, Any] | Outcome:
+    """Returns the arguments, or what to record in place of an act."""
+    if found is None:
+        return Outcome(CallState.FAILED, f"There is no tool named {request.name!r}.", reason="TOOL_NOT_FOUND")
+    try:
+        return found.parse(request.arguments)
+    except ArgumentsError as error:
+        text = f"The arguments do not fit the tool: {error}"
+        return Outcome(CallState.FAILED, clean(text), reason="TOOL_ARGUMENTS_INVALID")
+
+
+def _context(execution: Execution, entry: Entry, loop: asyncio.AbstractEventLoop) -> ToolContext:
+    request = execution.request
+
+    def progress(text: str) -> None:
+        # A tool may speak from a thread, and after the loop has ended.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(execution.publish, clean(text)[:_MAX_PROGRESS])
+
+    return ToolContext(
+        call_id=request.call_id,
+        idempotency_key=entry.idempotency_key or request.call_id,
+        tenant_id=request.tenant_id,
+        session_id=request.session_id,
+        run_id=request.run_id,
+        user=request.user,
+        progress=progress,
+    )
+
+
+async def _call(found: Tool, arguments: Mapping[str, Any], context: ToolContext) -> str | Exception:
+    try:
+        value = await found.function(arguments, context)
+        if value is None:
+            return ""
+        return clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    except Exception as error:
+        return error
+
+
+def _lost(repeatable: bool, text: str, reason: str) -> Outcome:
+    """Returns the outcome of a call that ended without telling what it did."""
+    if repeatable:
+        return Outcome(CallState.FAILED, text, reason=reason)
+    return Outcome(CallState.UNKNOWN, f"{text} It is not known whether it took effect.", reason=reason)
+
+
+def _judge(result: str | Exception, found: Tool, repeatable: bool) -> Outcome:
+    if isinstance(result, str):
+        return Outcome(CallState.COMPLETED, result)
+    if isinstance(result, ToolError):
+        return Outcome(CallState.FAILED, clean(result.message), reason=result.reason)
+    if not isinstance(result, OutcomeUnknownError):
+        # Here is its trace; the model and the log of events get none of it.
+        _log.error("a tool failed by an error of its own", tool=found.name, exc_info=result)
+    return _lost(repeatable, "The tool failed.", "TOOL_FAILED")
+
+
+def _stored(entry: Entry) -> Outcome:
+    state = entry.state if entry.state is not None else CallState.UNKNOWN
+    reason = {CallState.COMPLETED: "", CallState.FAILED: "TOOL_FAILED"}.get(state, "TOOL_CALL_UNKNOWN")
+    return Outcome(state, entry.content, entry.content_ref, reason, reused=True)

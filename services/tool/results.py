@@ -1,0 +1,112 @@
+"""Large results: kept in the object store by their SHA-256, with a beginning for the model."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from datetime import timedelta
+from typing import Protocol
+from uuid import UUID
+
+import obstore
+import structlog
+from obstore.exceptions import BaseError
+from obstore.store import ObjectStore, from_url
+
+from meshkit.errors import StartupError, UnavailableError
+
+_log = structlog.get_logger("tool.results")
+
+# What the journal and the event log hold themselves; the object store has the rest.
+INLINE_BYTES = 64 * 1024
+PREVIEW_BYTES = 2 * 1024
+_PUT_SECONDS = 20.0
+
+
+class ResultStore(Protocol):
+    """Where large results go."""
+
+    async def put(self, tenant_id: UUID, data: bytes) -> str:
+        """Stores a result and returns its reference, `sha256:<hex>`. May be repeated.
+
+        Raises:
+            UnavailableError: It cannot be stored now.
+        """
+        ...
+
+
+def object_path(tenant_id: UUID, ref: str) -> str:
+    """Returns where the object of a reference is: below its tenant, so that a tenant can be removed whole."""
+    return f"tool-results/{tenant_id}/{ref.removeprefix('sha256:')}"
+
+
+class ObjectResults:
+    """Results in an object store: a folder, or S3."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        """Uses a store of `open_results`."""
+        self._store = store
+
+    async def put(self, tenant_id: UUID, data: bytes) -> str:
+        """Writes the object; writing the same bytes again changes nothing."""
+        ref = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        try:
+            async with asyncio.timeout(_PUT_SECONDS):
+                await obstore.put_async(self._store, object_path(tenant_id, ref), data)
+        except (BaseError, OSError, TimeoutError) as error:
+            _log.warning("a large result was not stored", error=type(error).__name__, bytes=len(data))
+            raise UnavailableError(
+                "SERVICE_UNAVAILABLE", "the object store does not answer", retry_after_ms=1_000
+            ) from error
+        return ref
+
+
+def open_results(url: str) -> ResultStore | None:
+    """Opens the object store; None without a URL.
+
+    Args:
+        url: `file:///folder` (made if it is not there) or `s3://bucket/prefix`; credentials of S3 come from
+            the usual AWS_* variables.
+
+    Raises:
+        StartupError: The URL is not usable.
+    """
+    if not url:
+        return None
+    try:
+        if url.startswith("file:"):
+            return ObjectResults(from_url(url, mkdir=True))
+        return ObjectResults(
+            from_url(
+                url,
+                client_options={"timeout": timedelta(seconds=10), "connect_timeout": timedelta(seconds=3)},
+                retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=_PUT_SECONDS)},
+            )
+        )
+    except (BaseError, OSError, ValueError, TypeError) as error:
+        # The store's own text may repeat the URL with what is secret in it.
+        raise StartupError(
+            f"the object store cannot be used ({type(error).__name__}); HERMESH_OBJECT_STORE_URL must be "
+            "file:///folder or s3://bucket/prefix"
+        ) from error
+
+
+def clean(text: str) -> str:
+    """Returns a text that UTF-8 and PostgreSQL can hold: without U+0000 and lone surrogates."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def beginning(data: bytes, size: int) -> str:
+    """Returns the first `size` bytes of UTF-8 as text, not cut inside a character."""
+    return data[:size].decode("utf-8", "ignore")
+
+
+def preview(data: bytes) -> str:
+    """Returns what a model sees of a stored result."""
+    return f"{beginning(data, PREVIEW_BYTES)}\n[the beginning of {len(data)} bytes; all of it is stored]"
+
+
+def cut(data: bytes) -> str:
+    """Returns what is left of a large result that cannot be stored."""
+    note = f"\n[cut: the result has {len(data)} bytes and could not be stored]"
+    return beginning(data, INLINE_BYTES - len(note)) + note

@@ -1,0 +1,86 @@
+"""Glue between the wire and the executor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+from uuid import UUID
+
+from hermesh.session.v1 import resources_pb2
+from hermesh.tool.v1 import tool_service_pb2 as pb
+from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceServicer
+from meshkit.identity import require_mesh, require_tenant
+from meshkit.paging import make_page_token, read_page_token
+from services.tool.domain import CallRequest, Outcome
+from services.tool.execution import Executor, Progress
+from services.tool.registry import Registry, Tool
+
+_PAGE = 100
+
+
+class ToolServicer(ToolServiceServicer):
+    """hermesh.tool.v1.ToolService."""
+
+    def __init__(self, registry: Registry, executor: Executor) -> None:
+        """Serves these."""
+        self._registry = registry
+        self._executor = executor
+
+    async def ListTools(self, request: pb.ListToolsRequest, context: Any) -> pb.ListToolsResponse:
+        """Lists the tools by name."""
+        after = read_page_token("ListTools", (), request.page_token)
+        size = request.page_size or _PAGE
+        tools = self._registry.page(after, size + 1)
+        more = len(tools) > size
+        return pb.ListToolsResponse(
+            tools=[_tool(tool) for tool in tools[:size]],
+            next_page_token=make_page_token("ListTools", (), tools[size - 1].name) if more else "",
+        )
+
+    async def Execute(self, request: pb.ExecuteRequest, context: Any) -> AsyncIterator[pb.ExecuteResponse]:
+        """Runs one journalled call. The call goes on when this stream breaks."""
+        require_mesh()
+        call = CallRequest(
+            call_id=request.call_id,
+            tenant_id=require_tenant(),
+            session_id=UUID(request.session_id),
+            run_id=UUID(request.run_id),
+            fence=request.fence,
+            name=request.name,
+            arguments=request.arguments,
+            user=request.user,
+        )
+        async with aclosing(self._executor.run(call)) as updates:
+            async for update in updates:
+                yield _response(update)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
+        """Asks a running call to stop."""
+        require_mesh()
+        return pb.CancelResponse(found=self._executor.cancel(request.call_id, require_tenant()))
+
+
+def _tool(tool: Tool) -> pb.Tool:
+    return pb.Tool(
+        name=tool.name,
+        description=tool.description,
+        input_schema=tool.schema_text,
+        effect=resources_pb2.EffectClass.ValueType(tool.effect),
+        timeout_ms=round(tool.timeout * 1000),
+        requires_approval=tool.requires_approval,
+    )
+
+
+def _response(update: Progress | Outcome) -> pb.ExecuteResponse:
+    if isinstance(update, Progress):
+        return pb.ExecuteResponse(progress=pb.Progress(text=update.text))
+    return pb.ExecuteResponse(
+        result=pb.Result(
+            state=resources_pb2.ToolCallState.ValueType(update.state),
+            content=update.content,
+            content_ref=update.content_ref,
+            reason=update.reason,
+            reused=update.reused,
+        )
+    )

@@ -1,0 +1,138 @@
+"""A journal in memory, with the session service's rules, and tools to run under it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+from meshkit.errors import HermeshError, NotFoundError
+from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
+from services.tool.registry import Effect, Tool, ToolContext
+
+TENANT = UUID("0192aaaa-0000-7000-8000-000000000001")
+SESSION = UUID("0192aaaa-0000-7000-8000-000000000002")
+RUN = UUID("0192aaaa-0000-7000-8000-000000000003")
+_RUNNING = "running"
+
+
+@dataclass
+class Row:
+    effect: Effect
+    entry: Entry
+    running: bool = False
+    fence: int = 0
+
+
+class FakeJournal:
+    """Begin and Complete as the session service means them, for one session."""
+
+    def __init__(self, fence: int = 1) -> None:
+        self.fence = fence
+        self.rows: dict[str, Row] = {}
+        self.begins: list[str] = []
+        self.completes: list[Outcome] = []
+        self.begin_errors: list[HermeshError] = []
+        self.complete_errors: list[HermeshError] = []
+        self.begin_gate: asyncio.Event | None = None
+
+    def intend(self, call_id: str, effect: Effect = Effect.PURE) -> None:
+        self.rows[call_id] = Row(effect, Entry(None, idempotency_key=f"key-{call_id}", effect=int(effect)))
+
+    async def begin(self, request: CallRequest) -> tuple[BeginOutcome, Entry]:
+        self.begins.append(request.call_id)
+        if self.begin_gate is not None:
+            await self.begin_gate.wait()
+        if self.begin_errors:
+            raise self.begin_errors.pop(0)
+        row = self.rows.get(request.call_id)
+        if row is None:
+            raise NotFoundError("TOOL_CALL_NOT_FOUND", "no such call")
+        if row.entry.state in (CallState.COMPLETED, CallState.FAILED):
+            return BeginOutcome.DONE, row.entry
+        if request.fence != self.fence:
+            return BeginOutcome.FENCED, row.entry
+        if row.entry.state is CallState.UNKNOWN or (row.running and row.effect is Effect.NON_IDEMPOTENT):
+            row.entry = replace(row.entry, state=CallState.UNKNOWN)
+            return BeginOutcome.UNKNOWN, row.entry
+        row.running, row.fence = True, request.fence
+        return BeginOutcome.GO, row.entry
+
+    async def complete(self, request: CallRequest, outcome: Outcome) -> Entry:
+        if self.complete_errors:
+            raise self.complete_errors.pop(0)
+        row = self.rows[request.call_id]
+        if row.entry.state is None:
+            self.completes.append(outcome)
+            row.entry = replace(
+                row.entry, state=outcome.state, content=outcome.content, content_ref=outcome.content_ref
+            )
+        return row.entry
+
+
+class FakeResults:
+    """An object store in memory that may be away for its first tries."""
+
+    def __init__(self, errors: list[HermeshError] | None = None) -> None:
+        self.errors = errors or []
+        self.objects: list[bytes] = []
+
+    async def put(self, tenant_id: UUID, data: bytes) -> str:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.objects.append(data)
+        return f"sha256:{len(self.objects)}"
+
+
+class Lever:
+    """A tool that does what the test says, and counts."""
+
+    def __init__(self, effect: Effect = Effect.PURE, timeout: float = 5.0, name: str = "lever") -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.contexts: list[ToolContext] = []
+        self.started = asyncio.Event()
+        self.release = asyncio.Event()
+        self.wait = False
+        self.stubborn = False
+        self.result: Any = "done"
+        self.error: Exception | None = None
+        self.tool = Tool(
+            name=name,
+            description="A lever.",
+            input_schema={
+                "type": "object",
+                "properties": {"n": {"type": "integer"}},
+                "additionalProperties": False,
+            },
+            function=self.run,
+            effect=effect,
+            timeout=timeout,
+        )
+
+    async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> Any:
+        self.calls.append(dict(arguments))
+        self.contexts.append(context)
+        context.progress("started")
+        self.started.set()
+        while self.wait and not self.release.is_set():
+            try:
+                await self.release.wait()
+            except asyncio.CancelledError:
+                if not self.stubborn:
+                    raise
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def call(
+    call_id: str = "run:1:0",
+    *,
+    name: str = "lever",
+    arguments: str = "{}",
+    fence: int = 1,
+    tenant: UUID = TENANT,
+) -> CallRequest:
+    return CallRequest(call_id, tenant, SESSION, RUN, fence, name, arguments, "ann")
