@@ -1,7 +1,8 @@
 """The loop: what to do next, given what was done.
 
 `decide` looks at a `LoopState` and answers with one decision; the runner carries it out and feeds the
-outcome back through `turn_done`, `turn_broken` or `calls_done`, each of which returns the next state.
+outcome back through `turn_done`, `turn_broken`, `calls_done` or `calls_reported`, each of which returns the
+next state.
 A step is one model turn with the tool calls it asked for.
 """
 
@@ -131,7 +132,7 @@ class CallModel:
             what came from `from_seq` on and write the turn anew; "again" = the step was begun before and
             has written nothing.
         prefix: text that the log already has of this turn.
-        from_seq: with "reset".
+        from_seq: with "prefill" and "reset": the seq of the turn's first text.
         max_tokens: the most tokens to write, 0 = no bound of ours.
     """
 
@@ -147,6 +148,13 @@ class CallTools:
     """Run these calls side by side."""
 
     step: int
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportCalls:
+    """All of the step's calls are settled: make them messages, with results that the log lacks."""
+
     calls: tuple[Call, ...]
 
 
@@ -174,7 +182,7 @@ class Fail:
     retryable: bool = False
 
 
-Decision = CallModel | CallTools | AwaitAction | Finish | Fail
+Decision = CallModel | CallTools | ReportCalls | AwaitAction | Finish | Fail
 
 
 def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill: bool) -> Decision:
@@ -190,6 +198,8 @@ def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill
         return Finish(state.finish_reason)
     if seconds_left <= 0:
         return Fail("DEADLINE_EXCEEDED", "RUN_TIMEOUT", "the run's time limit was reached", True)
+    if state.calls and all(call.state.settled for call in state.calls):
+        return ReportCalls(state.calls)
     if state.calls:
         todo = tuple(call for call in state.calls if not call.state.settled and not call.waits)
         if todo:
@@ -216,7 +226,9 @@ def _call_model(state: LoopState, budget: int, can_prefill: bool) -> CallModel:
             state.step if begun else state.step + 1, "again" if begun else "fresh", "", 0, budget
         )
     if can_prefill and partial.text:
-        return CallModel(state.step, "prefill", prefix=partial.text, max_tokens=budget)
+        return CallModel(
+            state.step, "prefill", prefix=partial.text, from_seq=partial.first_seq, max_tokens=budget
+        )
     return CallModel(state.step, "reset", from_seq=partial.first_seq, max_tokens=budget)
 
 
@@ -228,17 +240,15 @@ def turn_begun(state: LoopState, decision: CallModel) -> LoopState:
 def turn_done(state: LoopState, turn: Turn) -> LoopState:
     """Add a finished model turn to the conversation."""
     uses = tuple(ToolUse(call.call_id, call.name, call.arguments) for call in turn.calls)
-    return settle(
-        replace(
-            state,
-            messages=(*state.messages, ChatMessage("assistant", turn.text, uses)),
-            turns=state.turns + 1,
-            partial=None,
-            calls=turn.calls,
-            usage=state.usage + turn.usage,
-            finish_reason="" if turn.calls else turn.finish_reason,
-            breaks=0,
-        )
+    return replace(
+        state,
+        messages=(*state.messages, ChatMessage("assistant", turn.text, uses)),
+        turns=state.turns + 1,
+        partial=None,
+        calls=turn.calls,
+        usage=state.usage + turn.usage,
+        finish_reason="" if turn.calls else turn.finish_reason,
+        breaks=0,
     )
 
 
@@ -261,15 +271,13 @@ def turn_broken(state: LoopState, partial: Partial | None, failure: Fail, limits
 
 
 def calls_done(state: LoopState, results: Sequence[Call]) -> LoopState:
-    """Note calls' outcomes; once all of the step are settled they become tool messages."""
+    """Note what calls came to."""
     by_id = {call.call_id: call for call in results}
-    return settle(replace(state, calls=tuple(by_id.get(call.call_id, call) for call in state.calls)))
+    return replace(state, calls=tuple(by_id.get(call.call_id, call) for call in state.calls))
 
 
-def settle(state: LoopState) -> LoopState:
-    """Turn the step's calls into messages when all of them have a result."""
-    if not state.calls or not all(call.state.settled for call in state.calls):
-        return state
+def calls_reported(state: LoopState) -> LoopState:
+    """Turn the step's settled calls into messages."""
     return replace(state, messages=(*state.messages, *tool_messages(state.calls)), calls=())
 
 

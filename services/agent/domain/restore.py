@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from services.agent.domain.loop import Call, CallState, LoopState, Partial, settle
+from services.agent.domain.loop import Call, CallState, LoopState, Partial
 from services.agent.model.port import ChatMessage, ToolUse
 
 
@@ -36,7 +36,7 @@ class LoggedEvent:
 class _Fold:
     step: int = 0
     pieces: list[tuple[int, str]] = field(default_factory=list)
-    reported: set[str] = field(default_factory=set)
+    reported: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     approved: set[str] = field(default_factory=set)
 
 
@@ -45,6 +45,7 @@ def restore(
     messages: Sequence[StoredMessage],
     events: Sequence[LoggedEvent] = (),
     journal: Sequence[Call] = (),
+    approval: Collection[str] = (),
 ) -> LoopState:
     """Rebuild the state of a run.
 
@@ -53,6 +54,7 @@ def restore(
         messages: the conversation with what this run has added, oldest first.
         events: at least everything of the current model turn and the `step.started` before it.
         journal: the run's tool calls.
+        approval: names of tools whose calls a person must agree to first.
 
     Returns:
         The state to go on with. Where the log has half a turn, `partial` says so.
@@ -76,8 +78,8 @@ def restore(
     if all(use.call_id in answered for use in uses):
         return state
     by_id = {call.call_id: call for call in journal}
-    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold) for use in uses)
-    return settle(replace(state, calls=calls))
+    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, approval) for use in uses)
+    return replace(state, calls=calls)
 
 
 def _fold(events: Sequence[LoggedEvent]) -> _Fold:
@@ -97,7 +99,7 @@ def _fold(events: Sequence[LoggedEvent]) -> _Fold:
         elif event.type == "message.completed":
             fold.pieces = []
         elif event.type == "tool.result":
-            fold.reported.add(str(data["call_id"]))
+            fold.reported[str(data["call_id"])] = data
         elif event.type == "action.resolved" and data.get("decision") in ("retry", "approved"):
             fold.approved.add(str(data["call_id"]))
     return fold
@@ -109,21 +111,18 @@ def _partial(fold: _Fold) -> Partial | None:
     return Partial("".join(text for _, text in fold.pieces), fold.pieces[0][0])
 
 
-def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold) -> Call:
-    reported = use.call_id in fold.reported
+def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, approval: Collection[str]) -> Call:
+    reported = fold.reported.get(use.call_id)
     if entry is None:
-        # A call that never got into the journal was refused when the model made it.
+        # It never got into the journal: it was refused when the model made it, and the log says how.
+        content = str(reported.get("content", "")) if reported else "The call was not valid."
         return Call(
-            use.call_id, use.name, use.arguments, CallState.FAILED, "The call was not valid.", False, reported
+            use.call_id, use.name, use.arguments, CallState.FAILED, content, reported=reported is not None
         )
-    return Call(
-        use.call_id,
-        entry.name,
-        entry.arguments,
-        entry.state,
-        entry.content,
-        entry.needs_approval and use.call_id not in fold.approved,
-        reported,
+    return replace(
+        entry,
+        needs_approval=entry.name in approval and use.call_id not in fold.approved,
+        reported=reported is not None,
     )
 
 

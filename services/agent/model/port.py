@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -131,7 +131,7 @@ class ModelInfo:
 class Model(Protocol):
     """A language model backend."""
 
-    def stream(self, request: ModelRequest) -> AsyncIterator[Sequence[ModelEvent]]:
+    def stream(self, request: ModelRequest) -> AsyncGenerator[Sequence[ModelEvent], None]:
         """Stream one reply as batches: each holds all that had arrived when it was asked for.
 
         The last batch ends with `Finished`. Closing the iterator (or cancelling the task that reads

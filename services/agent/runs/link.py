@@ -85,15 +85,16 @@ class AppendLink:
 
     def remove(self, writer: RunWriter) -> None:
         """Serve it no more."""
-        if self._writers.get(writer.run_id) is writer:
-            del self._writers[writer.run_id]
+        if self._writers.get(writer.run_id) is not writer:
+            return
+        del self._writers[writer.run_id]
         self._ready.pop(writer.run_id, None)
         self._reattach.pop(writer.run_id, None)
         self._asked_at.pop(writer.run_id, None)
 
     def schedule(self, writer: RunWriter) -> None:
         """Send what a writer has ready, together with whatever else is."""
-        if writer.run_id in self._writers:
+        if self._writers.get(writer.run_id) is writer:
             self._ready[writer.run_id] = writer
             self._wake.set()
 

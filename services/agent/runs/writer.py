@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -60,11 +60,12 @@ class _Pending:
     time_ms: int
     parts: list[str] = field(default_factory=list)
     size: int = 0
-    data: str = ""
+    fixed: list[tuple[str, str]] = field(default_factory=list)
     commit: StepCommit | None = None
 
-    def render(self) -> str:
-        return self.data or f'{{"text":{orjson.dumps("".join(self.parts)).decode()}}}'
+    def render(self) -> list[tuple[str, str]]:
+        """Return the events, type and data of each."""
+        return self.fixed or [(self.type, f'{{"text":{orjson.dumps("".join(self.parts)).decode()}}}')]
 
 
 class RunWriter:
@@ -100,6 +101,7 @@ class RunWriter:
         self._schedule = schedule
         self._pending: deque[_Pending] = deque()
         self._pending_size = 0
+        self._pending_events = 0
         self._in_flight: RunAppend | None = None
         self._sent = False
         self._moved = asyncio.Event()
@@ -118,27 +120,54 @@ class RunWriter:
             subscription.close(reconnect)
         self._subscriptions.clear()
 
-    def text(self, kind: str, text: str) -> None:
-        """Write text ("text.delta" or "reasoning.delta"); text that waits is joined."""
+    def text(self, kind: str, text: str) -> int:
+        """Write text ("text.delta" or "reasoning.delta"); text that waits is joined.
+
+        Returns:
+            The seq of the event that the text becomes a part of.
+        """
         if self._stopped is not None:
             raise self._stopped
         last = self._pending[-1] if self._pending else None
-        if last is None or last.type != kind or last.commit is not None or last.size > MAX_TEXT:
+        if last is None or last.type != kind or last.size > MAX_TEXT:
             last = _Pending(kind, self._now_ms())
             self._pending.append(last)
+            self._pending_events += 1
         last.parts.append(text)
         last.size += len(text)
         self._pending_size += len(text)
+        before = self.next_seq
         if self._in_flight is None:
             self._schedule(self)
+        else:
+            before += len(self._in_flight.events)
+        return before + self._pending_events - 1
 
-    def event(self, kind: str, data: dict[str, Any], commit: StepCommit | None = None) -> None:
-        """Write an event; `commit` is stored in the same transaction as it and what waits before it."""
+    @property
+    def full(self) -> bool:
+        """Whether so much waits to be stored that a producer should wait in `room`."""
+        return self._pending_size > HIGH_WATER
+
+    def event(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Write an event."""
+        self.events([(kind, data)])
+
+    def events(
+        self, events: Sequence[tuple[str, Mapping[str, Any]]], commit: StepCommit | None = None
+    ) -> None:
+        """Write events that are stored together, in one transaction with `commit`.
+
+        Args:
+            events: type and data of each.
+            commit: what else changes with them.
+        """
         if self._stopped is not None:
             raise self._stopped
-        text = orjson.dumps(data).decode()
-        self._pending.append(_Pending(kind, self._now_ms(), size=len(text), data=text, commit=commit))
-        self._pending_size += len(text)
+        fixed = [(kind, orjson.dumps(data).decode()) for kind, data in events]
+        size = sum(len(data) for _, data in fixed)
+        self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
+        self._pending_events += len(fixed)
+        self._pending_size += size
         if self._in_flight is None:
             self._schedule(self)
 
@@ -171,7 +200,7 @@ class RunWriter:
         if self._stopped is None:
             self._stopped = stopped
             self._pending.clear()
-            self._pending_size = 0
+            self._pending_size = self._pending_events = 0
             self._in_flight = None
             self._moved.set()
             self.on_stopped(stopped)
@@ -180,7 +209,7 @@ class RunWriter:
         """Drop what a rejected write left behind, so that the run's end can be written in its place."""
         self._stopped = None
         self._pending.clear()
-        self._pending_size = 0
+        self._pending_size = self._pending_events = 0
         self._in_flight = None
 
     # the append stream's side
@@ -223,11 +252,13 @@ class RunWriter:
             while self._pending and size < MAX_APPEND:
                 entry = self._pending.popleft()
                 size += entry.size
-                target.events.add(type=entry.type, time_ms=entry.time_ms, data=entry.render())
+                for kind, data in entry.render():
+                    target.events.add(type=kind, time_ms=entry.time_ms, data=data)
                 if entry.commit is not None:
                     target.commit.CopyFrom(entry.commit)
                     break
             self._pending_size = max(0, self._pending_size - size)
+            self._pending_events -= len(target.events)
             self._in_flight = target
             self._moved.set()
         else:

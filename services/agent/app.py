@@ -1,0 +1,99 @@
+"""Puts an agent process together."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from hermesh.agent.v1 import agent_service_pb2_grpc
+from meshkit.auth import MeshAuthenticator
+from meshkit.channel import open_channel
+from meshkit.clock import now_ms
+from meshkit.errors import StartupError
+from meshkit.server import Server
+from meshkit.tasks import TaskOwner
+from services.agent.clients.memory import MemoryClient
+from services.agent.clients.session import SessionClient
+from services.agent.clients.tools import ToolClient
+from services.agent.domain.loop import Limits
+from services.agent.domain.prompt import RunSpec
+from services.agent.model.catalog import ModelCatalog
+from services.agent.model.http import Timeouts
+from services.agent.model.openai import OpenAIModel, Retry
+from services.agent.runs.leases import LeaseKeeper
+from services.agent.runs.link import AppendLink
+from services.agent.runs.ports import World
+from services.agent.runs.supervisor import Supervisor
+from services.agent.servicer import AgentServicer
+from services.agent.settings import AgentSettings
+
+SERVICE_NAME = "hermesh.agent.v1.AgentService"
+SAFE_METHODS = (
+    "hermesh.session.v1.SessionInternalService/Authenticate",
+    "hermesh.tool.v1.ToolService/ListTools",
+    "hermesh.memory.v1.MemoryService/GetPreferences",
+)
+
+
+async def main(settings: AgentSettings) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        StartupError: a setting is missing, or an address cannot be bound.
+    """
+    if not settings.llm_base_url:
+        raise StartupError("HERMESH_LLM_BASE_URL is not set: name an OpenAI-compatible model server")
+    monotonic = asyncio.get_running_loop().time
+    async with AsyncExitStack() as stack:
+        channel = await stack.enter_async_context(open_channel(settings, safe=SAFE_METHODS))
+        # The append stream has a connection of its own: its small messages never wait behind others.
+        append_channel = await stack.enter_async_context(open_channel(settings))
+        server = await stack.enter_async_context(
+            Server(settings, service="agent", authenticator=MeshAuthenticator(channel, settings))
+        )
+        model = OpenAIModel(
+            settings.llm_base_url,
+            api_key=settings.llm_api_key.get_secret_value(),
+            connections=settings.llm_connections,
+            timeouts=Timeouts(
+                settings.llm_connect_timeout, settings.llm_first_byte_timeout, settings.llm_idle_timeout
+            ),
+            retry=Retry(attempts=settings.llm_attempts),
+        )
+        stack.push_async_callback(model.aclose)
+        catalog = ModelCatalog(model, settings.llm_model, monotonic)
+        session = SessionClient(channel, settings, append_channel)
+        tools = ToolClient(channel, settings)
+        background = await stack.enter_async_context(TaskOwner("agent"))
+        runs = await stack.enter_async_context(TaskOwner("agent-runs"))
+
+        def limits(spec: RunSpec) -> Limits:
+            return Limits(spec.max_turns, spec.max_output_tokens, settings.llm_resumes)
+
+        world = World(
+            replica=settings.replica,
+            model=model,
+            catalog=catalog,
+            tools=tools,
+            memory=MemoryClient(channel, settings),
+            tool_mode=settings.llm_tool_mode,
+            can_prefill=settings.llm_prefill,
+            context_tokens=settings.llm_context_tokens,
+            memory_timeout=settings.memory_timeout,
+            limits=limits,
+            now_ms=now_ms,
+            monotonic=monotonic,
+            draining=lambda: supervisor.draining,
+        )
+        supervisor = Supervisor(settings, session, world, runs)
+        link = AppendLink(session.open_append, settings.replica, supervisor.cancel, monotonic)
+        supervisor.serve_with(link)
+        keeper = LeaseKeeper(session, supervisor.writers, supervisor.cancel, monotonic)
+        background.start(link.run(), name="append")
+        background.start(keeper.run(), name="leases")
+        background.start(catalog.keep_fresh(), name="models")
+        background.start(tools.keep_fresh(), name="tools")
+        servicer = AgentServicer(settings, supervisor, session, catalog, tools)
+        server.add(agent_service_pb2_grpc.add_AgentServiceServicer_to_server, servicer, SERVICE_NAME)
+        server.on_drain(supervisor.drain)
+        await server.serve()

@@ -1,0 +1,120 @@
+"""The memory service: what is known at a run's start, and what is kept at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc.aio
+
+from hermesh.memory.v1.memory_service_pb2 import (
+    GetPreferencesRequest,
+    RecallRequest,
+    RememberRequest,
+    Scope,
+)
+from hermesh.memory.v1.memory_service_pb2_grpc import MemoryServiceStub
+from meshkit.channel import mesh_metadata, stream_call
+from meshkit.errors import from_rpc_error
+from meshkit.settings import MeshSettings
+from services.agent.domain.prompt import RunSpec
+
+MAX_QUERY = 16 * 1024
+MAX_TEXT = 4 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A memory that was found; `source` is the session it came from, if known."""
+
+    memory_id: str
+    text: str
+    score: float
+    source: str
+
+
+class MemoryClient:
+    """Calls to the memory service.
+
+    Args:
+        channel: to the mesh.
+        settings: for the mesh's credential.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, settings: MeshSettings) -> None:
+        self._stub = MemoryServiceStub(channel)
+        self._settings = settings
+
+    async def known(
+        self, spec: RunSpec, query: str, timeout: float
+    ) -> tuple[Sequence[Recalled], Mapping[str, str]]:
+        """Return what is recalled for a query and the user's preferences.
+
+        Raises:
+            HermeshError: the memory service failed, or took longer than `timeout` seconds.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                recalled = group.create_task(self._recall(spec, query, timeout))
+                preferences = group.create_task(self._preferences(spec, timeout))
+        except* grpc.aio.AioRpcError as errors:
+            first = errors.exceptions[0]
+            assert isinstance(first, grpc.aio.AioRpcError)
+            raise from_rpc_error(first) from None
+        return recalled.result(), preferences.result()
+
+    async def _recall(self, spec: RunSpec, query: str, timeout: float) -> Sequence[Recalled]:
+        # A session of nobody has nothing to recall before its first run is over.
+        if not query or (not spec.user and spec.ordinal <= 1):
+            return ()
+        request = RecallRequest(scope=_scope(spec), query=cut(query, MAX_QUERY))
+        found: list[Recalled] = []
+        call = self._stub.Recall(
+            request, metadata=mesh_metadata(self._settings, spec.tenant_id), timeout=timeout
+        )
+        async with stream_call(call) as responses:
+            async for response in responses:
+                memory = response.memory
+                found.append(
+                    Recalled(memory.memory_id, memory.text, response.score, memory.source_session_id)
+                )
+        return found
+
+    async def _preferences(self, spec: RunSpec, timeout: float) -> Mapping[str, str]:
+        if not spec.user:
+            return {}
+        response = await self._stub.GetPreferences(
+            GetPreferencesRequest(user=spec.user),
+            metadata=mesh_metadata(self._settings, spec.tenant_id),
+            timeout=timeout,
+        )
+        return dict(response.preferences)
+
+    async def remember(self, spec: RunSpec, text: str, timeout: float) -> None:
+        """Keep a text; the run's id makes that safe to repeat.
+
+        Raises:
+            HermeshError: it was not kept, as far as is known.
+        """
+        request = RememberRequest(
+            scope=_scope(spec),
+            text=cut(text, MAX_TEXT),
+            source_session_id=spec.session_id,
+            request_id=spec.run_id,
+        )
+        metadata = mesh_metadata(self._settings, spec.tenant_id)
+        try:
+            await self._stub.Remember(request, metadata=metadata, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+
+def _scope(spec: RunSpec) -> Scope:
+    return Scope(user=spec.user) if spec.user else Scope(session_id=spec.session_id)
+
+
+def cut(text: str, max_bytes: int) -> str:
+    """Cut a text to so many bytes of UTF-8, never inside a character."""
+    data = text.encode()
+    return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore")

@@ -1,0 +1,195 @@
+"""The session service: submit, claim, append, renew, release."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc.aio
+
+from hermesh.agent.v1.agent_service_pb2 import RunRequest
+from hermesh.common.v1.event_pb2 import Event
+from hermesh.session.v1.resources_pb2 import Grant, Run, RunContext, RunOptions
+from hermesh.session.v1.session_internal_service_pb2 import (
+    CLAIM_OUTCOME_ALREADY_CLAIMED,
+    CLAIM_OUTCOME_CLAIMED,
+    ClaimRunRequest,
+    LeaseRef,
+    ReleaseLeaseRequest,
+    RenewLeasesRequest,
+)
+from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
+from hermesh.session.v1.session_service_pb2 import SubmitRunRequest, SubmitRunResponse
+from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from meshkit.channel import mesh_metadata
+from meshkit.errors import HermeshError, UnavailableError, from_rpc_error
+from meshkit.ids import uuid7
+from meshkit.settings import MeshSettings
+from meshkit.tasks import Backoff
+from services.agent.runs.leases import Renewal
+from services.agent.runs.link import AppendCall
+
+SUBMIT_TRIES = 4
+MAX_RENEWALS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that is ours to work on.
+
+    Attributes:
+        lease_until: monotonic time until which the lease surely lasts.
+    """
+
+    run: Run
+    grant: Grant
+    context: RunContext
+    options: RunOptions
+    tenant_id: str
+    lease_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """An accepted input; `claim` is None when another replica will work on it."""
+
+    run: Run
+    created: Event
+    duplicate: bool
+    claim: Claim | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotClaimed:
+    """A run that is not ours: `elsewhere` when another replica has it, else it needs no work."""
+
+    elsewhere: bool
+
+
+class SessionClient:
+    """Calls to the session service.
+
+    Args:
+        channel: to the mesh.
+        settings: for the mesh's credential and this replica's name.
+        append_channel: to the mesh too, for append streams alone; `channel` if None.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        settings: MeshSettings,
+        append_channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        self._sessions = SessionServiceStub(channel)
+        self._internal = SessionInternalServiceStub(channel)
+        self._appends = SessionInternalServiceStub(append_channel if append_channel is not None else channel)
+        self._settings = settings
+        self._mesh = mesh_metadata(settings)
+
+    async def submit(self, request: RunRequest, tenant_id: str, *, claim: bool) -> Submitted:
+        """Accept input, and take the session's lease in the same transaction when `claim`.
+
+        A session replica that cannot be reached is tried again: the idempotency key makes that safe.
+
+        Raises:
+            HermeshError: nothing was accepted, as far as is known.
+        """
+        submit = SubmitRunRequest(
+            session_id=request.session_id,
+            input=request.input,
+            options=request.options if request.HasField("options") else None,
+            request_id=request.request_id or str(uuid7()),
+            concurrency=request.concurrency,
+            claim_owner=self._settings.replica if claim else "",
+        )
+        metadata = mesh_metadata(self._settings, tenant_id)
+        backoff = Backoff(0.05, 0.5)
+        response: SubmitRunResponse | None = None
+        asked_at = 0.0
+        while response is None:
+            asked_at = asyncio.get_running_loop().time()
+            try:
+                response = await self._sessions.SubmitRun(submit, metadata=metadata)
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                if not isinstance(error, UnavailableError) or backoff.attempts + 1 >= SUBMIT_TRIES:
+                    raise error from rpc_error
+                await backoff.sleep()
+        taken = None
+        if response.HasField("grant"):
+            taken = Claim(
+                response.run,
+                response.grant,
+                response.context,
+                response.options,
+                tenant_id,
+                asked_at + response.grant.ttl_ms / 1000,
+            )
+        return Submitted(response.run, response.created, response.duplicate, taken)
+
+    async def claim(self, run_id: str) -> Claim | NotClaimed:
+        """Take the lease of a queued or orphaned run.
+
+        Raises:
+            HermeshError: the session service could not say.
+        """
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            response = await self._internal.ClaimRun(
+                ClaimRunRequest(run_id=run_id, owner=self._settings.replica), metadata=self._mesh
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        if response.outcome != CLAIM_OUTCOME_CLAIMED:
+            return NotClaimed(elsewhere=response.outcome == CLAIM_OUTCOME_ALREADY_CLAIMED)
+        return Claim(
+            response.run,
+            response.grant,
+            response.context,
+            response.options,
+            response.tenant_id,
+            asked_at + response.grant.ttl_ms / 1000,
+        )
+
+    def open_append(self) -> AppendCall:
+        """Start an append stream."""
+        call: AppendCall = self._appends.Append(metadata=self._mesh)
+        return call
+
+    async def renew(self, leases: Sequence[tuple[str, str, int]], timeout: float) -> Renewal:
+        """See `LeasePort.renew`.
+
+        Raises:
+            HermeshError: nothing is known about the leases.
+        """
+        lost: list[str] = []
+        cancelled: list[str] = []
+        ttl = 0.0
+        for start in range(0, len(leases), MAX_RENEWALS):
+            request = RenewLeasesRequest(
+                owner=self._settings.replica,
+                leases=[
+                    LeaseRef(session_id=session_id, run_id=run_id, fence=fence)
+                    for session_id, run_id, fence in leases[start : start + MAX_RENEWALS]
+                ],
+            )
+            try:
+                response = await self._internal.RenewLeases(request, metadata=self._mesh, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            lost += response.lost_run_ids
+            cancelled += response.cancelled_run_ids
+            ttl = response.ttl_ms / 1000
+        return Renewal(lost, cancelled, ttl)
+
+    async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:
+        """Give a lease up; False when that could not be said (it ends by itself then)."""
+        request = ReleaseLeaseRequest(lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence))
+        try:
+            async with asyncio.timeout(timeout):
+                response = await self._internal.ReleaseLease(request, metadata=self._mesh)
+        except (grpc.aio.AioRpcError, HermeshError, TimeoutError):
+            return False
+        return response.released

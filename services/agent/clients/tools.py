@@ -1,0 +1,203 @@
+"""The tool service: what tools there are, and running one journalled call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc.aio
+import orjson
+import structlog
+
+from hermesh.session.v1.resources_pb2 import (
+    EFFECT_CLASS_IDEMPOTENT,
+    EFFECT_CLASS_PURE,
+    TOOL_CALL_STATE_COMPLETED,
+    TOOL_CALL_STATE_UNKNOWN,
+    EffectClass,
+)
+from hermesh.tool.v1.tool_service_pb2 import CancelRequest, ExecuteRequest, ListToolsRequest
+from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
+from meshkit.channel import mesh_metadata, stream_call
+from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.settings import MeshSettings
+from meshkit.tasks import Backoff
+from services.agent.domain.loop import Call, CallState
+from services.agent.domain.prompt import RunSpec
+from services.agent.model.port import ToolOffer
+
+_log = structlog.get_logger("agent.tools")
+
+LIST_TIMEOUT = 2.0
+REFRESH_SECONDS = 30.0
+EXECUTE_TRIES = 4
+# Above the tool's own timeout: the tool service reports that one itself, and better.
+EXECUTE_MARGIN = 5.0
+# The call cannot be made, whoever asks: the model is told, and may repair it.
+_MODEL_MAY_REPAIR = ("TOOL_NOT_FOUND", "TOOL_ARGUMENTS_INVALID", "INVALID_ARGUMENT", "ADDRESS_REFUSED")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolInfo:
+    """A tool as the tool service lists it; `timeout` in seconds."""
+
+    offer: ToolOffer
+    effect: EffectClass.ValueType
+    timeout: float
+    requires_approval: bool
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may run again after it may have run."""
+        return self.effect in (EFFECT_CLASS_PURE, EFFECT_CLASS_IDEMPOTENT)
+
+
+class ToolClient:
+    """Calls to the tool service, with the list of tools cached.
+
+    Args:
+        channel: to the mesh.
+        settings: for the mesh's credential.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, settings: MeshSettings) -> None:
+        self._stub = ToolServiceStub(channel)
+        self._settings = settings
+        self._mesh = mesh_metadata(settings)
+        self._tools: Mapping[str, ToolInfo] | None = None
+        self._loading = asyncio.Lock()
+
+    async def tools(self) -> Mapping[str, ToolInfo]:
+        """Return the tools by name, from the cache when there is one.
+
+        Raises:
+            HermeshError: none is cached and the tool service does not answer.
+        """
+        if self._tools is not None:
+            return self._tools
+        async with self._loading:
+            if self._tools is None:
+                self._tools = await self._load()
+        return self._tools
+
+    async def keep_fresh(self) -> None:
+        """Renew the cache until cancelled; while the tool service is away the old list stays."""
+        while True:
+            try:
+                self._tools = await self._load()
+            except HermeshError as error:
+                _log.debug("the list of tools was not renewed", reason=error.reason)
+                await asyncio.sleep(2.0 if self._tools is None else REFRESH_SECONDS)
+                continue
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    async def _load(self) -> Mapping[str, ToolInfo]:
+        tools: dict[str, ToolInfo] = {}
+        token = ""
+        while True:
+            request = ListToolsRequest(page_size=500, page_token=token)
+            try:
+                response = await self._stub.ListTools(request, metadata=self._mesh, timeout=LIST_TIMEOUT)
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            for tool in response.tools:
+                offer = ToolOffer(tool.name, tool.description, _schema(tool.input_schema))
+                tools[tool.name] = ToolInfo(
+                    offer, tool.effect, (tool.timeout_ms or 30_000) / 1000, tool.requires_approval
+                )
+            token = response.next_page_token
+            if not token:
+                return tools
+
+    async def execute(
+        self,
+        spec: RunSpec,
+        call: Call,
+        info: ToolInfo,
+        fence: Callable[[], int],
+        on_progress: Callable[[str], None],
+    ) -> Call:
+        """Run one call whose intent is stored, and return it with its outcome.
+
+        A broken stream is asked for again: the journal says whether the tool may act, so that trying
+        again repeats nothing.
+
+        Args:
+            spec: the run.
+            call: the call.
+            info: its tool.
+            fence: returns the fence of this moment; it changes when the run is attached anew.
+            on_progress: told each sign of life.
+        """
+        backoff = Backoff(0.1, 1.0)
+        metadata = mesh_metadata(self._settings, spec.tenant_id)
+        while True:
+            used = fence()
+            request = ExecuteRequest(
+                call_id=call.call_id,
+                session_id=spec.session_id,
+                run_id=spec.run_id,
+                fence=used,
+                name=call.name,
+                arguments=call.arguments,
+                user=spec.user,
+            )
+            try:
+                stream = self._stub.Execute(request, metadata=metadata, timeout=info.timeout + EXECUTE_MARGIN)
+                async with stream_call(stream) as responses:
+                    async for response in responses:
+                        if response.WhichOneof("kind") == "result":
+                            return _settled(call, response.result.state, response.result.content)
+                        on_progress(response.progress.text)
+                reason, message = "SERVICE_UNAVAILABLE", "the tool service sent no result"
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                reason, message = error.reason, error.message
+            if reason in _MODEL_MAY_REPAIR:
+                return replace(call, state=CallState.FAILED, content=message)
+            stale = reason == "FENCE_STALE"
+            if (stale and fence() == used) or backoff.attempts + 1 >= EXECUTE_TRIES:
+                _log.warning("tool call failed", call_id=call.call_id, tool=call.name, reason=reason)
+                return _gave_up(call, info, reason)
+            await backoff.sleep()
+
+    async def cancel(self, call_id: str, tenant_id: str) -> None:
+        """Ask a running call to stop; best effort."""
+        try:
+            await self._stub.Cancel(
+                CancelRequest(call_id=call_id),
+                metadata=mesh_metadata(self._settings, tenant_id),
+                timeout=1.0,
+            )
+        except grpc.aio.AioRpcError as error:
+            _log.debug("tool call was not cancelled", call_id=call_id, code=error.code().name)
+
+
+def _settled(call: Call, state: int, content: str) -> Call:
+    if state == TOOL_CALL_STATE_COMPLETED:
+        return replace(call, state=CallState.COMPLETED, content=content)
+    if state == TOOL_CALL_STATE_UNKNOWN:
+        return replace(call, state=CallState.UNKNOWN, content=content)
+    return replace(call, state=CallState.FAILED, content=content or "The tool failed.")
+
+
+def _gave_up(call: Call, info: ToolInfo, reason: str) -> Call:
+    """What a call came to whose outcome nobody told: only one that may be repeated is known to be void."""
+    text = "The tool could not be reached." if reason != "DEADLINE_EXCEEDED" else "The tool took too long."
+    state = CallState.FAILED if info.repeatable else CallState.UNKNOWN
+    return replace(call, state=state, content=text)
+
+
+def _schema(text: str) -> Mapping[str, Any]:
+    try:
+        schema = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        schema = None
+    return schema if isinstance(schema, dict) else {"type": "object"}
+
+
+def allowed(tools: Mapping[str, ToolInfo], names: Sequence[str]) -> dict[str, ToolInfo]:
+    """Return the tools that a run may call: all, or those that it names."""
+    return {name: info for name, info in tools.items() if not names or name in names}

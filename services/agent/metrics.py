@@ -1,0 +1,17 @@
+"""What an agent counts."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+# The name that autoscalers in this project's deployments look at.
+active_runs = Gauge("hermes_active_sessions", "Sessions whose run this replica works on now")
+runs_ended = Counter("hermesh_agent_runs_total", "Runs that ended on this replica", ["outcome"])
+takeovers = Counter("hermesh_agent_takeovers_total", "Claims of a run that another attempt had begun")
+first_token = Histogram(
+    "hermesh_agent_first_token_seconds",
+    "From the claim of a run to its first token",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+)
+model_errors = Counter("hermesh_agent_model_errors_total", "Model turns that failed", ["reason"])
+tool_calls = Counter("hermesh_agent_tool_calls_total", "Tool calls by their outcome", ["state"])

@@ -1,0 +1,429 @@
+"""Carries out one run: asks the loop what to do, does it, writes it down."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+import structlog
+
+from meshkit.errors import HermeshError
+from services.agent import metrics
+from services.agent.clients.tools import ToolInfo, allowed
+from services.agent.domain import loop
+from services.agent.domain.loop import (
+    AwaitAction,
+    Call,
+    CallModel,
+    CallState,
+    CallTools,
+    Fail,
+    Finish,
+    LoopState,
+    Partial,
+    ReportCalls,
+    Turn,
+)
+from services.agent.domain.prompt import Background, RunSpec, build_prompt
+from services.agent.domain.turn import TurnBuilder
+from services.agent.model.errors import ModelError
+from services.agent.model.port import ChatMessage, Usage
+from services.agent.runs.journal import RunJournal
+from services.agent.runs.ports import World
+from services.agent.runs.start import Start
+from services.agent.runs.writer import RunWriter, WriterStopped
+
+_log = structlog.get_logger("agent.run")
+
+# How long a run's last events may wait for the store before the run is left to a takeover.
+LAST_WRITE_SECONDS = 30.0
+RELEASE_SECONDS = 1.0
+_BROKE_OFF = "model_stream_broke"
+_TAKEN_OVER = "agent_lost"
+
+
+class Runner:
+    """One run on this replica, from its claim to its end here.
+
+    `run` returns how it ended here: "completed", "failed", "cancelled", "requires_action", "lost" (another
+    replica owns it) or "released" (this one gives it up, to drain).
+
+    Args:
+        start: the claimed run.
+        writer: its writer, already served by the append stream.
+        world: everything it uses.
+    """
+
+    def __init__(self, start: Start, writer: RunWriter, world: World) -> None:
+        self.spec: RunSpec = start.spec
+        self._start = start
+        self._writer = writer
+        self._world = world
+        self._journal = RunJournal(writer)
+        self._interrupt = ""
+        self._ending = False
+        self._work: asyncio.Task[str] | None = None
+        self._began = world.monotonic()
+        self._deadline = self._began + start.spec.timeout
+        self._ttft_ms = 0
+        self._usage = Usage()
+        self._turn_text = ""
+        self._turns = 0
+        self._tools: Mapping[str, ToolInfo] = {}
+        self._running_calls: set[str] = set()
+        self.reply = ""
+        writer.on_stopped = self._writer_stopped
+
+    # the supervisor's side
+
+    def cancel(self) -> None:
+        """Somebody asked to cancel: the model and the tools are told at once."""
+        self._stop("cancelled")
+
+    def release(self) -> None:
+        """Give the run up where it stands; another replica goes on."""
+        self._stop("released")
+
+    def _writer_stopped(self, stopped: WriterStopped) -> None:
+        self._stop(stopped.kind)
+
+    def _stop(self, kind: str) -> None:
+        # A lost lease ends everything; nothing else ends a run that is writing its last events.
+        if kind not in ("lost", "rejected") and (self._ending or self._interrupt):
+            return
+        self._interrupt = kind
+        if self._work is not None:
+            self._work.cancel()
+
+    def exchange(self) -> str:
+        """What to remember of a completed run: what was said and what was answered; "" for nothing."""
+        said, reply = self._start.said.strip(), self.reply.strip()
+        return f"User: {said}\nAssistant: {reply}" if said and reply else ""
+
+    async def run(self) -> str:
+        """Work until the run ends here; see the class."""
+        outcome = "failed"
+        async with asyncio.TaskGroup() as group:
+            self._work = group.create_task(self._guarded(), name=f"work-{self.spec.run_id}")
+            if self._interrupt:
+                self._work.cancel()
+        if not self._work.cancelled():
+            outcome = self._work.result()
+        if self._interrupt:
+            outcome = await self._interrupted(self._interrupt)
+        metrics.runs_ended.labels(outcome).inc()
+        _log.info(
+            "run ended here",
+            run_id=self.spec.run_id,
+            outcome=outcome,
+            attempt=self.spec.attempt,
+            seconds=round(self._world.monotonic() - self._began, 3),
+            ttft_ms=self._ttft_ms,
+            output_tokens=self._usage.output_tokens,
+        )
+        return outcome
+
+    async def _guarded(self) -> str:
+        try:
+            try:
+                return await self._loop()
+            except WriterStopped:
+                raise
+            except Exception:
+                _log.exception("a run failed by a bug", run_id=self.spec.run_id)
+                return await self._fail(Fail("INTERNAL", "INTERNAL", "an internal error ended the run"))
+        except WriterStopped as stopped:
+            self._interrupt = stopped.kind
+            return stopped.kind
+
+    async def _interrupted(self, kind: str) -> str:
+        """End the run for a reason that came from outside of the loop."""
+        if kind == "lost":
+            return kind
+        try:
+            if kind == "cancelled":
+                await self._cancel_calls()
+                self._journal.cancelled(self._turn_text, self._usage, self._ttft_ms)
+            elif kind == "rejected":
+                _log.error("the store refused a write", run_id=self.spec.run_id)
+                self._writer.discard()
+                failure = Fail("INTERNAL", "INTERNAL", "the run's events were refused by the store")
+                self._journal.failed(failure, self._usage, self._ttft_ms)
+                kind = "failed"
+            async with asyncio.timeout(RELEASE_SECONDS if kind == "released" else LAST_WRITE_SECONDS):
+                await self._writer.flush()
+        except WriterStopped as stopped:
+            return stopped.kind
+        except TimeoutError:
+            return "released"
+        return kind
+
+    def _begin_end(self) -> None:
+        """From here on nothing but a lost lease keeps the run from ending as it is about to."""
+        if self._interrupt:
+            raise asyncio.CancelledError
+        self._ending = True
+
+    # the loop
+
+    async def _loop(self) -> str:
+        start, world = self._start, self._world
+        self._journal.started(self.spec.attempt, world.replica)
+        failure = await self._prepare()
+        if failure is not None:
+            return await self._fail(failure)
+        state = start.restore({name for name, info in self._tools.items() if info.requires_approval})
+        if state.step:
+            metrics.takeovers.inc()
+        limits = world.limits(self.spec)
+        background: Background | None = None
+        while True:
+            decision = loop.decide(
+                state,
+                limits,
+                seconds_left=self._deadline - world.monotonic(),
+                can_prefill=world.can_prefill and not self._constrained(state),
+            )
+            if world.draining() and isinstance(decision, CallModel | CallTools):
+                self._interrupt = "released"
+                return "released"
+            match decision:
+                case CallModel():
+                    self._begin_turn(decision, state)
+                    if background is None:
+                        background = await self._background(state)
+                    outcome = await self._model_turn(loop.turn_begun(state, decision), decision, background)
+                    if isinstance(outcome, Fail):
+                        return await self._fail(outcome)
+                    state = outcome
+                case CallTools():
+                    state = loop.calls_done(state, await self._call_tools(decision))
+                case ReportCalls():
+                    for call in decision.calls:
+                        if not call.reported:
+                            self._journal.result(call)
+                    self._journal.carry(loop.tool_messages(decision.calls))
+                    state = loop.calls_reported(state)
+                case AwaitAction():
+                    self._begin_end()
+                    self._journal.requires_action(decision.calls)
+                    await self._last_write()
+                    return "requires_action"
+                case Finish():
+                    return await self._finish(state, decision)
+                case Fail():
+                    return await self._fail(decision)
+
+    async def _prepare(self) -> Fail | None:
+        """Learn the model's name and the tools."""
+        try:
+            name = await self._world.catalog.resolve(self.spec.model)
+        except HermeshError as error:
+            return Fail(error.code.name, error.reason, error.message, error.retry_after_ms is not None)
+        self.spec = replace(self.spec, model=name)
+        if self._world.tool_mode == "none" or (
+            self.spec.tool_choice == "none" and not self._start.journalled
+        ):
+            return None
+        try:
+            tools = await self._world.tools.tools()
+        except HermeshError as error:
+            self._journal.degraded("tools", error.message)
+            return None
+        self._tools = allowed(tools, self.spec.tools)
+        wanted = [*self.spec.tools]
+        if self.spec.tool_choice not in ("", "auto", "none", "required"):
+            wanted.append(self.spec.tool_choice)
+        for name in wanted:
+            if name not in self._tools:
+                return Fail("NOT_FOUND", "TOOL_NOT_FOUND", f"there is no tool named {name[:100]!r}")
+        return None
+
+    def _constrained(self, state: LoopState) -> bool:
+        choice = self.spec.tool_choice
+        return self._world.tool_mode == "json" and state.turns == 0 and choice not in ("", "auto", "none")
+
+    # the model
+
+    def _begin_turn(self, decision: CallModel, state: LoopState) -> None:
+        if decision.resume == "fresh":
+            self._journal.step(decision.step)
+        elif decision.resume == "reset":
+            self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)
+
+    async def _background(self, state: LoopState) -> Background:
+        """Ask the memory service what it knows; a run starts without it rather than wait."""
+        if not self.spec.memory:
+            return Background()
+        query = self._start.said
+        try:
+            found, preferences = await self._world.memory.known(self.spec, query, self._world.memory_timeout)
+        except HermeshError as error:
+            self._journal.degraded("memory", error.message)
+            return Background()
+        if found:
+            self._journal.recalled(found)
+        # What this session said itself stands in the conversation already, unless that was cut.
+        texts = [one.text for one in found if self._start.omitted or one.source != self.spec.session_id]
+        return Background(preferences, texts)
+
+    async def _model_turn(
+        self, state: LoopState, decision: CallModel, background: Background
+    ) -> LoopState | Fail:
+        world = self._world
+        prompt = build_prompt(
+            self.spec,
+            state.messages,
+            background,
+            [info.offer for info in self._tools.values()],
+            mode=world.tool_mode,
+            first_turn=state.turns == 0,
+            prefix=decision.prefix,
+            max_tokens=decision.max_tokens,
+            context_tokens=world.context_tokens,
+        )
+        builder = TurnBuilder(self.spec.run_id, decision.step, decision.prefix, prompt.constrained)
+        self._turn_text = decision.prefix
+        first_seq = decision.from_seq if decision.resume == "prefill" else 0
+        pieces = [decision.prefix] if decision.prefix else []
+        writer = self._writer
+        try:
+            async with (
+                asyncio.timeout_at(self._deadline),
+                aclosing(world.model.stream(prompt.request)) as batches,
+            ):
+                async for batch in batches:
+                    text, reasoning = builder.add(batch)
+                    if reasoning:
+                        seq = writer.text("reasoning.delta", reasoning)
+                        first_seq = first_seq or seq
+                    if text:
+                        seq = writer.text("text.delta", text)
+                        first_seq = first_seq or seq
+                        pieces.append(text)
+                    if not self._ttft_ms and (text or reasoning):
+                        self._first_token()
+                    if writer.full:
+                        await writer.room()
+            turn = builder.build()
+        except ModelError as error:
+            metrics.model_errors.labels(error.reason).inc()
+            _log.warning("model turn failed", run_id=self.spec.run_id, reason=error.reason, detail=str(error))
+            failure = Fail(error.code, error.reason, str(error), error.retryable)
+            partial = Partial("".join(pieces), first_seq) if first_seq else None
+            return loop.turn_broken(state, partial, failure, world.limits(self.spec))
+        except TimeoutError:
+            return state  # the run's time limit: the next decision says so
+        finally:
+            self._turn_text = "".join(pieces)
+        self._usage = self._usage + turn.usage
+        self._turns += 1
+        return self._end_turn(state, turn)
+
+    def _first_token(self) -> None:
+        seconds = self._world.monotonic() - self._began
+        self._ttft_ms = max(1, round(seconds * 1000))
+        metrics.first_token.observe(seconds)
+
+    def _end_turn(self, state: LoopState, turn: Turn) -> LoopState:
+        if not turn.calls:
+            return loop.turn_done(state, turn)
+        calls = tuple(self._resolve(call) for call in turn.calls)
+        turn = replace(turn, calls=calls)
+        effects = {
+            call.call_id: self._tools[call.name].effect for call in calls if call.state is CallState.INTENT
+        }
+        self._journal.called(turn, effects)
+        self._turn_text = ""
+        return loop.turn_done(state, turn)
+
+    def _resolve(self, call: Call) -> Call:
+        if call.state is not CallState.INTENT:
+            return call
+        info = self._tools.get(call.name)
+        if info is None:
+            known = ", ".join(sorted(self._tools)) or "none"
+            content = f"There is no tool named {call.name!r}. The tools are: {known}."
+            return replace(call, state=CallState.FAILED, content=content)
+        return replace(call, needs_approval=info.requires_approval)
+
+    # tools
+
+    async def _call_tools(self, decision: CallTools) -> list[Call]:
+        """Run calls side by side; at the run's time limit those that are not done stay as they are."""
+        await self._writer.flush()  # nothing acts before its intent is stored
+        done: list[Call] = []
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._side_by_side(decision.calls, done)
+        except TimeoutError:
+            await self._cancel_calls()
+        return done
+
+    async def _side_by_side(self, calls: Sequence[Call], done: list[Call]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for call in calls:
+                    group.create_task(self._call_tool(call, done), name=f"tool-{call.call_id}")
+        except* WriterStopped as stopped:
+            raise stopped.exceptions[0] from None
+
+    async def _call_tool(self, call: Call, done: list[Call]) -> None:
+        info = self._tools.get(call.name)
+        if info is None:
+            # It was there when the call was made, by another replica: whether it acted is not known.
+            result = replace(call, state=CallState.UNKNOWN)
+        else:
+            self._running_calls.add(call.call_id)
+            result = await self._world.tools.execute(
+                self.spec,
+                call,
+                info,
+                lambda: self._writer.fence,
+                lambda text: self._journal.progress(call.call_id, text),
+            )
+            self._running_calls.discard(call.call_id)
+        metrics.tool_calls.labels(result.state.value).inc()
+        self._journal.result(result)
+        done.append(replace(result, reported=True))
+
+    async def _cancel_calls(self) -> None:
+        calls, self._running_calls = self._running_calls, set()
+        if not calls:
+            return
+        async with asyncio.TaskGroup() as group:
+            for call_id in calls:
+                group.create_task(self._world.tools.cancel(call_id, self.spec.tenant_id))
+
+    # the end
+
+    async def _finish(self, state: LoopState, decision: Finish) -> str:
+        self._begin_end()
+        reply = state.messages[-1] if state.messages else ChatMessage("assistant", "")
+        self.reply = reply.content if reply.role == "assistant" else ""
+        # A takeover may find the reply stored and only the run's end missing.
+        new = self._turns and reply.role == "assistant"
+        self._journal.completed(
+            self.reply if new else None,
+            decision.finish_reason,
+            self._usage,
+            self._ttft_ms,
+        )
+        await self._last_write()
+        return "completed"
+
+    async def _fail(self, failure: Fail) -> str:
+        self._begin_end()
+        self._journal.failed(failure, self._usage, self._ttft_ms)
+        await self._last_write()
+        return "failed"
+
+    async def _last_write(self) -> None:
+        """Wait for the run's last events to be stored, so long that only a takeover can help after it."""
+        try:
+            async with asyncio.timeout(LAST_WRITE_SECONDS):
+                await self._writer.flush()
+        except TimeoutError:
+            raise WriterStopped("lost", "the store did not take the run's last events") from None

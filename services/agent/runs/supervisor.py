@@ -1,0 +1,212 @@
+"""Owns the runs of this replica: takes them, gives each a task and a writer, and lets them go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from meshkit.errors import HermeshError, ResourceExhaustedError
+from meshkit.identity import Identity, use_identity
+from meshkit.tasks import TaskOwner
+from services.agent import metrics
+from services.agent.clients.session import Claim, NotClaimed
+from services.agent.runs.link import AppendLink
+from services.agent.runs.ports import World
+from services.agent.runs.runner import Runner
+from services.agent.runs.start import start_of
+from services.agent.runs.subscription import Subscription
+from services.agent.runs.writer import RunWriter, WriterStopped
+from services.agent.settings import AgentSettings
+
+_log = structlog.get_logger("agent.supervisor")
+
+REMEMBER_SECONDS = 3.0
+RETRY_AFTER_MS = 500
+# What is left of the grace when runs that did not reach a step boundary are given up where they stand.
+RELEASE_MARGIN = 2.0
+
+
+class SessionPort(Protocol):
+    """The part of `SessionClient` that is used here."""
+
+    async def claim(self, run_id: str) -> Claim | NotClaimed:
+        """Take a run's lease."""
+        ...
+
+    async def release(self, session_id: str, run_id: str, fence: int) -> bool:
+        """Give a lease up."""
+        ...
+
+
+@dataclass(slots=True)
+class ActiveRun:
+    """A run that this replica works on.
+
+    Attributes:
+        done: set once it ended here.
+        outcome: as `Runner.run` says, once `done`.
+    """
+
+    runner: Runner
+    writer: RunWriter
+    done: asyncio.Event
+    outcome: str = ""
+
+
+class Supervisor:
+    """See the module.
+
+    Args:
+        settings: limits and texts.
+        session: for claims and releases.
+        world: what runners use.
+        tasks: owns the runs' tasks and nothing else.
+    """
+
+    def __init__(self, settings: AgentSettings, session: SessionPort, world: World, tasks: TaskOwner) -> None:
+        self._settings = settings
+        self._session = session
+        self._world = world
+        self._tasks = tasks
+        self._link: AppendLink | None = None
+        self._active: dict[str, ActiveRun] = {}
+        self._reserved = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    def serve_with(self, link: AppendLink) -> None:
+        """Use this append stream; before the first run."""
+        self._link = link
+
+    def writers(self) -> Iterable[RunWriter]:
+        """Return the writers of the active runs."""
+        return [active.writer for active in self._active.values()]
+
+    @property
+    def active(self) -> int:
+        """How many runs are worked on."""
+        return len(self._active)
+
+    def get(self, run_id: str) -> ActiveRun | None:
+        """Return an active run."""
+        return self._active.get(run_id)
+
+    def cancel(self, run_id: str) -> None:
+        """Cancel a run, if it is here."""
+        active = self._active.get(run_id)
+        if active is not None:
+            active.runner.cancel()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Keep a place for one more run while it is being claimed.
+
+        Raises:
+            ResourceExhaustedError: the replica is full, or drains.
+        """
+        if self.draining or len(self._active) + self._reserved >= self._settings.max_active_runs:
+            message = "this replica drains" if self.draining else "this replica has no place for another run"
+            raise ResourceExhaustedError("OVERLOADED", message, retry_after_ms=RETRY_AFTER_MS)
+        self._reserved += 1
+        try:
+            yield
+        finally:
+            self._reserved -= 1
+
+    async def execute(self, run_id: str) -> ActiveRun | NotClaimed:
+        """Claim a run and work on it.
+
+        Raises:
+            ResourceExhaustedError: no place.
+            HermeshError: the session service could not say.
+        """
+        if run_id in self._active:
+            return NotClaimed(elsewhere=True)
+        with self.place():
+            claim = await self._session.claim(run_id)
+            if isinstance(claim, NotClaimed):
+                return claim
+            return self.begin(claim)
+
+    def begin(self, claim: Claim, subscription: Subscription | None = None) -> ActiveRun:
+        """Work on a claimed run; what it stores goes to `subscription` too."""
+        assert self._link is not None
+        link = self._link
+        former = self._active.get(claim.run.run_id)
+        if former is not None:  # our own lease ran out and was claimed anew: the old fence writes nothing
+            former.writer.stop(WriterStopped("lost"))
+        writer = RunWriter(
+            claim.grant,
+            lease_until=claim.lease_until,
+            now_ms=self._world.now_ms,
+            schedule=link.schedule,
+            monotonic=self._world.monotonic,
+        )
+        if subscription is not None:
+            writer.subscribe(subscription)
+        runner = Runner(start_of(claim, self._settings), writer, self._world)
+        active = ActiveRun(runner, writer, asyncio.Event())
+        self._active[claim.run.run_id] = active
+        self._idle.clear()
+        metrics.active_runs.set(len(self._active))
+        link.add(writer)
+        with use_identity(Identity(UUID(claim.tenant_id), mesh=True)):
+            self._tasks.start(self._work(active, link), name=f"run-{claim.run.run_id}")
+        if claim.run.cancel_requested:
+            runner.cancel()
+        return active
+
+    async def _work(self, active: ActiveRun, link: AppendLink) -> None:
+        runner, writer = active.runner, active.writer
+        run_id = runner.spec.run_id
+        try:
+            active.outcome = await runner.run()
+        finally:
+            link.remove(writer)
+            if self._active.get(run_id) is active:
+                del self._active[run_id]
+            if not self._active:
+                self._idle.set()
+            metrics.active_runs.set(len(self._active))
+            over = active.outcome in ("completed", "failed", "cancelled", "requires_action")
+            writer.close_subscriptions("" if over else "drain" if self.draining else "moved")
+            active.done.set()
+        if active.outcome == "released":
+            released = await self._session.release(writer.session_id, run_id, writer.fence)
+            _log.info("run released", run_id=run_id, released=released)
+        elif active.outcome == "completed" and runner.spec.memory:
+            await self._remember(runner)
+
+    async def _remember(self, runner: Runner) -> None:
+        """Keep the exchange; the run is over for its readers, and a failure here is only logged."""
+        text = runner.exchange()
+        if not text:
+            return
+        try:
+            await self._world.memory.remember(runner.spec, text, REMEMBER_SECONDS)
+        except HermeshError as error:
+            _log.warning("an exchange was not remembered", run_id=runner.spec.run_id, reason=error.reason)
+
+    async def drain(self) -> None:
+        """Take no more runs; let those that are here finish, or give them up at a step boundary.
+
+        Runs that reach neither before the grace ends are given up where they stand.
+        """
+        self.draining = True
+        settings = self._settings
+        patience = max(0.0, settings.drain_delay_seconds + settings.drain_seconds - RELEASE_MARGIN)
+        try:
+            async with asyncio.timeout(patience):
+                await self._idle.wait()
+        except TimeoutError:
+            for active in list(self._active.values()):
+                active.runner.release()
+        if not await self._tasks.wait_idle(RELEASE_MARGIN):  # the last writes, releases and memories
+            _log.warning("runs were still busy when the replica had to stop", runs=len(self._tasks))

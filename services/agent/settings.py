@@ -1,0 +1,78 @@
+"""The agent's settings, by environment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from meshkit.settings import MeshSettings
+from services.agent.model.http import Origin
+
+
+class AgentSettings(MeshSettings):
+    """What an agent process reads from its environment, as HERMESH_<NAME>."""
+
+    llm_base_url: str = Field(
+        "", description="URL of the OpenAI-compatible language model, with its /v1; empty = the embedded one."
+    )
+    llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the language model.")
+    llm_model: str = Field(
+        "", description="Default model; empty = the first one that the backend lists.", max_length=200
+    )
+    llm_tool_mode: Literal["native", "json", "none"] = Field(
+        "native",
+        description=(
+            "How the model calls tools: native (OpenAI tools), json (grammar-constrained JSON, only when a "
+            "request asks for a tool by tool_choice), none."
+        ),
+    )
+    llm_prefill: bool = Field(
+        False,
+        description="Whether the model continues a last message of role assistant (llama.cpp and vLLM do).",
+    )
+    llm_context_tokens: int = Field(
+        0, ge=0, description="The model's context window in tokens; older messages are left out. 0 = unknown."
+    )
+    llm_connections: int = Field(512, ge=1, le=10_000, description="Most connections to the model at once.")
+    llm_connect_timeout: float = Field(5.0, gt=0, description="Seconds to wait for the model to accept.")
+    llm_first_byte_timeout: float = Field(
+        120.0, gt=0, description="Seconds to wait for the first byte of a model's reply."
+    )
+    llm_idle_timeout: float = Field(
+        60.0, gt=0, description="Seconds between two pieces of a reply before the model counts as dead."
+    )
+    llm_attempts: int = Field(
+        3, ge=1, le=10, description="Tries of a model request before its first token; none after it."
+    )
+    llm_resumes: int = Field(
+        1, ge=0, le=10, description="How often a reply that broke off midway is taken up again."
+    )
+    instructions: str = Field(
+        "", description="System prompt of the default agent; a run's own instructions replace it."
+    )
+    max_active_runs: int = Field(
+        256, ge=1, description="Most runs of one agent replica at once; more are refused with OVERLOADED."
+    )
+    max_turns: int = Field(16, ge=1, le=1000, description="Most model turns of a run that sets no limit.")
+    max_output_tokens: int = Field(
+        0,
+        ge=0,
+        description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
+    )
+    run_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a run may take on one replica when it sets no limit."
+    )
+    memory_timeout: float = Field(
+        0.3, gt=0, le=10, description="Seconds to wait for memories before a run starts without them."
+    )
+
+    @field_validator("llm_base_url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        if value:
+            try:
+                Origin.parse(value)
+            except ValueError:
+                raise ValueError("must be an http(s) URL such as http://127.0.0.1:8000/v1") from None
+        return value.rstrip("/")
