@@ -22,6 +22,7 @@ from meshkit.postgres import CONNECT_TIMEOUT, connect_failure
 _log = structlog.get_logger("meshkit.migrate")
 
 _FILE = re.compile(r"(?P<version>\d{4})_(?P<phase>pre|post)_(?P<name>[a-z0-9_]+)\.sql")
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 # Another migrator holds the lock for as long as its current migration takes.
 _LOCK_TIMEOUT_MS = 60_000
 _MIGRATION_TIMEOUT_S = 600.0
@@ -82,12 +83,14 @@ def read_migrations(directory: Path) -> list[Migration]:
     return migrations
 
 
-async def migrate(url: str, directory: Path | str) -> list[str]:
+async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[str]:
     """Applies what is missing.
 
     Args:
         url: The database.
         directory: The folder of migrations.
+        schema: The schema of a service that shares its database with others: made if it is not there, holds
+            this folder's `hermesh_migration`, and is where unqualified names go. Empty: the role's own.
 
     Returns:
         The names of the files applied now, in order.
@@ -106,12 +109,13 @@ async def migrate(url: str, directory: Path | str) -> list[str]:
                 "application_name": "hermesh-migrate",
                 "lock_timeout": str(_LOCK_TIMEOUT_MS),
                 "client_min_messages": "warning",
+                **_search_path(schema),
             },
         )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error
     try:
-        await _create_table(connection)
+        await _create_table(connection, schema)
         _check_known(migrations, await connection.fetch(_LIST))
         applied = []
         for migration in migrations:
@@ -123,7 +127,7 @@ async def migrate(url: str, directory: Path | str) -> list[str]:
         await connection.close(timeout=CONNECT_TIMEOUT)
 
 
-async def pending(url: str, directory: Path | str) -> list[str]:
+async def pending(url: str, directory: Path | str, *, schema: str = "") -> list[str]:
     """Returns the names of the migrations that `migrate` would apply, and changes nothing.
 
     Raises:
@@ -131,11 +135,16 @@ async def pending(url: str, directory: Path | str) -> list[str]:
     """
     migrations = read_migrations(Path(directory))
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, command_timeout=CONNECT_TIMEOUT)
+        connection = await asyncpg.connect(
+            url,
+            timeout=CONNECT_TIMEOUT,
+            command_timeout=CONNECT_TIMEOUT,
+            server_settings=_search_path(schema),
+        )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error
     try:
-        if await connection.fetchval("SELECT to_regclass('hermesh_migration') IS NULL"):
+        if await connection.fetchval("SELECT to_regclass($1) IS NULL", _table(schema)):
             return [migration.name for migration in migrations]
         rows = await connection.fetch(_LIST)
         _check_known(migrations, rows)
@@ -145,10 +154,26 @@ async def pending(url: str, directory: Path | str) -> list[str]:
         await connection.close(timeout=CONNECT_TIMEOUT)
 
 
-async def _create_table(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+def _search_path(schema: str) -> dict[str, str]:
+    if not schema:
+        return {}
+    if not _SCHEMA.fullmatch(schema):
+        raise ValueError(f"{schema!r} is not a schema's name")
+    return {"search_path": f"{schema}, public"}
+
+
+def _table(schema: str) -> str:
+    # Qualified: without its own schema's table another service's must not be taken for it.
+    return f"{schema}.hermesh_migration" if schema else "hermesh_migration"
+
+
+async def _create_table(connection: asyncpg.Connection[asyncpg.Record], schema: str) -> None:
     for attempt in range(1, _CREATE_TRIES + 1):
         try:
-            await connection.execute(_CREATE)
+            if schema:
+                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+            # Into the first schema of the search path that is there, which is `schema` by now.
+            await connection.execute(_CREATE.replace("hermesh_migration", _table(schema), 1))
             return
         except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError):
             # IF NOT EXISTS is no guard against another session that creates it at the same moment.
