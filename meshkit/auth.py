@@ -86,10 +86,10 @@ class CachingAuthenticator:
             lookup = self._lookups.get(key)
             if lookup is None:
                 return _tenant(await self._look_up(key, api_key))
-            # Shielded, because a follower's end must not end the leader's lookup.
-            tenant_id = await asyncio.shield(lookup)
+            # `wait` neither cancels the lookup with a follower nor a follower with the lookup.
+            await asyncio.wait((lookup,))
             if not lookup.cancelled():
-                return _tenant(tenant_id)
+                return _tenant(lookup.result())
 
     async def _look_up(self, key: str, api_key: str) -> UUID | None:
         future: asyncio.Future[UUID | None] = asyncio.get_running_loop().create_future()

@@ -80,6 +80,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._mesh_token = mesh_token.encode()
         self._metrics = metrics
         self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._watches: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Returns the wrapped handler of a method; None for an unknown one."""
@@ -93,6 +94,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         wrapped = self._wrap(name, handler)
         self._wrapped[name] = (handler, wrapped)
         return wrapped
+
+    def end_watches(self) -> None:
+        """Ends open health watches and reflection streams: they last as long as their clients like."""
+        for task in self._watches:
+            task.cancel()
 
     def _wrap(self, name: str, handler: Any) -> Any:
         if handler.request_streaming and handler.response_streaming:
@@ -142,9 +148,14 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if not generates and not inspect.iscoroutinefunction(behavior):
             behavior = _unimplemented
         check = _checker(name, read)
+        watches = self._watches if name.startswith((_HEALTH_PREFIX, _REFLECTION_PREFIX)) else None
 
         async def serve(request: Any, context: Any) -> None:
             call = _Call(self, name, context)
+            task = asyncio.current_task() if watches is not None else None
+            if watches is not None and task is not None:
+                watches.add(task)
+                task.add_done_callback(watches.discard)
             try:
                 call.begin()
                 await self._identify(call)

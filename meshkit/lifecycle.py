@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -160,7 +161,8 @@ def write_ready_file(
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         cause = (error.strerror or str(error)).lower()
         raise StartupError(f"cannot write {path} (HERMESH_READY_FILE): {cause}") from error
 

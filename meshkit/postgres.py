@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.resources
 import re
 from collections.abc import Mapping
@@ -79,7 +78,7 @@ async def _reset(connection: Any) -> None:
 
 def connect_failure(url: str, error: BaseException) -> str:
     """Returns one line about a connection that failed, with the place but without the password."""
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         cause = f"no answer within {CONNECT_TIMEOUT:.0f} s"
     elif isinstance(error, asyncpg.InvalidPasswordError | asyncpg.InvalidAuthorizationSpecificationError):
         cause = "the user or password is refused"

@@ -29,7 +29,9 @@ _MAX_CONNECTIONS = 64
 REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
 
 
-def open_redis(url: str, *, max_connections: int = _MAX_CONNECTIONS) -> redis.asyncio.Redis | None:
+def open_redis(
+    url: str, *, max_connections: int = _MAX_CONNECTIONS, timeout: float = TIMEOUT
+) -> redis.asyncio.Redis | None:
     """Returns a client for a URL, or None for an empty one; connects at first use.
 
     Replies are bytes. Every wait ends after 0.25 s and nothing is tried again behind the caller's back: a
@@ -38,6 +40,7 @@ def open_redis(url: str, *, max_connections: int = _MAX_CONNECTIONS) -> redis.as
     Args:
         url: `redis://`, `rediss://` or `unix://`.
         max_connections: Most connections; a call beyond them fails at once.
+        timeout: Longest wait for a reply in seconds; longer only for a client of blocking reads.
 
     Raises:
         StartupError: The URL cannot be used.
@@ -50,7 +53,7 @@ def open_redis(url: str, *, max_connections: int = _MAX_CONNECTIONS) -> redis.as
             raise ValueError(scheme)
         client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
             url,
-            socket_timeout=TIMEOUT,
+            socket_timeout=timeout,
             socket_connect_timeout=TIMEOUT,
             retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
             retry_on_error=[],

@@ -98,7 +98,11 @@ class Server:
         """
         self._settings = settings
         self._service = service
-        self._authenticator = authenticator
+        self._common = RpcInterceptor(
+            authenticator=authenticator,
+            mesh_token=settings.mesh_token.get_secret_value(),
+            metrics=rpc_metrics(),
+        )
         self._interceptors = tuple(interceptors)
         self._configure_logging = configure_logging
         self._health = health.aio.HealthServicer()
@@ -145,13 +149,8 @@ class Server:
             await self._stack.aclose()
 
     def _make(self) -> grpc.aio.Server:
-        common = RpcInterceptor(
-            authenticator=self._authenticator,
-            mesh_token=self._settings.mesh_token.get_secret_value(),
-            metrics=rpc_metrics(),
-        )
         server = grpc.aio.server(
-            interceptors=(common, *self._interceptors),
+            interceptors=(self._common, *self._interceptors),
             options=server_options(),
             maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
         )
@@ -274,6 +273,7 @@ class Server:
         if callbacks:
             # They end the service's own streams, which would otherwise hold the server for all of the grace.
             await asyncio.wait(callbacks, timeout=max(0.0, end - loop.time()))
+        self._common.end_watches()
         await self._require().stop(max(0.0, end - loop.time()))
 
     async def stop(self, grace: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, MutableMapping
@@ -81,7 +82,11 @@ def redact(_: Any, __: str, event: Event) -> Event:
 
 
 def _render_json(_: Any, __: str, event: Event) -> bytes:
-    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        # A lone surrogate, a huge integer, a cycle: a log line must come out all the same.
+        return json.dumps({str(key): str(value) for key, value in event.items()}).encode()
 
 
 def setup_logging(settings: MeshSettings, service: str, replica: str | None = None) -> None:

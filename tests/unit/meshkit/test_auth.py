@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID, uuid4
+
+import pytest
+
+from hermesh.session.v1 import session_internal_service_pb2 as pb
+from meshkit.auth import CachingAuthenticator, MeshAuthenticator, hash_key
+from meshkit.channel import open_channel
+from meshkit.errors import InternalError, UnauthenticatedError, UnavailableError
+from meshkit.identity import Identity, use_identity
+from meshkit.settings import MeshSettings
+from tests.unit.meshkit.support import TENANT, Servicer, serve
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Source:
+    """Answers from a dictionary, when its gate is open."""
+
+    def __init__(self, **keys: UUID) -> None:
+        self.keys = keys
+        self.asked: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.entered = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def authenticate(self, api_key: str) -> UUID:
+        self.asked.append(api_key)
+        self.entered.set()
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        if api_key not in self.keys:
+            raise UnauthenticatedError("API_KEY_INVALID", "no")
+        return self.keys[api_key]
+
+
+def cached(source: Source, **more: int) -> tuple[CachingAuthenticator, Clock]:
+    clock = Clock()
+    return CachingAuthenticator(source, clock=clock, **more), clock
+
+
+async def test_a_tenant_is_remembered_for_its_time() -> None:
+    source = Source(k=TENANT)
+    keys, clock = cached(source)
+    assert [await keys.authenticate("k") for _ in range(3)] == [TENANT] * 3
+    clock.now = 29.9
+    await keys.authenticate("k")
+    assert len(source.asked) == 1
+    clock.now = 30.1
+    await keys.authenticate("k")
+    assert len(source.asked) == 2
+
+
+async def test_a_refusal_is_remembered_for_less() -> None:
+    source = Source()
+    keys, clock = cached(source)
+    for _ in range(3):
+        with pytest.raises(UnauthenticatedError) as refused:
+            await keys.authenticate("k")
+        assert refused.value.reason == "API_KEY_INVALID"
+    assert len(source.asked) == 1
+    source.keys["k"] = TENANT
+    clock.now = 5.1
+    assert await keys.authenticate("k") == TENANT
+
+
+async def test_a_lookup_that_failed_is_not_remembered() -> None:
+    source = Source(k=TENANT)
+    keys, _ = cached(source)
+    source.error = UnavailableError(message="down")
+    with pytest.raises(UnavailableError):
+        await keys.authenticate("k")
+    source.error = None
+    assert await keys.authenticate("k") == TENANT
+
+
+async def test_callers_at_once_share_one_lookup() -> None:
+    source = Source(k=TENANT)
+    source.gate.clear()
+    keys, _ = cached(source)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(keys.authenticate("k")) for _ in range(20)]
+        await source.entered.wait()
+        source.gate.set()
+    assert {task.result() for task in tasks} == {TENANT}
+    assert len(source.asked) == 1
+
+
+async def test_callers_at_once_share_one_failure() -> None:
+    source = Source()
+    source.gate.clear()
+    source.error = UnavailableError(message="down")
+    keys, _ = cached(source)
+    tasks = [asyncio.ensure_future(keys.authenticate("k")) for _ in range(5)]
+    await source.entered.wait()
+    source.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, UnavailableError) for result in results)
+
+
+async def test_a_leader_that_leaves_does_not_fail_its_followers() -> None:
+    source = Source(k=TENANT)
+    source.gate.clear()
+    keys, _ = cached(source)
+    leader = asyncio.ensure_future(keys.authenticate("k"))
+    await source.entered.wait()
+    follower = asyncio.ensure_future(keys.authenticate("k"))
+    await asyncio.sleep(0)
+    leader.cancel()
+    source.gate.set()
+    async with asyncio.timeout(5):
+        assert await follower == TENANT
+    assert leader.cancelled()
+
+
+async def test_the_cache_is_bounded_and_holds_no_key() -> None:
+    source = Source(**{f"k{i}": uuid4() for i in range(50)})
+    keys, _ = cached(source, max_entries=10)
+    for i in range(50):
+        await keys.authenticate(f"k{i}")
+    assert len(keys._entries) == 10
+    assert set(keys._entries) == {hash_key(f"k{i}") for i in range(40, 50)}
+
+
+@pytest.mark.parametrize("api_key", ["", "x" * 501])
+async def test_impossible_keys_are_not_looked_up(api_key: str) -> None:
+    source = Source()
+    keys, _ = cached(source)
+    with pytest.raises(UnauthenticatedError):
+        await keys.authenticate(api_key)
+    assert source.asked == []
+
+
+async def test_keys_are_looked_up_through_the_mesh_without_a_tenant(
+    settings: MeshSettings, servicer: Servicer
+) -> None:
+    metadata: list[dict[str, object]] = []
+
+    async def unary(request: object, context: object) -> object:
+        metadata.append(dict(context.invocation_metadata()))  # type: ignore[attr-defined]
+        if request.api_key == "hm_1":  # type: ignore[attr-defined]
+            return pb.AuthenticateResponse(tenant_id=str(TENANT))
+        if request.api_key == "hm_odd":  # type: ignore[attr-defined]
+            return pb.AuthenticateResponse(tenant_id="odd")
+        raise UnauthenticatedError("API_KEY_INVALID", "no")
+
+    servicer.unary = unary
+    async with serve(settings, servicer) as server, open_channel(settings, server.address) as channel:
+        keys = MeshAuthenticator(channel, settings)
+        with use_identity(Identity(None, mesh=False)):
+            assert await keys.authenticate("hm_1") == TENANT
+            assert await keys.authenticate("hm_1") == TENANT
+            with pytest.raises(UnauthenticatedError):
+                await keys.authenticate("hm_2")
+            with pytest.raises(InternalError):
+                await keys.authenticate("hm_odd")
+    assert len(metadata) == 3
+    assert all("x-hermesh-tenant" not in seen for seen in metadata)
+
+
+async def test_no_session_service_is_unavailable(settings: MeshSettings) -> None:
+    async with open_channel(settings, "127.0.0.1:1") as channel:
+        with pytest.raises(UnavailableError) as error:
+            await MeshAuthenticator(channel, settings).authenticate("hm_1")
+    assert error.value.reason == "SERVICE_UNAVAILABLE"
+    assert "127.0.0.1" not in error.value.message

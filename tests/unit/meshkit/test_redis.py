@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import redis.exceptions
+
+from meshkit.errors import StartupError
+from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError, open_redis
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def bad() -> None:
+    raise redis.exceptions.ConnectionError("gone")
+
+
+async def good() -> int:
+    return 7
+
+
+async def open_breaker(breaker: Breaker) -> None:
+    for _ in range(3):
+        with pytest.raises(REDIS_ERRORS):
+            await breaker.run(bad)
+
+
+def test_no_url_is_no_client() -> None:
+    assert open_redis("") is None
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://x", "redis://h:port"])
+def test_a_bad_url_names_its_variable(url: str) -> None:
+    with pytest.raises(StartupError, match="HERMESH_REDIS_URL"):
+        open_redis(url)
+
+
+async def test_a_dead_redis_fails_at_once_and_is_not_tried_again() -> None:
+    client = open_redis("redis://127.0.0.1:1")
+    assert client is not None
+    began = time.monotonic()
+    with pytest.raises(REDIS_ERRORS):
+        await client.get("k")
+    assert time.monotonic() - began < 2
+    await client.aclose()
+
+
+async def test_a_silent_redis_costs_a_quarter_of_a_second() -> None:
+    connections = 0
+    held: list[asyncio.StreamWriter] = []
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        held.append(writer)
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    client = open_redis(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    assert client is not None
+    began = time.monotonic()
+    with pytest.raises(REDIS_ERRORS):
+        await client.get("k")
+    assert 0.2 < time.monotonic() - began < 2
+    assert connections == 1
+    await client.aclose()
+    for writer in held:
+        writer.close()
+    server.close()
+
+
+async def test_failures_open_the_breaker_and_a_success_closes_it() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+    await open_breaker(breaker)
+    assert breaker.is_open
+    with pytest.raises(BreakerOpenError):
+        await breaker.run(good)
+    clock.now += 1.3
+    assert not breaker.is_open
+    assert await breaker.run(good) == 7
+    assert not breaker.is_open
+    assert await breaker.run(good) == 7
+
+
+async def test_a_failed_trial_opens_it_again() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+    await open_breaker(breaker)
+    clock.now += 1.3
+    with pytest.raises(redis.exceptions.ConnectionError):
+        await breaker.run(bad)
+    with pytest.raises(BreakerOpenError):
+        await breaker.run(good)
+
+
+async def test_only_one_call_tries_at_a_time() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+    await open_breaker(breaker)
+    clock.now += 1.3
+    assert breaker.allow()
+    assert not breaker.allow()
+    assert breaker.is_open
+    breaker.cancelled()
+    assert breaker.allow()
+    breaker.success()
+    assert breaker.allow()
+
+
+async def test_a_cancelled_trial_leaves_its_place_to_the_next() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+    await open_breaker(breaker)
+    clock.now += 1.3
+    task = asyncio.ensure_future(breaker.run(asyncio.Event().wait))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await breaker.run(good) == 7
+
+
+async def test_an_error_reply_shows_that_redis_lives() -> None:
+    breaker = Breaker(failures=1)
+
+    async def wrong_type() -> None:
+        raise redis.exceptions.ResponseError("WRONGTYPE")
+
+    for _ in range(3):
+        with pytest.raises(redis.exceptions.ResponseError):
+            await breaker.run(wrong_type)
+    assert not breaker.is_open
+
+
+async def test_a_bug_of_ours_does_not_open_it() -> None:
+    breaker = Breaker(failures=1)
+
+    async def bug() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await breaker.run(bug)
+    assert not breaker.is_open
+
+
+def test_a_success_forgets_earlier_failures() -> None:
+    breaker = Breaker(failures=2)
+    for _ in range(5):
+        breaker.failure()
+        breaker.success()
+    assert not breaker.is_open

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from meshkit.telemetry import _render_json, _Stderr, redact, render_metrics, rpc_metrics
+
+ROOT = Path(__file__).parents[3]
+CHILD = """
+import logging, sys
+import structlog
+from meshkit.context import request_id_var
+from meshkit.settings import MeshSettings
+from meshkit import tracing
+from meshkit.telemetry import setup_logging
+
+setup_logging(MeshSettings(log_format=sys.argv[1], replica="r-1"), "svc")
+log = structlog.get_logger("own")
+log.debug("hidden")
+request_id_var.set("req-1")
+tracing.start_server_span("/a/b", None).enter()
+log.info("shown", authorization="Bearer hunter2", run="x")
+logging.getLogger("lib").warning("from a %s", "library")
+logging.getLogger("lib").info("hidden")
+try:
+    {}["x"]
+except KeyError:
+    log.exception("failed")
+"""
+
+
+def child(log_format: str) -> list[str]:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, log_format],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_every_line_is_json_with_the_context_of_its_request() -> None:
+    lines = [json.loads(line) for line in child("json")]
+    assert [line["event"] for line in lines] == ["shown", "from a library", "failed"]
+    assert {line["service"] for line in lines} == {"svc"}
+    assert {line["replica"] for line in lines} == {"r-1"}
+    assert {line["request_id"] for line in lines} == {"req-1"}
+    assert len({line["trace_id"] for line in lines}) == 1
+    assert [line["logger"] for line in lines] == ["own", "lib", "own"]
+    assert [line["level"] for line in lines] == ["info", "warning", "error"]
+    assert lines[0]["authorization"] == "[redacted]"
+    assert "KeyError" in lines[2]["exception"]
+
+
+def test_console_lines_are_for_people() -> None:
+    text = "\n".join(child("console"))
+    assert "shown" in text
+    assert "from a library" in text
+    assert "hunter2" not in text
+    assert "hidden" not in text
+
+
+def test_secrets_are_redacted_by_key() -> None:
+    event = redact(None, "info", {"Authorization": "x", "mesh_token": "x", "method": "m"})
+    assert event == {"Authorization": "[redacted]", "mesh_token": "[redacted]", "method": "m"}
+
+
+def test_a_line_that_json_cannot_hold_comes_out_all_the_same() -> None:
+    for value in ("\ud800", 1 << 80, object()):
+        assert json.loads(_render_json(None, "info", {"event": "e", "value": value}))["event"] == "e"
+
+
+def test_a_log_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    _Stderr().info(b"x")
+    _Stderr().error("x")
+
+
+def test_rpcs_are_counted_by_method_and_code() -> None:
+    registry = CollectorRegistry()
+    metrics = rpc_metrics(registry)
+    assert rpc_metrics(registry) is metrics
+    for code in ("OK", "OK", "INTERNAL"):
+        metrics.started("/a/b")
+        metrics.handled("/a/b", code, 0.02)
+    metrics.started("/a/b")
+    assert registry.get_sample_value("hermesh_rpc_started_total", {"method": "/a/b"}) == 4
+    assert registry.get_sample_value("hermesh_rpc_handled_total", {"method": "/a/b", "code": "OK"}) == 2
+    assert registry.get_sample_value("hermesh_rpc_seconds_count", {"method": "/a/b"}) == 3
+    assert registry.get_sample_value("hermesh_rpc_active") == 1
+
+
+def test_the_processes_own_figures_are_part_of_metrics() -> None:
+    text, kind = render_metrics()
+    assert b"process_cpu_seconds_total" in text
+    assert b"process_resident_memory_bytes" in text
+    assert b"_created" not in text
+    assert kind.startswith("text/plain")
+
+
+def test_importing_does_not_touch_logging() -> None:
+    assert logging.getLogger("meshkit").handlers == []
