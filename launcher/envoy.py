@@ -1,0 +1,183 @@
+"""Envoy: its configuration from deploy/envoy/, its endpoint files, and what its admin interface says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import envoy
+import httpx
+
+from launcher.errors import LaunchError
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "deploy" / "envoy"
+CLUSTERS = ("gateway", "agent", "session", "tool", "memory")
+BINARY = Path(envoy.__file__).parent / "_bin" / "envoy"
+COMPOSE_PORT = 50051
+COMPOSE_GATEWAY_PORT = 8080
+
+_GRPC = """\
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {connection_keepalive: {interval: 10s, timeout: 5s}}}
+"""
+
+
+def _cluster(name: str, endpoints: str) -> str:
+    http = name == "gateway"
+    check = "http_health_check: {path: /health}" if http else "grpc_health_check: {}"
+    return Template((TEMPLATES / "cluster.yaml.tmpl").read_text()).substitute(
+        name=name, health_check=check, protocol="" if http else _GRPC, endpoints=endpoints
+    )
+
+
+def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: int, mesh_port: int) -> str:
+    """The configuration for one machine: endpoints are files in `eds`, followed by rename."""
+
+    def endpoints(name: str) -> str:
+        return (
+            "    type: EDS\n"
+            "    eds_cluster_config:\n"
+            f"      service_name: {name}\n"
+            "      eds_config:\n"
+            "        resource_api_version: V3\n"
+            f"        path_config_source: {{path: '{eds}/{name}.yaml', watched_directory: {{path: '{eds}'}}}}"
+        )
+
+    return _render(
+        node_id="mesh",
+        admin_address=f"{{pipe: {{path: '{admin_socket}', mode: 384}}}}",
+        http_host="127.0.0.1",
+        http_port=http_port,
+        grpc_host="127.0.0.1",
+        grpc_port=grpc_port,
+        mesh_host="127.0.0.1",
+        mesh_port=mesh_port,
+        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+    )
+
+
+def render_compose() -> str:
+    """The configuration for compose: each service's name resolves to all its replicas."""
+
+    def endpoints(name: str) -> str:
+        port = COMPOSE_GATEWAY_PORT if name == "gateway" else COMPOSE_PORT
+        return (
+            "    type: STRICT_DNS\n"
+            "    dns_refresh_rate: 1s\n"
+            "    respect_dns_ttl: false\n"
+            "    load_assignment:\n"
+            f"      cluster_name: {name}\n"
+            "      endpoints:\n"
+            "      - lb_endpoints:\n"
+            f"        - endpoint: {{address: {{socket_address: {{address: {name}, port_value: {port}}}}}}}"
+        )
+
+    return _render(
+        node_id="mesh",
+        admin_address="{socket_address: {address: 127.0.0.1, port_value: 9901}}",
+        http_host="0.0.0.0",  # noqa: S104 - inside its container; compose decides what is published
+        http_port=8080,
+        grpc_host="0.0.0.0",  # noqa: S104
+        grpc_port=50051,
+        mesh_host="0.0.0.0",  # noqa: S104
+        mesh_port=50052,
+        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+    )
+
+
+def _render(**values: object) -> str:
+    return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(values)
+
+
+def render_endpoints(cluster: str, addresses: Sequence[str]) -> str:
+    """An endpoint file, as JSON, which is YAML too."""
+    endpoints = []
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        endpoints.append(
+            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
+        )
+    return json.dumps(
+        {
+            "resources": [
+                {
+                    "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+                    "cluster_name": cluster,
+                    "endpoints": [{"lb_endpoints": endpoints}],
+                }
+            ]
+        }
+    )
+
+
+def write_endpoints(eds: Path, cluster: str, addresses: Sequence[str]) -> None:
+    """Replaces an endpoint file by rename, the only way Envoy notices."""
+    target = eds / f"{cluster}.yaml"
+    text = render_endpoints(cluster, addresses)
+    if target.exists() and target.read_text() == text:
+        return
+    partial = eds / f"{cluster}.yaml.tmp"
+    partial.write_text(text)
+    partial.replace(target)
+
+
+def command(config: Path) -> list[str]:
+    """The command that serves, in the foreground."""
+    return [
+        *(str(BINARY), "-c", str(config), "--concurrency", "1", "--disable-hot-restart"),
+        *("--log-level", "warning", "--drain-time-s", "1", "--parent-shutdown-time-s", "2"),
+    ]
+
+
+def validate(config: Path) -> None:
+    """Has Envoy read a configuration without serving. Raises LaunchError with what it says."""
+    done = subprocess.run(
+        [str(BINARY), "--mode", "validate", "-c", str(config), "--disable-hot-restart", "-l", "error"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise LaunchError(f"Envoy refuses {config}: {(done.stderr or done.stdout).strip()[-500:]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """Envoy's admin interface on its unix socket."""
+
+    socket: Path
+
+    async def _get(self, path: str) -> str | None:
+        transport = httpx.AsyncHTTPTransport(uds=os.fspath(self.socket))
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://envoy", timeout=2) as client:
+                answer = await client.get(path)
+        except (httpx.HTTPError, OSError):
+            return None
+        return answer.text if answer.status_code == 200 else None
+
+    async def answers(self) -> bool:
+        """Whether Envoy serves."""
+        return await self._get("/ready") is not None
+
+    async def healthy(self) -> Mapping[str, bool]:
+        """Every endpoint that Envoy knows, by `cluster/host:port`, and whether it would get calls."""
+        text = await self._get("/clusters?format=json")
+        found: dict[str, bool] = {}
+        for cluster in json.loads(text or "{}").get("cluster_statuses", ()):
+            for host in cluster.get("host_statuses", ()):
+                place = host["address"]["socket_address"]
+                status = host.get("health_status", {})
+                well = status.get("eds_health_status", "HEALTHY") == "HEALTHY" and not any(
+                    value for key, value in status.items() if key.startswith("failed_")
+                )
+                found[f"{cluster['name']}/{place['address']}:{place['port_value']}"] = well
+        return found

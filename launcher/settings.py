@@ -1,0 +1,56 @@
+"""What the command `hermesh` reads from its environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def default_data_dir() -> Path:
+    """`.hermesh/` in the checkout; for an installed package, in the current folder."""
+    root = CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+    return root / ".hermesh"
+
+
+class LauncherSettings(BaseSettings):
+    """Settings of the launcher, as HERMESH_<NAME>. A URL replaces the embedded part."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HERMESH_", frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    data_dir: Path = Field(
+        Path(".hermesh"),
+        description="Folder of everything the mesh keeps; relative to the checkout.",
+    )
+    http_port: int = Field(8080, ge=1, le=65535, description="Port of the HTTP API and the chat page.")
+    grpc_port: int = Field(50051, ge=1, le=65535, description="Port of the public gRPC services.")
+    database_url: SecretStr = Field(
+        SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
+    )
+    redis_url: SecretStr = Field(
+        SecretStr(""), description="Redis or Valkey; empty starts the embedded Valkey."
+    )
+    object_store_url: str = Field(
+        "", description="Where large tool results go, file:// or s3://; empty is a folder in the data folder."
+    )
+    llm_base_url: str = Field(
+        "", description="OpenAI-compatible model API with its /v1; empty starts the embedded model."
+    )
+    llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the model API.")
+    llm_model: str = Field("", description="Default model; empty is the first that the backend lists.")
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="API key of the first tenant; empty makes one and keeps it in <data folder>/api-key.",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The data folder, absolute."""
+        if self.data_dir == Path(".hermesh"):
+            return default_data_dir()
+        return self.data_dir.expanduser().absolute()
