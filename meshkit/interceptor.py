@@ -61,6 +61,9 @@ _REFLECTION_PREFIX = "/grpc.reflection."
 _INTERNAL_SUFFIX = "InternalService"
 _BEARER = "bearer "
 
+_STOPPING = "this replica is stopping; try again"
+_STOPPING_RETRY_MS = 200
+
 # Codes that say that we, not the caller, are at fault.
 _FAULTS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 
@@ -267,26 +270,36 @@ class _Call:
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Ends the RPC with the status of an error; always raises."""
-        if isinstance(error, asyncio.CancelledError):
-            left = self._context.time_remaining()
-            self.code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
-            raise error
         if isinstance(error, grpc.aio.AbortError):
             self.code = _set_code(self._context)
+            raise error
+        if isinstance(error, asyncio.CancelledError):
+            # Mostly the client left or its deadline passed. But work that was cancelled from inside, at a
+            # drain, has a client that still waits: grpc.aio would let it wait for ever.
+            await self._abort(UnavailableError(message=_STOPPING, retry_after_ms=_STOPPING_RETRY_MS))
+            left = self._context.time_remaining()
+            self.code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            self._reason = ""
             raise error
         if not isinstance(error, Exception):
             self.code = "UNKNOWN"
             raise error
-        mapped = self._map(error)
-        self.code = mapped.code.name
-        self._reason = mapped.reason
-        if self._context.done():
-            # Nobody is there to read the status: the client left, or its deadline passed.
-            raise asyncio.CancelledError from error
-        status = rpc_status.to_status(to_status(mapped, self._request_id))
+        await self._abort(self._map(error))
+        raise asyncio.CancelledError from error
+
+    async def _abort(self, error: HermeshError) -> None:
+        """Sends a status; returns only if nobody is there to read it."""
+        self.code = error.code.name
+        self._reason = error.reason
+        status = rpc_status.to_status(to_status(error, self._request_id))
         trailers = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, self._request_id))
-        await self._context.abort(status.code, status.details, trailers)
-        raise AssertionError("abort returned")
+        try:
+            await self._context.abort(status.code, status.details, trailers)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            # gRPC has no better sign of a call that is over than a batch that fails.
+            _log.debug("no client to tell", method=self.name[1:], code=self.code)
 
     def _map(self, error: Exception) -> HermeshError:
         if isinstance(error, HermeshError):

@@ -410,3 +410,42 @@ async def test_a_service_may_add_interceptors_inside_of_ours(settings: MeshSetti
     ):
         await Stub(channel).Authenticate(REQUEST, metadata=MESH)
     assert order == [f"/{SERVICE}/Authenticate"]
+
+
+async def test_work_cancelled_from_inside_tells_the_client_to_try_again(
+    server: Server, plain: Stub, servicer: Servicer, logs: Logs
+) -> None:
+    async def unary(request: Any, context: Any) -> Any:
+        raise asyncio.CancelledError
+
+    async def stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+        yield pb.AppendResponse()
+        raise asyncio.CancelledError
+
+    servicer.unary, servicer.stream = unary, stream
+    for call in (plain.Authenticate(REQUEST, metadata=MESH, timeout=5), _all(plain.Append(metadata=MESH))):
+        error = await failure(call)
+        assert (type(error), error.reason) == (UnavailableError, "SERVICE_UNAVAILABLE")
+        assert error.retry_after_ms
+    assert [line["code"] for line in await logs.rpcs(2)] == ["UNAVAILABLE", "UNAVAILABLE"]
+
+
+async def test_an_error_after_the_client_left_harms_nothing(
+    server: Server, plain: Stub, servicer: Servicer, logs: Logs
+) -> None:
+    waiting = asyncio.Event()
+
+    async def unary(request: Any, context: Any) -> Any:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise NotFoundError("RUN_NOT_FOUND", "too late")
+
+    servicer.unary = unary
+    call = plain.Authenticate(REQUEST, metadata=MESH)
+    await waiting.wait()
+    call.cancel()
+    assert (await logs.rpcs())[0]["code"] == "NOT_FOUND"
+    servicer.unary = None
+    await plain.Authenticate(REQUEST, metadata=MESH)
