@@ -1,0 +1,33 @@
+"""The session service's commands: `python -m services.session [migrate | bootstrap]`; it serves without one."""
+
+import argparse
+import sys
+from functools import partial
+
+from meshkit.server import run
+from meshkit.settings import load
+from services.session import app
+from services.session.settings import SessionSettings
+
+
+def main() -> None:
+    """Runs one command; ends the process with status 1 and one line on stderr if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m services.session", description="The session service.")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("serve", help="serve until SIGTERM (the default)")
+    commands.add_parser("migrate", help="bring the database's schema up to date")
+    bootstrap = commands.add_parser("bootstrap", help="make the default tenant and its key")
+    bootstrap.add_argument(
+        "--api-key-env", default="HERMESH_API_KEY", help="the variable that holds the key (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    settings = load(SessionSettings)
+    if arguments.command == "migrate":
+        run(partial(app.migrate, settings, sys.stdout))
+    elif arguments.command == "bootstrap":
+        run(partial(app.bootstrap, settings, arguments.api_key_env, sys.stdout))
+    else:
+        run(partial(app.serve, settings))
+
+
+main()

@@ -1,0 +1,183 @@
+"""The composition root of a session replica: everything is made, connected and owned here."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from uuid import UUID
+
+import redis.asyncio
+import structlog
+
+from hermesh.agent.v1 import agent_service_pb2_grpc as agent_grpc
+from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
+from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
+from meshkit.auth import CachingAuthenticator
+from meshkit.channel import open_channel
+from meshkit.errors import HermeshError
+from meshkit.redis import Breaker, open_redis
+from meshkit.server import Server
+from meshkit.tasks import TaskOwner
+from services.session import metrics
+from services.session.append_hub import AppendHub
+from services.session.commits import Commits
+from services.session.flusher import Flusher
+from services.session.operations.authenticate import StoreAuthenticator
+from services.session.publisher import RedisPublisher
+from services.session.servicer import SessionServicer
+from services.session.servicer_internal import SessionInternalServicer
+from services.session.settings import SessionSettings
+from services.session.store.port import Store
+from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
+from services.session.storm import StormGuard
+from services.session.sweeper import Sweeper
+from services.session.tail import Tail
+from services.session.upkeep import keep_up
+from services.session.watch import Watcher
+
+_log = structlog.get_logger("session.app")
+
+PUBLIC = "hermesh.session.v1.SessionService"
+INTERNAL = "hermesh.session.v1.SessionInternalService"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A session replica that serves; what its notifications are handed to."""
+
+    server: Server
+    hub: AppendHub
+    tail: Tail
+    sweeper: Sweeper
+
+    def cancel_asked(self, payload: str) -> None:
+        """Takes a notice that a run shall be cancelled; the payload is its id."""
+        try:
+            self.hub.cancel(UUID(payload))
+        except ValueError:
+            _log.warning("a cancel notice names no run", payload=payload[:100])
+
+    def run_due(self, payload: str) -> None:
+        """Takes a notice that a run waits for an agent; the payload is its session's id, if anything."""
+        self.sweeper.wake()
+        try:
+            self.tail.announce(UUID(payload))
+        except ValueError:
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Redis:
+    publisher: RedisPublisher
+    reader: RedisReader
+
+
+async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: Store) -> _Redis | None:
+    url = settings.redis_url.get_secret_value()
+    client = open_redis(url)
+    reading = open_redis(url, max_connections=4, timeout=READ_TIMEOUT)
+    if client is None or reading is None:
+        return None
+    for each in (client, reading):
+        stack.push_async_callback(_close_redis, each)
+    streams = RedisStreams(
+        client,
+        Breaker("session-live"),
+        ttl_seconds=settings.stream_ttl_seconds,
+        max_events=settings.stream_max_events,
+    )
+    return _Redis(RedisPublisher(streams, store), RedisReader(reading, client, settings.replica))
+
+
+async def _close_redis(client: redis.asyncio.Redis) -> None:
+    await client.aclose()
+
+
+@asynccontextmanager
+async def assemble(
+    settings: SessionSettings, store: Store, *, configure_logging: bool = True
+) -> AsyncIterator[Replica]:
+    """Connects a replica's parts over a store and runs them for the time of the block.
+
+    Args:
+        settings: The replica's settings.
+        store: What is durable.
+        configure_logging: False in tests that keep their own logging.
+    """
+    async with AsyncExitStack() as stack:
+        live = await _open_redis(stack, settings, store)
+        channel = await stack.enter_async_context(open_channel(settings))
+        keys = StoreAuthenticator(store)
+        server = Server(
+            settings,
+            service="session",
+            authenticator=CachingAuthenticator(keys),
+            configure_logging=configure_logging,
+        )
+        # One of these loops ending by a bug would leave a replica that looks alive: the process ends instead.
+        loops = await stack.enter_async_context(
+            TaskOwner("session", on_failure=lambda _task, _error: server.signals.trigger())
+        )
+        work = await stack.enter_async_context(TaskOwner("session-work"))
+        sweeper = Sweeper(
+            store,
+            agent_grpc.AgentServiceStub(channel),
+            tasks=work,
+            interval=settings.sweep_seconds,
+            max_dispatches=settings.max_dispatches,
+        )
+        tail = Tail(
+            store,
+            reader=live.reader if live else None,
+            holds=lambda run_id: hub.holds(run_id),
+            poll_seconds=settings.watch_poll_seconds,
+            degraded_seconds=settings.watch_poll_degraded_seconds,
+        )
+        commits = Commits(tail, live.publisher if live else None, sweeper.wake)
+        flusher = Flusher(
+            store,
+            tasks=work,
+            on_commit=commits.appended,
+            max_appends=settings.max_flush_appends,
+            max_steps=settings.max_step_commits,
+        )
+        hub = AppendHub(store, flusher, tasks=work, guard=StormGuard())
+        await stack.enter_async_context(server)
+        server.add(
+            public_grpc.add_SessionServiceServicer_to_server,
+            SessionServicer(store, commits, lambda tenant_id: Watcher(store, tail, tenant_id)),
+            PUBLIC,
+        )
+        server.add(
+            internal_grpc.add_SessionInternalServiceServicer_to_server,
+            SessionInternalServicer(store, hub, commits, keys),
+            INTERNAL,
+        )
+
+        async def database() -> str | None:
+            try:
+                await store.tenant_of_key("")
+            except HermeshError:
+                return "PostgreSQL does not answer"
+            return None
+
+        async def stop_dispatching() -> None:
+            sweeper.stop()
+
+        async def move_streams() -> None:
+            hub.drain()
+            tail.drain()
+
+        server.add_readiness("database", database)
+        server.on_drain(stop_dispatching)
+        # Only once Envoy sends nothing here any more: before that, whoever moves could come right back.
+        server.on_drain(move_streams, after_delay=True)
+        metrics.redis_up.set(0)
+        loops.start(flusher.run(), name="flusher")
+        loops.start(sweeper.run(), name="sweeper")
+        loops.start(tail.poll(), name="poll")
+        loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
+        if live is not None:
+            loops.start(live.publisher.run(), name="publisher")
+            loops.start(tail.follow(), name="follow")
+            loops.start(tail.wake_reader(), name="wake")
+        yield Replica(server, hub, tail, sweeper)

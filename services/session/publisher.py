@@ -1,0 +1,165 @@
+"""Commits on their way to Redis: behind the acknowledgement, in bulk, and never in anybody's way."""
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from meshkit.errors import HermeshError
+from services.session import metrics
+from services.session.domain import Event, NewEvent, Run, RunAppend
+
+_log = structlog.get_logger("session.publisher")
+
+_MAX_QUEUED = 20_000
+_MAX_QUEUED_BYTES = 64 * 1024 * 1024
+_BATCH = 256
+# The fence of an event that was committed without a lease: PostgreSQL is asked for the session's.
+_ASK = 0
+
+
+class Reply(StrEnum):
+    """What Redis says to a publication."""
+
+    OK = "OK"
+    STALE = "STALE"  # a newer writer was here
+    GAP = "GAP"  # the stream ends before the publication begins
+    MISSING = "MISSING"  # Redis does not know the session's fence
+    BROKEN = "BROKEN"  # something else was at its keys; it is dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Committed events of one run in a row."""
+
+    session_id: UUID
+    run_id: UUID
+    fence: int
+    first_seq: int
+    events: Sequence[NewEvent | Event]
+
+
+class Streams(Protocol):
+    """The live streams in Redis."""
+
+    @property
+    def refuses(self) -> bool:
+        """True while Redis is known to be down."""
+        ...
+
+    async def publish(self, items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
+        """Writes publications in order; with `reseed` a stream with a gap begins anew.
+
+        Raises:
+            UnavailableError: Redis does not answer.
+        """
+        ...
+
+    async def seed(self, fences: Mapping[UUID, int]) -> None:
+        """Sets fences, unless higher ones are there.
+
+        Raises:
+            UnavailableError: Redis does not answer.
+        """
+        ...
+
+
+class Fences(Protocol):
+    """The part of the store that the publisher needs; see `store.port.Log`."""
+
+    async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """Returns the current fences."""
+        ...
+
+
+class RedisPublisher:
+    """Publishes what is committed; what it loses, watchers find in PostgreSQL."""
+
+    def __init__(self, streams: Streams, store: Fences) -> None:
+        """Makes a publisher that starts with `run`."""
+        self._streams = streams
+        self._store = store
+        self._queue: deque[tuple[Publication, int]] = deque()
+        self._size = 0
+        self._wake = asyncio.Event()
+
+    def offer(self, append: RunAppend) -> None:
+        """Takes a committed append."""
+        size = sum(len(event.data) for event in append.events)
+        self._offer(
+            Publication(append.session_id, append.run_id, append.fence, append.first_seq, append.events), size
+        )
+
+    def offer_event(self, run: Run, event: Event) -> None:
+        """Takes an event that was committed without a lease."""
+        self._offer(Publication(run.session_id, run.run_id, _ASK, event.seq, [event]), len(event.data))
+
+    def _offer(self, item: Publication, size: int) -> None:
+        if self._streams.refuses and self._queue:
+            # One waits as the breaker's trial; the others would only be late.
+            metrics.publishes.labels("dropped").inc()
+            return
+        if len(self._queue) >= _MAX_QUEUED or self._size >= _MAX_QUEUED_BYTES:
+            metrics.publishes.labels("dropped").inc()
+            return
+        self._queue.append((item, size))
+        self._size += size
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Publishes until cancelled."""
+        while True:
+            if not self._queue:
+                self._wake.clear()
+                await self._wake.wait()
+            batch: list[Publication] = []
+            while self._queue and len(batch) < _BATCH:
+                item, size = self._queue.popleft()
+                self._size -= size
+                batch.append(item)
+            try:
+                await self._publish(batch)
+            except HermeshError as error:
+                metrics.redis_up.set(0)
+                metrics.publishes.labels("failed").inc(len(batch))
+                _log.debug("commits did not reach Redis", appends=len(batch), error=str(error))
+            except Exception as error:
+                _log.error("publishing failed by a bug", exc_info=error)
+            else:
+                metrics.redis_up.set(1)
+
+    async def _publish(self, batch: list[Publication]) -> None:
+        known = [item for item in batch if item.fence != _ASK]
+        missing = [item for item in batch if item.fence == _ASK]
+        gaps = []
+        if known:
+            for item, reply in zip(known, await self._streams.publish(known), strict=True):
+                metrics.publishes.labels(reply.value).inc()
+                if reply is Reply.MISSING:
+                    missing.append(item)
+                elif reply is Reply.GAP:
+                    gaps.append(item)
+        if missing:
+            gaps.extend(await self._fenced(missing))
+        if gaps:
+            await self._streams.publish(gaps, reseed=True)
+
+    async def _fenced(self, items: list[Publication]) -> list[Publication]:
+        """Seeds the fences that Redis does not know; returns what may be published under them."""
+        fences = await self._store.fences(list({item.session_id for item in items}))
+        await self._streams.seed(fences)
+        found = []
+        for item in items:
+            fence = fences.get(item.session_id)
+            if fence is None:
+                continue
+            if item.fence == _ASK:
+                found.append(replace(item, fence=fence))
+            elif item.fence >= fence:
+                found.append(item)
+        return found

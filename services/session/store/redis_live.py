@@ -1,0 +1,266 @@
+"""Live streams in Redis: a copy of what is committed, fenced, short-lived, and good for nothing but speed.
+
+Keys are `hermesh:{<session>}:fence` and `hermesh:{<session>}:run:<run>:events`. A stream's entries have the
+explicit ids `<seq>-0` and the fields t (type), m (time, ms) and d (data). A stream holds a run's events
+without a gap from some seq on; what is before is in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import redis.asyncio
+import redis.exceptions
+import structlog
+
+from meshkit.errors import UnavailableError
+from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError
+from services.session.domain import Event
+from services.session.publisher import Publication, Reply
+from services.session.tail import Position
+
+_log = structlog.get_logger("session.redis")
+
+# Writes events if the caller's fence is not old. An absent fence key fails closed: after a loss of data an
+# old writer must not look like the current one. A gap is refused unless the caller asks to begin anew here.
+_PUBLISH = """
+local fence = tonumber(ARGV[1])
+local held = redis.call('GET', KEYS[1])
+if not held then return 'MISSING' end
+held = tonumber(held)
+if fence < held then return 'STALE' end
+local first = tonumber(ARGV[2])
+local at = 0
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+if last[1] then
+  at = tonumber(string.match(last[1][1], '^%d+'))
+  if first > at + 1 then
+    if ARGV[3] ~= '1' then return 'GAP' end
+    redis.call('DEL', KEYS[2])
+    at = 0
+  end
+end
+if fence > held then redis.call('SET', KEYS[1], ARGV[1]) end
+local seq = first
+for i = 6, #ARGV, 3 do
+  if seq > at then
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], string.format('%d-0', seq),
+      't', ARGV[i], 'm', ARGV[i + 1], 'd', ARGV[i + 2])
+  end
+  seq = seq + 1
+end
+redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return 'OK'
+"""
+
+# Sets a fence unless a higher one is there.
+_SEED = """
+local held = redis.call('GET', KEYS[1])
+if not held or tonumber(held) < tonumber(ARGV[1]) then
+  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2] * 2)
+end
+return 'OK'
+"""
+
+_BLOCK_MS = 1000
+# The client of blocking reads waits a little longer than the server does.
+READ_TIMEOUT = _BLOCK_MS / 1000 + 1.0
+_READ_COUNT = 500
+
+
+def fence_key(session_id: UUID) -> str:
+    """Returns the key of a session's fence."""
+    return f"hermesh:{{{session_id}}}:fence"
+
+
+def stream_key(session_id: UUID, run_id: UUID) -> str:
+    """Returns the key of a run's stream."""
+    return f"hermesh:{{{session_id}}}:run:{run_id}:events"
+
+
+class _Script:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+_PUBLISH_SCRIPT = _Script(_PUBLISH)
+_SEED_SCRIPT = _Script(_SEED)
+
+
+class RedisStreams:
+    """Writes the live streams."""
+
+    def __init__(
+        self, client: redis.asyncio.Redis, breaker: Breaker, *, ttl_seconds: int, max_events: int
+    ) -> None:
+        """Makes a writer over a client that its caller closes.
+
+        Args:
+            client: With short timeouts.
+            breaker: Shared with whatever else uses this client.
+            ttl_seconds: How long a stream outlives its last event.
+            max_events: About how many events a stream keeps.
+        """
+        self._client = client
+        self._breaker = breaker
+        self._ttl = ttl_seconds
+        self._max_events = max_events
+
+    @property
+    def refuses(self) -> bool:
+        """True while Redis is known to be down."""
+        return self._breaker.is_open
+
+    async def publish(self, items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
+        """Writes publications in order, in one round trip; see `publisher.Streams`."""
+        calls = []
+        for item in items:
+            arguments: list[Any] = [item.fence, item.first_seq, int(reseed), self._ttl, self._max_events]
+            for event in item.events:
+                arguments += (event.type, event.time_ms, event.data)
+            keys = (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
+            calls.append((keys, arguments))
+        answers = await self._run(_PUBLISH_SCRIPT, calls)
+        replies = []
+        for item, answer in zip(items, answers, strict=True):
+            if isinstance(answer, redis.exceptions.RedisError):
+                # Something that is not ours is at these keys; without them readers use PostgreSQL.
+                _log.warning("a live stream is broken and dropped", run_id=str(item.run_id))
+                await self._drop(item)
+                replies.append(Reply.BROKEN)
+            else:
+                replies.append(Reply(answer.decode()))
+        return replies
+
+    async def seed(self, fences: Mapping[UUID, int]) -> None:
+        """Sets fences that PostgreSQL named, unless higher ones are there."""
+        await self._run(
+            _SEED_SCRIPT,
+            [((fence_key(session_id),), [fence, self._ttl]) for session_id, fence in fences.items()],
+        )
+
+    async def _run(self, script: _Script, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        try:
+            answers = await self._breaker.run(lambda: self._send("EVALSHA", script.sha, calls))
+            if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+                # Redis is new or was flushed. What ran is skipped by its seq when it comes again.
+                await self._breaker.run(lambda: self._client.script_load(script.text))
+                answers = await self._breaker.run(lambda: self._send("EVALSHA", script.sha, calls))
+        except (BreakerOpenError, *REDIS_ERRORS) as error:
+            raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
+        return answers
+
+    async def _send(
+        self, command: str, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]
+    ) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for keys, arguments in calls:
+            pipeline.execute_command(command, script, len(keys), *keys, *arguments)
+        return list(await pipeline.execute(raise_on_error=False))
+
+    async def _drop(self, item: Publication) -> None:
+        try:
+            await self._client.delete(fence_key(item.session_id), stream_key(item.session_id, item.run_id))
+        except REDIS_ERRORS:
+            pass
+
+
+class RedisReader:
+    """Reads many live streams with one blocking command; see `tail.LiveReader`."""
+
+    def __init__(self, reading: redis.asyncio.Redis, client: redis.asyncio.Redis, name: str) -> None:
+        """Makes a reader over clients that its caller closes.
+
+        Args:
+            reading: Waits up to `READ_TIMEOUT` for a reply.
+            client: With short timeouts, for the wake.
+            name: This replica's; names the key that ends a read early.
+        """
+        self._reading = reading
+        self._client = client
+        self._wake_key = f"hermesh:wake:{name}"
+        self._wake_id = "0-0"
+        self._healthy = True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last read worked."""
+        return self._healthy
+
+    async def read(self, positions: Mapping[UUID, Position]) -> Mapping[UUID, Sequence[Event]]:
+        """Waits about a second at most for events past the positions.
+
+        Raises:
+            UnavailableError: Redis does not answer, or what it holds is not ours.
+        """
+        runs = {
+            stream_key(position.session_id, run_id).encode(): run_id for run_id, position in positions.items()
+        }
+        ids = [f"{position.seq}-0" for position in positions.values()]
+        try:
+            answer = await self._reading.execute_command(
+                "XREAD",
+                "COUNT",
+                _READ_COUNT,
+                "BLOCK",
+                _BLOCK_MS,
+                "STREAMS",
+                self._wake_key,
+                *runs,
+                self._wake_id,
+                *ids,
+            )
+            found = {}
+            for key, entries in _streams(answer):
+                run_id = runs.get(key)
+                if run_id is not None:
+                    found[run_id] = [_event(run_id, entry, fields) for entry, fields in entries]
+                elif entries:
+                    self._wake_id = entries[-1][0].decode()
+        except (*REDIS_ERRORS, LookupError, ValueError, TypeError) as error:
+            if self._healthy:
+                _log.warning(
+                    "live streams cannot be read; watchers use PostgreSQL", error=type(error).__name__
+                )
+            self._healthy = False
+            raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
+        if not self._healthy:
+            _log.info("live streams can be read again")
+        self._healthy = True
+        return found
+
+    async def wake(self) -> None:
+        """Ends the read that is under way.
+
+        Raises:
+            UnavailableError: Redis does not answer.
+        """
+        try:
+            await self._client.xadd(self._wake_key, {"w": "1"}, maxlen=1, approximate=False)
+            await self._client.expire(self._wake_key, 3600)
+        except REDIS_ERRORS as error:
+            raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
+
+
+def _streams(answer: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """Returns an XREAD reply as pairs of key and entries, whichever protocol version brought it."""
+    if not answer:
+        return []
+    if isinstance(answer, dict):
+        return [(key, parts[0] if len(parts) == 1 else parts) for key, parts in answer.items()]
+    return [(key, entries) for key, entries in answer]
+
+
+def _event(run_id: UUID, entry: bytes, fields: dict[bytes, bytes]) -> Event:
+    return Event(
+        run_id,
+        int(entry.partition(b"-")[0]),
+        fields[b"t"].decode(),
+        int(fields[b"m"]),
+        fields[b"d"].decode(),
+    )
