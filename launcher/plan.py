@@ -1,0 +1,306 @@
+"""What has to run: every process of a mesh, its command, and the environment that it may see."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import envoy, model, probes
+from launcher.embedded.postgres import Postgres
+from launcher.embedded.valkey import Valkey
+from launcher.errors import LaunchError
+from launcher.folder import Folder, write_private
+from launcher.settings import LauncherSettings
+
+SERVICES = ("session", "memory", "tool", "agent", "gateway")
+PARTS = ("postgresql", "valkey", "model", "envoy")
+DEFAULT_REPLICAS = {"gateway": 1, "agent": 2, "session": 2, "tool": 1, "memory": 1}
+MAX_REPLICAS = 64
+
+# What only some processes may see; everything else named HERMESH_* is passed on as it is.
+_GUARDED = {
+    "HERMESH_DATABASE_URL",
+    "HERMESH_REDIS_URL",
+    "HERMESH_OBJECT_STORE_URL",
+    "HERMESH_LLM_API_KEY",
+    "HERMESH_API_KEY",
+    "HERMESH_MESH_TOKEN",
+    "HERMESH_DATA_DIR",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One process to keep running.
+
+    Attributes:
+        service: what it is: one of SERVICES or PARTS.
+        replica: its name.
+        command: what to run.
+        environment: what it sees.
+        ready_file: where it says that it serves; None when `probe` tells.
+        probe: asks whether it serves.
+        address: where it serves, where that is known beforehand.
+        prepare: done right before each start.
+    """
+
+    service: str
+    replica: str
+    command: list[str]
+    environment: Mapping[str, str]
+    ready_file: Path | None = None
+    probe: Callable[[], Awaitable[bool]] | None = None
+    address: str = ""
+    prepare: Callable[[], None] | None = None
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """Reads `agent=3,session=2`. Raises LaunchError that says how it should look."""
+    wanted: dict[str, int] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch(r"(\w+)=(\d+)", item)
+        if found is None or found[1] not in SERVICES or int(found[2]) > MAX_REPLICAS:
+            raise LaunchError(
+                f"'{item}' is not SERVICE=NUMBER with one of {', '.join(sorted(SERVICES))} "
+                f"and a number up to {MAX_REPLICAS}, such as agent=3"
+            )
+        wanted[found[1]] = int(found[2])
+    return wanted
+
+
+def free_port() -> int:
+    """Returns a port of loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Plan:
+    """The processes of one mesh, from the settings and the data folder.
+
+    Args:
+        settings: What the person asked for.
+        folder: Where everything is kept.
+        ports: The ports that must stay the same: `mesh` and `model`.
+    """
+
+    def __init__(self, settings: LauncherSettings, folder: Folder, ports: Mapping[str, int]) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.ports = ports
+        self.mesh_token = folder.secret("mesh-token")
+        self.api_key = settings.api_key.get_secret_value() or folder.secret("api-key", "hm_")
+        self.postgres: Postgres | None = None
+        self.valkey: Valkey | None = None
+        if not settings.database_url.get_secret_value():
+            self.postgres = Postgres(folder.postgres, folder.sockets, folder.secret("postgresql-password"))
+        if not settings.redis_url.get_secret_value():
+            password = folder.secret("valkey-password")
+            self.valkey = Valkey(folder.sockets, folder.root / "valkey.conf", password)
+        self.embedded_model = not settings.llm_base_url
+
+    @property
+    def database_url(self) -> str:
+        """Where PostgreSQL is."""
+        return self.postgres.url() if self.postgres else self.settings.database_url.get_secret_value()
+
+    @property
+    def redis_url(self) -> str:
+        """Where Valkey or Redis is."""
+        return self.valkey.url if self.valkey else self.settings.redis_url.get_secret_value()
+
+    @property
+    def object_store_url(self) -> str:
+        """Where large tool results go."""
+        return self.settings.object_store_url or self.folder.objects.as_uri()
+
+    @property
+    def llm_base_url(self) -> str:
+        """Where the model API is."""
+        return (
+            f"http://127.0.0.1:{self.ports['model']}/v1"
+            if self.embedded_model
+            else self.settings.llm_base_url
+        )
+
+    @property
+    def llm_api_key(self) -> str:
+        """The model API's key."""
+        if self.embedded_model:
+            return self.folder.secret("model-key")
+        return self.settings.llm_api_key.get_secret_value()
+
+    @property
+    def admin(self) -> envoy.Admin:
+        """Envoy's admin interface."""
+        return envoy.Admin(self.folder.sockets / "envoy.sock")
+
+    def fingerprint(self) -> str:
+        """Changes when a setting does that a running mesh would not notice."""
+        passed = sorted(
+            f"{name}={value}" for name, value in os.environ.items() if name.startswith("HERMESH_")
+        )
+        return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
+
+    def parts(self) -> list[Spec]:
+        """The embedded parts and Envoy."""
+        specs = []
+        if self.postgres:
+            url = self.postgres.url()
+            specs.append(
+                Spec(
+                    "postgresql",
+                    "postgresql-1",
+                    self.postgres.command(),
+                    _base_environment(),
+                    probe=lambda: probes.postgres(url),
+                    address=f"unix:{self.folder.sockets}/.s.PGSQL.5432",
+                    prepare=self.postgres.initialize,
+                )
+            )
+        if self.valkey:
+            valkey = self.valkey
+            specs.append(
+                Spec(
+                    "valkey",
+                    "valkey-1",
+                    valkey.command(),
+                    _base_environment(),
+                    probe=lambda: probes.valkey(valkey.url),
+                    address=f"unix:{valkey.socket}",
+                )
+            )
+        if self.embedded_model:
+            ready = self.folder.ready / "model-1.json"
+            specs.append(
+                Spec(
+                    "model",
+                    "model-1",
+                    [
+                        *(sys.executable, "-m", "launcher.model", "--ready-file", str(ready)),
+                        *("--port", str(self.ports["model"])),
+                    ],
+                    _base_environment() | {"HERMESH_LLM_API_KEY": self.llm_api_key},
+                    probe=lambda: probes.model(self.llm_base_url, self.llm_api_key),
+                    address=f"127.0.0.1:{self.ports['model']}",
+                )
+            )
+        config = self.folder.envoy / "envoy.yaml"
+        specs.append(
+            Spec(
+                "envoy",
+                "envoy-1",
+                envoy.command(config),
+                _base_environment(),
+                probe=self.admin.answers,
+                address=f"127.0.0.1:{self.settings.http_port}",
+                prepare=lambda: self._write_envoy(config),
+            )
+        )
+        return specs
+
+    def _write_envoy(self, config: Path) -> None:
+        eds = self.folder.envoy / "eds"
+        for name in envoy.CLUSTERS:
+            if not (eds / f"{name}.yaml").exists():
+                envoy.write_endpoints(eds, name, ())
+        write_private(
+            config,
+            envoy.render_local(
+                eds=eds,
+                admin_socket=self.folder.sockets / "envoy.sock",
+                http_port=self.settings.http_port,
+                grpc_port=self.settings.grpc_port,
+                mesh_port=self.ports["mesh"],
+            ),
+        )
+        self.admin.socket.unlink(missing_ok=True)
+
+    def external(self) -> list[tuple[str, str, Callable[[], Awaitable[bool]]]]:
+        """The parts that a URL names: service, address without credentials, and a probe."""
+        rows: list[tuple[str, str, Callable[[], Awaitable[bool]]]] = []
+        if not self.postgres:
+            rows.append(("postgresql", _place(self.database_url), lambda: probes.postgres(self.database_url)))
+        if not self.valkey:
+            rows.append(("valkey", _place(self.redis_url), lambda: probes.valkey(self.redis_url)))
+        if not self.embedded_model:
+            rows.append(
+                (
+                    "model",
+                    _place(self.llm_base_url),
+                    lambda: probes.model(self.llm_base_url, self.llm_api_key),
+                )
+            )
+        return rows
+
+    def service(self, service: str, number: int) -> Spec:
+        """One replica of a service."""
+        replica = f"{service}-{number}"
+        ready = self.folder.ready / f"{replica}.json"
+        module = "gateway" if service == "gateway" else f"services.{service}"
+        environment = self._service_environment(service) | {
+            "HERMESH_REPLICA": replica,
+            "HERMESH_READY_FILE": str(ready),
+            "HERMESH_LISTEN": "127.0.0.1:0",
+            "HERMESH_METRICS_LISTEN": "127.0.0.1:0",
+        }
+        return Spec(
+            service,
+            replica,
+            [sys.executable, "-m", module],
+            environment,
+            ready_file=ready,
+            prepare=lambda: ready.unlink(missing_ok=True),
+        )
+
+    def setup_commands(self) -> list[tuple[str, list[str], dict[str, str]]]:
+        """What is run once before services start: a name for people, the command, its environment."""
+        session = self._service_environment("session") | {"HERMESH_API_KEY": self.api_key}
+        memory = self._service_environment("memory")
+        python = sys.executable
+        bootstrap = [python, "-m", "services.session", "bootstrap", "--api-key-env", "HERMESH_API_KEY"]
+        return [
+            ("the session service's migrations", [python, "-m", "services.session", "migrate"], session),
+            ("the memory service's migrations", [python, "-m", "services.memory", "migrate"], memory),
+            ("the first tenant and its key", bootstrap, session),
+        ]
+
+    def _service_environment(self, service: str) -> dict[str, str]:
+        environment = _base_environment() | {
+            "HERMESH_MESH_ADDRESS": f"127.0.0.1:{self.ports['mesh']}",
+            "HERMESH_MESH_TOKEN": self.mesh_token,
+        }
+        if service in ("session", "memory"):
+            environment["HERMESH_DATABASE_URL"] = self.database_url
+        if service == "session":
+            environment["HERMESH_REDIS_URL"] = self.redis_url
+        if service == "tool":
+            environment["HERMESH_OBJECT_STORE_URL"] = self.object_store_url
+        if service == "agent":
+            environment |= {
+                "HERMESH_LLM_BASE_URL": self.llm_base_url,
+                "HERMESH_LLM_API_KEY": self.llm_api_key,
+            }
+            if self.embedded_model:
+                environment = {
+                    "HERMESH_LLM_MODEL": model.NAME,
+                    "HERMESH_LLM_TOOL_MODE": "json",
+                    "HERMESH_LLM_PREFILL": "true",
+                    "HERMESH_LLM_CONTEXT_TOKENS": str(model.TOKENS_A_SLOT),
+                } | environment
+        return environment
+
+
+def _base_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _GUARDED}
+
+
+def _place(url: str) -> str:
+    """A URL without its credentials and its query."""
+    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]

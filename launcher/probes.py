@@ -1,0 +1,48 @@
+"""Does a part answer? The same questions for an embedded part and for one that a URL names."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import httpx
+import redis.asyncio
+from redis.exceptions import RedisError
+
+SECONDS = 2.0
+
+
+async def postgres(url: str) -> bool:
+    """Whether PostgreSQL takes connections with these credentials."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            connection = await asyncpg.connect(url)
+            try:
+                await connection.fetchval("SELECT 1")
+            finally:
+                connection.terminate()
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError):
+        return False
+    return True
+
+
+async def valkey(url: str) -> bool:
+    """Whether Valkey or Redis answers a PING with these credentials."""
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
+    try:
+        return bool(await client.ping())
+    except (RedisError, OSError):
+        return False
+    finally:
+        await client.aclose()
+
+
+async def model(base_url: str, api_key: str) -> bool:
+    """Whether the model API lists models with this key."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with httpx.AsyncClient(timeout=SECONDS) as client:
+            answer = await client.get(f"{base_url.rstrip('/')}/models", headers=headers)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code < 400

@@ -1,0 +1,74 @@
+"""What the supervisor remembers on disk, so that the next one can take over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from launcher.folder import write_private
+from launcher.processes import Identity
+
+
+@dataclass(slots=True)
+class Remembered:
+    """A child as the last supervisor knew it."""
+
+    service: str
+    replica: str
+    pid: int
+    start_time: int
+    address: str = ""
+    restarts: int = 0
+    last_exit: str = ""
+
+    @property
+    def identity(self) -> Identity:
+        """Which process it is."""
+        return Identity(self.pid, self.start_time)
+
+
+@dataclass(slots=True)
+class State:
+    """The content of `state.json`.
+
+    Attributes:
+        supervisor: the supervisor that wrote it.
+        ports: ports of ours that must stay the same while children live: `mesh`, `model`.
+        addresses: the public addresses, by `http` and `grpc`.
+        settings: a fingerprint of the settings it all was started with.
+        children: everything that was started.
+    """
+
+    supervisor: dict[str, int] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    settings: str = ""
+    children: list[Remembered] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads the file; a missing or broken one is an empty state."""
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            return cls(
+                supervisor=record.get("supervisor", {}),
+                ports=record.get("ports", {}),
+                addresses=record.get("addresses", {}),
+                settings=record.get("settings", ""),
+                children=[Remembered(**child) for child in record.get("children", ())],
+            )
+        except (OSError, ValueError, TypeError, AttributeError):
+            return cls()
+
+    def save(self, path: Path) -> None:
+        """Writes the file by rename."""
+        write_private(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @property
+    def supervisor_identity(self) -> Identity | None:
+        """Which process supervised."""
+        if {"pid", "start_time"} <= self.supervisor.keys():
+            return Identity(self.supervisor["pid"], self.supervisor["start_time"])
+        return None
