@@ -1,0 +1,1 @@
+"""The use cases that hold a rule, one a module."""
