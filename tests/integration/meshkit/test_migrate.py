@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from meshkit.errors import StartupError
+from meshkit.migrate import migrate, pending
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "0001_pre_start.sql").write_text("CREATE TABLE a (id int);\nINSERT INTO a VALUES (1);\n")
+    (tmp_path / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\n")
+    return tmp_path
+
+
+async def fetch(database: str, query: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(database)
+    try:
+        return await connection.fetch(query)
+    finally:
+        await connection.close()
+
+
+async def test_each_migration_is_applied_once_in_order(database: str, folder: Path) -> None:
+    assert await pending(database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert await migrate(database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert await migrate(database, folder) == []
+    assert await pending(database, folder) == []
+    (folder / "0003_pre_third.sql").write_text("ALTER TABLE b ADD COLUMN c text;")
+    assert await pending(database, folder) == ["0003_pre_third.sql"]
+    assert await migrate(database, str(folder)) == ["0003_pre_third.sql"]
+    rows = await fetch(database, "SELECT version, name FROM hermesh_migration ORDER BY version")
+    assert [row["version"] for row in rows] == [1, 2, 3]
+
+
+async def test_many_migrators_at_once_apply_each_migration_once(database: str, folder: Path) -> None:
+    results = await asyncio.gather(*(migrate(database, folder) for _ in range(6)))
+    applied = [name for result in results for name in result]
+    assert sorted(applied) == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert [row["id"] for row in await fetch(database, "SELECT id FROM a")] == [1]
+
+
+async def test_a_changed_migration_is_refused(database: str, folder: Path) -> None:
+    await migrate(database, folder)
+    (folder / "0001_pre_start.sql").write_text("CREATE TABLE other (id int);")
+    with pytest.raises(StartupError, match=r"0001_pre_start\.sql was changed after it was applied"):
+        await migrate(database, folder)
+    with pytest.raises(StartupError, match="was changed"):
+        await pending(database, folder)
+
+
+async def test_a_newer_database_is_refused(database: str, folder: Path) -> None:
+    await migrate(database, folder)
+    (folder / "0002_post_more.sql").unlink()
+    with pytest.raises(StartupError, match="does not know"):
+        await migrate(database, folder)
+
+
+async def test_a_failed_migration_is_undone_and_those_before_stay(database: str, folder: Path) -> None:
+    (folder / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\nSELECT * FROM nowhere;\n")
+    with pytest.raises(StartupError, match=r"0002_post_more\.sql failed and was undone.*nowhere") as error:
+        await migrate(database, folder)
+    assert "\n" not in str(error.value)
+    rows = await fetch(database, "SELECT name FROM hermesh_migration")
+    assert [row["name"] for row in rows] == ["0001_pre_start.sql"]
+    assert (await fetch(database, "SELECT to_regclass('b') IS NULL AS absent"))[0]["absent"]
+    (folder / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\n")
+    assert await migrate(database, folder) == ["0002_post_more.sql"]

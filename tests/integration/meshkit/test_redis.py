@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError, open_redis
+from tests.integration.meshkit.conftest import Valkey
+
+
+async def test_a_client_works_and_survives_a_restart(valkey: Valkey) -> None:
+    client = open_redis(valkey.url)
+    assert client is not None
+    await client.set("k", b"v")
+    assert await client.get("k") == b"v"
+    valkey.kill()
+    with pytest.raises(REDIS_ERRORS):
+        await client.get("k")
+    valkey.start()
+    assert await client.get("k") is None
+    await client.aclose()
+
+
+async def test_a_dead_redis_costs_nothing_behind_the_breaker(valkey: Valkey) -> None:
+    client = open_redis(valkey.url)
+    assert client is not None
+    breaker = Breaker(open_seconds=60)
+    assert await breaker.run(lambda: client.set("k", b"v"))
+    valkey.kill()
+    for _ in range(3):
+        with pytest.raises(REDIS_ERRORS):
+            await breaker.run(lambda: client.get("k"))
+    began = time.perf_counter()
+    for _ in range(100):
+        with pytest.raises(BreakerOpenError):
+            await breaker.run(lambda: client.get("k"))
+    assert time.perf_counter() - began < 0.1
+    await client.aclose()
