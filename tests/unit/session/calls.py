@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ class Writer:
     fence: int
     next_seq: int
 
-    def append(self, *kinds: str, first_seq: int = 0, status: int = 0, data: str = "{}") -> internal.RunAppend:
+    def append(
+        self, *kinds: str, first_seq: int = 0, status: int = 0, data: str = "{}"
+    ) -> internal.RunAppend:
         """The run's next write; with `status`, a step commit."""
         first = first_seq or self.next_seq
         if not first_seq:
@@ -45,7 +48,9 @@ async def new_session(client: Client, metadata: Any = None) -> resources.Session
     return response.session
 
 
-async def submit(client: Client, session_id: str, text: str = "hi", **fields: Any) -> public.SubmitRunResponse:
+async def submit(
+    client: Client, session_id: str, text: str = "hi", **fields: Any
+) -> public.SubmitRunResponse:
     request = public.SubmitRunRequest(
         session_id=session_id, input=[InputMessage(role="user", content=text)], **fields
     )
@@ -88,6 +93,13 @@ class Stream:
             for result in response.results:
                 found[result.run_id, result.first_seq] = result
         return [found[append.run_id, append.first_seq] for append in appends]
+
+
+async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
+    """Lets the loop run until something that no event announces is so."""
+    async with asyncio.timeout(timeout):
+        while not condition():  # noqa: ASYNC110 -- what is waited for is a plain attribute
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -238,9 +238,6 @@ class FakeStore:
         if lease.next_seq != append.first_seq:
             return AppendResult(append.run_id, append.first_seq, AppendOutcome.GAP, lease.next_seq)
         for seq, event in enumerate(append.events, start=append.first_seq):
-            if "\x00" in event.data:
-                raise ValueError("text with U+0000")
-        for seq, event in enumerate(append.events, start=append.first_seq):
             self.events[append.run_id].append(
                 Event(append.run_id, seq, event.type, event.time_ms, event.data)
             )

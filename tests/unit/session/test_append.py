@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from hermesh.session.v1 import session_internal_service_pb2 as internal
+from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
 from meshkit.errors import InternalError, from_rpc_error
 from services.session.storm import GRACE_MS, STORM_GRACE_MS
 from tests.unit.session.calls import (
@@ -18,6 +19,7 @@ from tests.unit.session.calls import (
     new_session,
     new_writer,
     submit,
+    until,
     watch,
 )
 from tests.unit.session.conftest import Client
@@ -193,9 +195,7 @@ async def test_reattach_moves_the_run_under_a_new_fence(client: Client) -> None:
     writer = await new_writer(client)
     async with append_stream(client) as first, append_stream(client) as second:
         await first.write(writer.append("text.delta"))
-        request = internal.Reattach(
-            session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence
-        )
+        request = internal.Reattach(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
         await second.call.write(internal.AppendRequest(owner="agent-1", reattach=[request]))
         response = await second.call.read()
         [answer] = response.reattached
@@ -279,7 +279,9 @@ async def test_a_drain_is_announced_and_shortens_nothing(client: Client) -> None
     assert client.store.shortened == []
 
 
-async def test_a_writer_that_does_not_read_is_not_read(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_writer_that_does_not_read_is_not_read(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("services.session.append_hub._MAX_OUTSTANDING", 8)
     writer = await new_writer(client)
     stream = client.replica.hub.open()
@@ -293,8 +295,7 @@ async def test_a_writer_that_does_not_read_is_not_read(client: Client, monkeypat
 
     async with asyncio.TaskGroup() as group:
         reading = group.create_task(stream.read(requests()))
-        while len(client.store.events[stream_run(client)]) < 9:
-            await asyncio.sleep(0)
+        await until(lambda: len(client.store.events[stream_run(client)]) >= 9)
         for _ in range(50):
             await asyncio.sleep(0)
         assert taken == 8
@@ -312,7 +313,9 @@ def stream_run(client: Client):
     return run_id
 
 
-@pytest.mark.parametrize("method", ["ClaimRun", "RenewLeases", "ReleaseLease", "Authenticate", "BeginToolCall"])
+@pytest.mark.parametrize(
+    "method", ["ClaimRun", "RenewLeases", "ReleaseLease", "Authenticate", "BeginToolCall"]
+)
 async def test_internal_methods_are_for_the_mesh_only(client: Client, method: str) -> None:
     requests = {
         "ClaimRun": internal.ClaimRunRequest(run_id="00000000-0000-7000-8000-000000000000", owner="a"),
@@ -328,8 +331,6 @@ async def test_internal_methods_are_for_the_mesh_only(client: Client, method: st
             call_id="x", session_id="00000000-0000-7000-8000-000000000000"
         ),
     }
-    from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
-
     async with grpc.aio.insecure_channel(client.replica.server.address) as channel:
         stub = internal_grpc.SessionInternalServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
