@@ -76,7 +76,7 @@ class Folder:
         """Makes the folder and what is in it. Raises LaunchError when it cannot be used."""
         if self.root.exists() and not self.root.is_dir():
             raise LaunchError(
-                f"{self.root} is a file, not a folder. Move it away, or set HERMESH_DATA_DIR to another folder."
+                f"{self.root} is a file, not a folder. Move it away, or set HERMESH_DATA_DIR to another one."
             )
         try:
             for path in (self.root, self.logs, self.ready, self.envoy, self.envoy / "eds", self.sockets):
@@ -88,7 +88,8 @@ class Folder:
             raise explain_os_error(error, f"use the data folder {self.root}") from error
         if not (self.postgres / "PG_VERSION").exists() and free < NEEDED_BYTES:
             raise LaunchError(
-                f"there is too little space in {self.root}: {free >> 20} MiB free, {NEEDED_BYTES >> 20} MiB needed. "
+                f"there is too little space in {self.root}: {free >> 20} MiB free, "
+                f"{NEEDED_BYTES >> 20} MiB needed. "
                 "Free some, or set HERMESH_DATA_DIR to a folder on another disk."
             )
 

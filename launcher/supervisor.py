@@ -27,6 +27,7 @@ from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, Plan, Spec, free_po
 from launcher.processes import Identity, identify, spawn
 from launcher.settings import LauncherSettings
 from launcher.state import Remembered, State
+from meshkit.settings import load
 
 READY_SECONDS = 60.0
 SETUP_SECONDS = 60.0
@@ -55,6 +56,10 @@ class Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+
+    def leaving(self) -> bool:
+        """Whether it is to end; asked again after every wait."""
+        return self.stopping
 
 
 class Supervisor:
@@ -251,7 +256,7 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         backoff = 0.1
-        while not child.stopping:
+        while not child.leaving():
             began = time.monotonic()
             try:
                 if child.identity is None:
@@ -269,7 +274,7 @@ class Supervisor:
             child.identity = None
             child.process = None
             child.ready.clear()
-            if child.stopping:
+            if child.leaving():
                 break
             child.restarts += 1
             child.failures = 0 if time.monotonic() - began > STEADY_SECONDS else child.failures + 1
@@ -386,7 +391,7 @@ class Supervisor:
             number = signal.SIGINT if child.spec.service == "postgresql" else signal.SIGTERM
             child.identity.send(number)
             await asyncio.wait([child.task], timeout=grace)
-            if child.identity:
+            if not child.task.done() and child.identity is not None:
                 child.identity.send(signal.SIGKILL)
         if child.task:
             await asyncio.wait([child.task], timeout=5)
@@ -480,9 +485,7 @@ class Supervisor:
 
 
 async def _main() -> None:
-    settings = LauncherSettings()
-    supervisor = Supervisor(settings)
-    await supervisor.run()
+    await Supervisor(load(LauncherSettings)).run()
 
 
 def main() -> None:

@@ -1,0 +1,346 @@
+"""The command `hermesh`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launcher import control
+from launcher.api import Api
+from launcher.doctor import findings, port_in_use
+from launcher.errors import LaunchError, explain_os_error
+from launcher.folder import Folder
+from launcher.plan import Plan, parse_replicas
+from launcher.settings import LauncherSettings
+from launcher.state import State
+from launcher.talk import show
+from meshkit.settings import load
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Runs a Hermesh mesh on this machine and talks to it.",
+)
+console = Console()
+notes = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _settings() -> tuple[LauncherSettings, Folder]:
+    settings = load(LauncherSettings)
+    return settings, Folder(settings.folder)
+
+
+def _require_running(folder: Folder) -> None:
+    if control.supervisor_of(folder) is None:
+        raise LaunchError(f"no mesh runs in {folder.root}; start it with: hermesh up")
+
+
+def _api(folder: Folder, settings: LauncherSettings) -> Api:
+    _require_running(folder)
+    key = settings.api_key.get_secret_value() or folder.secret("api-key", "hm_")
+    return Api(f"http://{State.load(folder.state_file).addresses['http']}", key)
+
+
+def _progress(text: str) -> Any:
+    """A spinner on a terminal, and one line elsewhere."""
+    if console.is_terminal:
+        return console.status(text)
+    return nullcontext()
+
+
+@app.command()
+def up(
+    replicas: Annotated[str, typer.Option(help="How many of what, such as agent=3,session=2.")] = "",
+    reply: Annotated[bool, typer.Option(help="Stream one real reply when all is up.")] = True,
+) -> None:
+    """Start the mesh in the background, or what is missing of it, and wait until it is ready."""
+    began = time.monotonic()
+    wanted = parse_replicas(replicas)
+    settings, folder = _settings()
+    folder.prepare()
+    fresh = control.supervisor_of(folder) is None
+    if fresh:
+        _check_ports(settings, folder)
+        plan = Plan(settings, folder, {"mesh": 0, "model": 0})
+        if plan.postgres:
+            plan.postgres.initialize()
+        control.start_supervisor(folder)
+    with _progress("starting the mesh") as status:
+
+        def said(text: str) -> None:
+            if status is not None:
+                status.update(text)
+            else:
+                typer.echo(text)
+
+        request = {"command": "up", "replicas": wanted}
+        try:
+            control.ask(folder, request, said)
+        except LaunchError:
+            # What cannot start is not left half there, retrying for nobody.
+            if fresh:
+                control.stop(folder)
+            raise
+    addresses = State.load(folder.state_file).addresses
+    console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)
+    console.print(f"  chat page and HTTP API  http://{addresses['http']}/", highlight=False)
+    console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
+    key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
+    console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
+    if reply:
+        question = "What is the capital of France?"
+        console.print(f"\n> {question}", highlight=False)
+        with _api(folder, settings) as api:
+            show(api.run(api.create_session("Hello"), question), console)
+
+
+def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
+    """Says which port is taken, unless Envoy of an earlier supervisor is what listens there."""
+    if any(c.service == "envoy" and c.identity.alive for c in State.load(folder.state_file).children):
+        return
+    for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
+        if port_in_use(port):
+            raise LaunchError(
+                f"port {port} is in use; stop what listens there, or set {name} to another port"
+            )
+
+
+@app.command()
+def down() -> None:
+    """Stop the mesh and everything embedded; the data stays."""
+    _, folder = _settings()
+    with _progress("stopping the mesh"):
+        count = control.stop(folder)
+    console.print(f"Stopped {count} processes." if count else "Nothing runs.", highlight=False)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show every process: where it is and how it is."""
+    _, folder = _settings()
+    rows: list[dict[str, Any]] = []
+    if control.supervisor_of(folder) is not None:
+        rows = control.ask(folder, {"command": "status"})
+    else:
+        # Killed, or never started: what an earlier one left behind is shown all the same.
+        rows = [
+            {"service": c.service, "replica": c.replica, "pid": c.pid, "address": c.address}
+            | {"health": "unsupervised", "restarts": c.restarts, "last_exit": c.last_exit, "external": False}
+            for c in State.load(folder.state_file).children
+            if c.identity.alive
+        ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        raise LaunchError(f"no mesh runs in {folder.root}; start it with: hermesh up")
+    table = Table()
+    for name in ("service", "replica", "pid", "address", "health", "restarts", "last exit"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        colour = {"healthy": "green", "unhealthy": "red"}.get(row["health"], "yellow")
+        cells = [str(row[name] or "") for name in ("service", "replica", "pid", "address")]
+        table.add_row(*cells, f"[{colour}]{row['health']}", str(row["restarts"] or ""), row["last_exit"])
+    console.print(table)
+    if any(row["health"] == "unsupervised" for row in rows):
+        console.print("The supervisor is gone; hermesh up takes these over, hermesh down ends them.")
+
+
+@app.command()
+def scale(
+    replicas: Annotated[list[str], typer.Argument(help="Such as agent=5; several at once.")],
+) -> None:
+    """Change how many replicas run; nothing else restarts."""
+    wanted = parse_replicas(",".join(replicas))
+    _, folder = _settings()
+    _require_running(folder)
+    with _progress("scaling"):
+        control.ask(folder, {"command": "scale", "replicas": wanted})
+    console.print(", ".join(f"{name}: {number}" for name, number in wanted.items()), highlight=False)
+
+
+@app.command()
+def logs(
+    service: Annotated[str, typer.Argument(help="A service or a replica; all if left out.")] = "",
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines of each file.")] = 100,
+) -> None:
+    """Show what the processes log."""
+    _, folder = _settings()
+    files = sorted(folder.logs.glob("*.log")) if folder.logs.is_dir() else []
+    files = [
+        path
+        for path in files
+        if not service or (path.stem in (service, path.stem) and path.stem.startswith(service))
+    ]
+    if not files:
+        raise LaunchError(f"there is no log of {service or 'anything'} in {folder.logs}")
+    command = ["tail", "-q" if len(files) == 1 else "-v", "-n", str(lines)]
+    if follow:
+        os.execvp("tail", [*command, "-F", *map(str, files)])  # noqa: S606 - no shell is wanted
+    subprocess.run([*command, *map(str, files)], check=False)
+
+
+@app.command()
+def run(
+    message: Annotated[str, typer.Argument(help="What to say.")],
+    session: Annotated[str, typer.Option(help="Go on with this session.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say one thing and stream the reply; with --json, its events."""
+    settings, folder = _settings()
+    with _api(folder, settings) as api:
+        events = api.run(session or api.create_session(), message)
+        if not as_json:
+            show(events, console)
+            return
+        failed = ""
+        for event in events:
+            typer.echo(json.dumps(event, ensure_ascii=False))
+            if event["type"] == "run.failed":
+                failed = event["data"]["message"]
+        if failed:
+            raise LaunchError(f"the run failed: {failed}")
+
+
+@app.command()
+def chat(
+    session: Annotated[str, typer.Option(help="Resume this session; see hermesh sessions.")] = "",
+) -> None:
+    """Chat in the terminal; Ctrl-C stops a reply, Ctrl-D leaves."""
+    settings, folder = _settings()
+    with _api(folder, settings) as api:
+        if session:
+            for message in api.messages(session):
+                if message["role"] in ("user", "assistant") and message["content"]:
+                    mark = "> " if message["role"] == "user" else ""
+                    console.print(f"{mark}{message['content']}", markup=False, highlight=False)
+        else:
+            session = api.create_session()
+        console.print(f"[dim]session {session}; Ctrl-D leaves[/dim]", highlight=False)
+        while True:
+            try:
+                text = console.input("[bold]> [/bold]").strip()
+            except (EOFError, KeyboardInterrupt):
+                console.print()
+                return
+            if text:
+                _exchange(api, session, text)
+
+
+def _exchange(api: Api, session: str, text: str) -> None:
+    current = ""
+
+    def noted(events: Any) -> Any:
+        nonlocal current
+        for event in events:
+            current = event["run_id"]
+            yield event
+
+    try:
+        show(noted(api.run(session, text)), console)
+    except KeyboardInterrupt:
+        if current:
+            api.cancel(current)
+        console.print("\n[dim]stopped[/dim]")
+    except LaunchError as error:
+        notes.print(str(error), markup=False, highlight=False)
+
+
+@app.command()
+def sessions(as_json: Json = False) -> None:
+    """List the sessions, last changed first."""
+    settings, folder = _settings()
+    with _api(folder, settings) as api:
+        found = api.sessions()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table()
+    for name in ("session", "title", "messages", "changed"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(one["update_time_ms"]) / 1000))
+        table.add_row(one["session_id"], one["title"], str(one["message_count"]), changed)
+    console.print(table)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date, as `up` does by itself."""
+    settings, folder = _settings()
+    plan = Plan(settings, folder, State.load(folder.state_file).ports)
+    if plan.postgres:
+        _require_running(folder)
+    for what, command, environment in plan.setup_commands():
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()
+            raise LaunchError(f"{what} failed: {said[-1] if said else done.returncode}")
+        console.print(f"{what}: done", highlight=False)
+
+
+@app.command()
+def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.")] = "") -> None:
+    """Print where the stores are, for psql, redis-cli and the like. The URLs hold passwords."""
+    settings, folder = _settings()
+    plan = Plan(settings, folder, State.load(folder.state_file).ports or {"mesh": 0, "model": 0})
+    values = {
+        "HERMESH_DATABASE_URL": plan.database_url,
+        "HERMESH_REDIS_URL": plan.redis_url,
+        "HERMESH_OBJECT_STORE_URL": plan.object_store_url,
+        "HERMESH_LLM_BASE_URL": plan.llm_base_url,
+        "HERMESH_LLM_API_KEY": plan.llm_api_key,
+        "HERMESH_API_KEY": plan.api_key,
+    }
+    if name and name not in values:
+        raise LaunchError(f"{name} is not one of {', '.join(values)}")
+    typer.echo(values[name] if name else "\n".join(f"{key}={value}" for key, value in values.items()))
+
+
+@app.command()
+def doctor() -> None:
+    """Look for what would keep the mesh from running, and say what to do."""
+    settings = load(LauncherSettings)
+    wrong = 0
+    for finding in findings(settings):
+        wrong += bool(finding.remedy)
+        mark = "[red]✗[/red]" if finding.remedy else "[green]✓[/green]"
+        console.print(f"{mark} {finding.what}: {finding.found}", highlight=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"    {finding.remedy}", highlight=False, soft_wrap=True, markup=False)
+    if wrong:
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """Runs the command; what a person has to put right is one line on stderr and status 1."""
+    try:
+        app()
+    except LaunchError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(str(explain_os_error(error, "go on")))
+
+
+def _fail(text: str) -> None:
+    sys.stderr.write(f"hermesh: {text}\n")
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What `hermesh doctor` looks at, each with the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import envoy, model
+from launcher.control import supervisor_of
+from launcher.embedded.postgres import BIN, as_ordinary_user
+from launcher.errors import LaunchError
+from launcher.folder import NEEDED_BYTES, Folder
+from launcher.plan import PARTS
+from launcher.settings import LauncherSettings
+
+IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
+NEEDED_FILES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `remedy` is empty where it is well."""
+
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def port_in_use(port: int) -> bool:
+    """Whether somebody listens on this port of loopback."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def missing_libraries(binary: Path) -> list[str]:
+    """The shared libraries that a binary needs and the machine lacks."""
+    try:
+        printed = subprocess.run(
+            ["ldd", str(binary)], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split()[0] for line in printed.stdout.splitlines() if "not found" in line]
+
+
+def findings(settings: LauncherSettings) -> Iterator[Finding]:
+    """Looks at everything, in the order in which `up` needs it."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    yield Finding(
+        "python", version, "" if sys.version_info >= (3, 11) else "Hermesh needs Python 3.11 or later"
+    )
+    for name in IMPORTS:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            yield Finding(f"package {name}", str(error), "run make up again: it installs what the lock names")
+    for name, binary in (("PostgreSQL", BIN / "postgres"), ("Envoy", envoy.BINARY)):
+        lacking = missing_libraries(binary)
+        remedy = f"install the packages that carry {', '.join(lacking)}" if lacking else ""
+        yield Finding(f"{name}'s libraries", ", ".join(lacking) or "all there", remedy)
+    there = model.weights().exists()
+    yield Finding(
+        "the model's weights", "there" if there else "missing", "" if there else "run make up again"
+    )
+    folder = Folder(settings.folder)
+    try:
+        folder.prepare()
+        yield Finding("data folder", str(folder.root))
+    except LaunchError as error:
+        yield Finding("data folder", str(folder.root), str(error))
+        return
+    free = shutil.disk_usage(folder.root).free
+    yield Finding(
+        "disk",
+        f"{free >> 20} MiB free",
+        "" if free > NEEDED_BYTES else f"{NEEDED_BYTES >> 20} MiB are needed",
+    )
+    files = os.sysconf("SC_OPEN_MAX")
+    yield Finding("open files", str(files), "" if files >= NEEDED_FILES else f"ulimit -n {NEEDED_FILES}")
+    if as_ordinary_user():
+        done = subprocess.run([*as_ordinary_user(), "true"], capture_output=True, timeout=10, check=False)
+        remedy = "" if done.returncode == 0 else "run as an ordinary user, or set HERMESH_DATABASE_URL"
+        yield Finding("user namespace for PostgreSQL", "works" if not remedy else "refused", remedy)
+    running = supervisor_of(folder) is not None
+    for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
+        used = not running and port_in_use(port)
+        yield Finding(name, str(port), f"in use; set {name} to another port" if used else "")
+    yield Finding("the mesh", "runs" if running else f"does not run; {', '.join(PARTS)} come with hermesh up")
