@@ -1,0 +1,102 @@
+"""The gateway's parts, put together. The only place where they are."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import grpc.aio
+from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.routing import Router, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from gateway import openapi
+from gateway.clients import MeshClients
+from gateway.context import Gateway
+from gateway.edge import Edge, HttpMetrics, no_such_path, routes
+from gateway.endpoints import Endpoint
+from gateway.login import CookieSeal
+from gateway.routes import chat, login, runs, sessions, system, web
+from gateway.settings import GatewaySettings
+from gateway.streams import StreamHub, StreamMetrics
+from gateway.websocket import SessionSocket
+from meshkit.auth import Authenticator, MeshAuthenticator
+from meshkit.probes import Readiness
+
+WEBSOCKET_PATH = "/v1/sessions/{session_id}/ws"
+
+
+def make_gateway(
+    settings: GatewaySettings,
+    channel: grpc.aio.Channel,
+    *,
+    authenticator: Authenticator | None = None,
+    registry: CollectorRegistry = REGISTRY,
+) -> Gateway:
+    """Makes the gateway's parts on a channel to the mesh.
+
+    Args:
+        settings: Its settings.
+        channel: From `open_channel` with `gateway.clients.SAFE_METHODS`; the caller closes it.
+        authenticator: Keys to tenants; the mesh's if None.
+        registry: Where the figures go.
+    """
+    mesh = MeshClients(channel)
+    readiness = Readiness()
+    readiness.add("session", mesh.probe_sessions)
+    readiness.add("agent", mesh.probe_agents)
+    return Gateway(
+        settings=settings,
+        mesh=mesh,
+        hub=StreamHub(settings, StreamMetrics(registry)),
+        authenticator=authenticator if authenticator is not None else MeshAuthenticator(channel, settings),
+        seal=CookieSeal(settings.mesh_token, settings.login_seconds),
+        readiness=readiness,
+    )
+
+
+def api_endpoints() -> list[Endpoint]:
+    """Returns the endpoints that the OpenAPI document describes."""
+    return [
+        *sessions.endpoints,
+        *runs.endpoints,
+        *chat.endpoints,
+        *login.endpoints,
+        *system.endpoints,
+    ]
+
+
+def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> ASGIApp:
+    """Makes the ASGI application. The caller enters `gateway.hub` around its serving."""
+    api = api_endpoints()
+    spec = openapi.document(api, version())
+    served = [*api, *web.docs_endpoints(spec, openapi.page(spec)), *web.page_endpoints()]
+
+    async def websocket(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["hermesh.route"] = WEBSOCKET_PATH
+        await SessionSocket(gateway, WebSocket(scope, receive, send)).serve()
+
+    router = Router(
+        [*routes(gateway, served), WebSocketRoute(WEBSOCKET_PATH, _WebSocketApp(websocket))],
+        redirect_slashes=False,
+        default=no_such_path,
+    )
+    return Edge(router, HttpMetrics(registry))
+
+
+class _WebSocketApp:
+    """Makes Starlette take a function as an ASGI application, not as a handler of its own kind."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def version() -> str:
+    """Returns Hermesh's version."""
+    try:
+        return metadata.version("hermesh")
+    except metadata.PackageNotFoundError:
+        return "0"

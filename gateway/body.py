@@ -1,0 +1,120 @@
+"""Reading a request's body: bounded in size and time, strict in encoding and types."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from gateway.problems import BodyTimeoutError, BodyTooLargeError
+from meshkit.errors import CancelledCallError, FieldViolation, InvalidArgumentError
+
+MAX_BODY = 1024 * 1024
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A request body: no silent conversion between types, no member that is not documented."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float = 30.0) -> bytes:
+    """Reads the whole body.
+
+    Raises:
+        BodyTooLargeError: It is larger than `limit` bytes, by its header or while it arrives.
+        BodyTimeoutError: It did not arrive within `timeout` seconds.
+        CancelledCallError: The client left before its end.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                parts.append(part)
+    except TimeoutError:
+        raise BodyTimeoutError(message=f"the body did not arrive within {timeout:g} s") from None
+    except ClientDisconnect:
+        raise CancelledCallError(message="the client left before its request was complete") from None
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        message=f"the body is larger than {limit} bytes", metadata={"limit_bytes": str(limit)}
+    )
+
+
+def parse_json(body: bytes) -> Any:
+    """Parses JSON.
+
+    Raises:
+        InvalidArgumentError: It is not UTF-8, not JSON, or has a NUL character, which nothing here stores.
+    """
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError(
+                message=f"the body is not UTF-8: byte {error.start} is wrong"
+            ) from None
+        raise InvalidArgumentError(
+            message="the body is empty, JSON is needed" if not body.strip() else "the body is not JSON"
+        ) from None
+    # NUL as an escape or, which JSON forbids, raw: only the escape gets here.
+    if b"\\u0000" in body and _has_nul(value):
+        raise InvalidArgumentError(message="the body has a NUL character, which text must not contain")
+    return value
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any("\0" in key or _has_nul(item) for key, item in value.items())
+    return isinstance(value, list) and any(_has_nul(item) for item in value)
+
+
+def validate(model: type[M], value: Any) -> M:
+    """Checks a parsed body against its model.
+
+    Raises:
+        InvalidArgumentError: With each wrong field as a violation.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        violations = [
+            FieldViolation(_path(item["loc"]), str(item["msg"]).removeprefix("Value error, "))
+            for item in error.errors(include_input=False, include_url=False, include_context=False)[:16]
+        ]
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(message="the body must be a JSON object")
+    first = violations[0]
+    raise InvalidArgumentError(message=f"{first.field}: {first.description}", violations=violations)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif "[" in part or part in ("str", "list"):
+            # pydantic names the branch of a union; the caller wrote none.
+            continue
+        else:
+            path += f".{part}" if path else part
+    return path or "body"

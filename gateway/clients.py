@@ -1,0 +1,110 @@
+"""The gateway's calls into the mesh: stubs on one channel, errors of the one tree."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from hermesh.agent.v1 import agent_service_pb2 as agent_pb
+from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
+from hermesh.session.v1 import session_internal_service_pb2 as internal_pb
+from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
+from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from meshkit.errors import HermeshError, NotFoundError, from_rpc_error
+
+T = TypeVar("T")
+
+_SESSION = "hermesh.session.v1.SessionService"
+# Read-only and unary: the channel may try them again when a replica is gone.
+SAFE_METHODS = (
+    f"{_SESSION}/GetSession",
+    f"{_SESSION}/ListSessions",
+    f"{_SESSION}/ListMessages",
+    f"{_SESSION}/GetRun",
+    f"{_SESSION}/ListRuns",
+    "hermesh.session.v1.SessionInternalService/Authenticate",
+    "hermesh.agent.v1.AgentService/ListModels",
+)
+_MODELS_TTL = 10.0
+_PROBE_KEY = "hm_readiness-probe"
+_PROBE_TIMEOUT = 1.5
+DEFAULT_MODEL = "default"
+
+
+async def call(awaitable: Awaitable[T]) -> T:
+    """Awaits a unary call and raises its error as a `HermeshError`."""
+    try:
+        return await awaitable
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+class MeshClients:
+    """The services as the gateway sees them.
+
+    Attributes:
+        sessions: Stub of the session service's public face.
+        agents: Stub of the agent service.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        """Uses a channel of `meshkit.channel.open_channel`, which stays the caller's."""
+        # The generated stubs are typed for the synchronous channel as well; these are always aio.
+        self.sessions: Any = SessionServiceStub(channel)
+        self.agents: Any = AgentServiceStub(channel)
+        self._internal: Any = SessionInternalServiceStub(channel)
+        self._models: tuple[float, list[agent_pb.Model]] | None = None
+        self._models_lock = asyncio.Lock()
+
+    async def models(self) -> list[agent_pb.Model]:
+        """Returns the models that runs may ask for, the default first; remembered for some seconds."""
+        async with self._models_lock:
+            now = time.monotonic()
+            if self._models is None or self._models[0] < now:
+                answer = await call(self.agents.ListModels(agent_pb.ListModelsRequest()))
+                self._models = now + _MODELS_TTL, list(answer.models)
+            return self._models[1]
+
+    async def check_model(self, name: str) -> str:
+        """Returns the name as runs take it: empty for the default.
+
+        When no agent answers, the name passes: the run itself says so then.
+
+        Raises:
+            NotFoundError: No such model.
+        """
+        if name in ("", DEFAULT_MODEL):
+            return ""
+        try:
+            known = [model.name for model in await self.models()]
+        except HermeshError:
+            return name
+        if name in known:
+            return name
+        raise NotFoundError(
+            "MODEL_NOT_FOUND", f"there is no model {name[:100]!r}", metadata={"model": name[:100]}
+        )
+
+    async def probe_sessions(self) -> str | None:
+        """Returns None if the session service and its database answer, else what is wrong."""
+        # A lookup that must miss reaches the database; success and refusal are both an answer.
+        request = internal_pb.AuthenticateRequest(api_key=_PROBE_KEY)
+        try:
+            await self._internal.Authenticate(request, timeout=_PROBE_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                return from_rpc_error(error).reason
+        return None
+
+    async def probe_agents(self) -> str | None:
+        """Returns None if an agent answers, else what is wrong."""
+        try:
+            await self.agents.ListModels(agent_pb.ListModelsRequest(), timeout=_PROBE_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error).reason
+        return None

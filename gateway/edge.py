@@ -1,0 +1,197 @@
+"""What every request goes through: its id, its trace, its error's form, its line in the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.context import Gateway
+from gateway.endpoints import Endpoint
+from gateway.problems import (
+    MethodNotAllowedError,
+    NoSuchPathError,
+    openai_response,
+    problem_response,
+)
+from meshkit import tracing
+from meshkit.context import REQUEST_ID_KEY, TRACEPARENT_KEY, accept_request_id, request_id_var
+from meshkit.errors import HermeshError, InternalError
+
+_log = structlog.get_logger("gateway.http")
+
+_QUIET = frozenset({"/health", "/ready", "/metrics"})
+_STARTED = "hermesh.started"
+_ROUTE = "hermesh.route"
+_REQUEST_ID = REQUEST_ID_KEY.encode()
+_TRACEPARENT = TRACEPARENT_KEY.encode()
+_TRACESTATE = tracing.TRACESTATE_KEY.encode()
+_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0)
+
+
+class HttpMetrics:
+    """Figures of the requests."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        """Registers them; once a registry."""
+        self.requests = Counter(
+            "hermesh_http_requests", "Requests answered.", ["method", "route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "hermesh_http_seconds",
+            "Time to the start of a response.",
+            ["route"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+
+
+class PathApp:
+    """Answers all methods of one path."""
+
+    def __init__(self, gateway: Gateway, path: str, endpoints: Sequence[Endpoint]) -> None:
+        """Takes the endpoints of one path, each of another method."""
+        self._gateway = gateway
+        self._path = path
+        self._methods = {endpoint.method: endpoint for endpoint in endpoints}
+        for endpoint in endpoints:
+            if endpoint.method == "GET" and endpoint.public:
+                self._methods["HEAD"] = endpoint
+        self._errors = endpoints[0].errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request."""
+        scope[_ROUTE] = self._path
+        endpoint = self._methods.get(scope["method"])
+        form = endpoint.errors if endpoint is not None else self._errors
+        try:
+            if endpoint is None:
+                raise MethodNotAllowedError(sorted(self._methods))
+            request = Request(scope, receive)
+            if not endpoint.public:
+                await self._gateway.identify(request, endpoint.method)
+            response = await endpoint.handler(self._gateway, request)
+            await response(scope, receive, send)
+        except HermeshError as error:
+            if scope.get(_STARTED):
+                raise
+            render = openai_response if form == "openai" else problem_response
+            await render(error)(scope, receive, send)
+
+
+def routes(gateway: Gateway, endpoints: Sequence[Endpoint]) -> list[Route]:
+    """Returns the routes of some endpoints, in their order."""
+    by_path: dict[str, list[Endpoint]] = {}
+    for endpoint in endpoints:
+        by_path.setdefault(endpoint.path, []).append(endpoint)
+    return [Route(path, PathApp(gateway, path, group)) for path, group in by_path.items()]
+
+
+async def no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers what no route takes."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 4404, "reason": "no such path"})
+        return
+    error = NoSuchPathError(message="nothing is served at this path; GET /openapi.json lists what is")
+    await problem_response(error)(scope, receive, send)
+
+
+class Edge:
+    """The outermost ASGI application."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+        """Wraps the router."""
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request or a WebSocket."""
+        offered = traceparent = None
+        tracestate = ""
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID:
+                offered = value.decode("latin-1")
+            elif name == _TRACEPARENT:
+                traceparent = value.decode("latin-1")
+            elif name == _TRACESTATE:
+                tracestate = value.decode("latin-1")
+        request_id = accept_request_id(offered)
+        request_id_var.set(request_id)
+        method = scope.get("method", "WS")
+        span = tracing.start_server_span(f"HTTP {method}", traceparent, tracestate)
+        span.enter()
+        if span.recording:
+            span.set("url.path", scope["path"])
+            span.set("hermesh.request_id", request_id)
+        exchange = _Exchange(scope, send, request_id.encode())
+        try:
+            await self._app(scope, receive, exchange.send)
+        except Exception as error:
+            await self._failed(error, exchange, scope, receive)
+        finally:
+            span.end(str(exchange.status), failed=exchange.status >= 500)
+            span.leave()
+            self._account(exchange, method, scope)
+
+    async def _failed(self, error: Exception, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
+        _log.error("request failed", path=scope["path"], exc_info=error)
+        if scope["type"] != "http":
+            return
+        if exchange.status:
+            # Too late for a status: only a cut connection tells the client that this is not the whole answer.
+            raise error
+        await problem_response(InternalError())(scope, receive, exchange.send)
+
+    def _account(self, exchange: _Exchange, method: str, scope: Scope) -> None:
+        path = scope["path"]
+        if path in _QUIET:
+            return
+        route = scope.get(_ROUTE, "none")
+        status = exchange.status
+        self._metrics.requests.labels(method, route, str(status)).inc()
+        started = exchange.started_at or time.monotonic()
+        self._metrics.seconds.labels(route).observe(started - exchange.began)
+        log = _log.warning if status >= 500 else _log.info
+        log(
+            "request",
+            method=method,
+            path=path,
+            status=status,
+            first_byte_ms=round((started - exchange.began) * 1000, 1),
+            total_ms=round((time.monotonic() - exchange.began) * 1000, 1),
+        )
+
+
+class _Exchange:
+    """Adds the request id to the response and notes its status."""
+
+    __slots__ = ("_request_id", "_scope", "_send", "began", "started_at", "status")
+
+    def __init__(self, scope: Scope, send: Send, request_id: bytes) -> None:
+        self._scope = scope
+        self._send = send
+        self._request_id = request_id
+        self.began = time.monotonic()
+        self.started_at = 0.0
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "http.response.start":
+            self.status = message["status"]
+            self.started_at = time.monotonic()
+            self._scope[_STARTED] = True
+            headers: list[Any] = list(message.get("headers", ()))
+            headers.append((_REQUEST_ID, self._request_id))
+            message = {**message, "headers": headers}
+        elif kind == "websocket.accept":
+            self.status = 101
+            self.started_at = time.monotonic()
+            message = {**message, "headers": [*message.get("headers", ()), (_REQUEST_ID, self._request_id)]}
+        await self._send(message)

@@ -1,0 +1,1 @@
+"""OpenAI-compatible routes: each a pure, versioned fold of the event log."""

@@ -1,0 +1,273 @@
+"""OpenAI's Chat Completions and Models."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from gateway import models
+from gateway.body import parse_json, read_body
+from gateway.clients import call
+from gateway.context import Gateway
+from gateway.cursor import RunCursor
+from gateway.endpoints import Answer, Endpoint, Param, idempotency_key, json_response
+from gateway.follow import FeedLost, RunFeed
+from gateway.openai.chat_fold import ChatChunks, Failure, Reply, completion, error_chunk
+from gateway.openai.chat_request import ChatRequest, parse_chat
+from gateway.problems import OpenAIError, openai_kind
+from gateway.routes.sessions import IDEMPOTENCY
+from gateway.streams import EventStream
+from hermesh.agent.v1 import agent_service_pb2 as agent_pb
+from hermesh.common.v1.event_pb2 import Event
+from hermesh.session.v1 import session_service_pb2 as pb
+from meshkit.errors import HermeshError, NotFoundError, UnavailableError, http_status
+
+SESSION_HEADER = "x-hermesh-session"
+# A response that started can no longer be refused with a status of its own: it waits for the first text.
+FIRST_TEXT_SECONDS = 15.0
+
+# Reasons whose fault is between us and the model, not between the client and us.
+_BAD_GATEWAY = frozenset({"MODEL_UNAUTHENTICATED", "MODEL_BAD_RESPONSE", "MODEL_STREAM_TRUNCATED"})
+
+
+class ChatMessage(BaseModel):
+    """A message in OpenAI's shape."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str = Field(description="system, developer, user or assistant.")
+    content: Any = Field(description="A string, or parts of type text.")
+
+
+class ChatBody(BaseModel):
+    """What is taken of OpenAI's parameters; other ones are ignored, or refused where that would mislead."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = Field(description="A model of GET /v1/models, or `default`.")
+    messages: list[ChatMessage]
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    user: str | None = Field(None, description="Becomes the session's user.")
+    session_id: str | None = Field(None, description="A session to go on with; else each call makes one.")
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's chat.completion."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
+def failure_error(failure: Failure) -> OpenAIError:
+    """Returns the HTTP error for a run that failed before anything was sent."""
+    if failure.reason in _BAD_GATEWAY:
+        status = 502
+    elif failure.code == "CANCELLED":
+        status = 409
+    else:
+        code = getattr(grpc.StatusCode, failure.code, grpc.StatusCode.INTERNAL)
+        status = http_status(HermeshError(failure.reason, failure.message, code=code))
+        # The client's own key is good: it is the model's that is not.
+        status = 502 if status in (401, 403) else status
+    return OpenAIError(
+        status,
+        failure.message,
+        kind=openai_kind(status),
+        openai_code=failure.reason.lower(),
+        reason=failure.reason,
+        retry=failure.retryable,
+    )
+
+
+class ChatRenderer:
+    """Renders a run's events as chunks."""
+
+    def __init__(self, chunks: ChatChunks) -> None:
+        """Renders with a fresh fold."""
+        self._chunks = chunks
+        self._sent = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last chunk was rendered."""
+        return self._chunks.ended
+
+    def events(self, batch: list[Event]) -> bytes:
+        """Returns the chunks of a batch.
+
+        Raises:
+            OpenAIError: The run failed before there was anything to send.
+        """
+        body = b"".join([self._chunks.feed(event) for event in batch])
+        failure = self._chunks.reply.failure
+        if failure is not None and not self._sent:
+            raise failure_error(failure)
+        self._sent = self._sent or bool(body)
+        return body
+
+    def reconnect(self, reason: str, after_ms: int) -> bytes:
+        """Returns an error: this protocol has no way to come back."""
+        return error_chunk(
+            Failure("UNAVAILABLE", "SERVICE_UNAVAILABLE", "the stream was lost; ask again", True)
+        )
+
+    def failed(self, error: HermeshError) -> bytes:
+        """Returns an error chunk."""
+        return error_chunk(Failure(error.code.name, error.reason, error.message, False))
+
+
+async def complete(gateway: Gateway, request: Request) -> ASGIApp:
+    """POST /v1/chat/completions."""
+    body = await read_body(request, timeout=gateway.settings.body_timeout_seconds)
+    chat = parse_chat(parse_json(body), request.headers.get(SESSION_HEADER))
+    gateway.hub.check_room()
+    try:
+        chat.options.model = await gateway.mesh.check_model(chat.model)
+    except NotFoundError as error:
+        raise OpenAIError(
+            404,
+            f"The model {chat.model[:100]!r} does not exist; GET /v1/models lists those that do.",
+            openai_code="model_not_found",
+            param="model",
+            reason=error.reason,
+        ) from None
+    key = idempotency_key(request)
+    session_id = chat.session_id or await _new_session(gateway, chat, key)
+    submit = agent_pb.RunRequest(
+        session_id=session_id,
+        input=chat.messages,
+        options=chat.options,
+        request_id=key or idempotency_key(request, always=True),
+    )
+    feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit)
+    headers = {SESSION_HEADER: session_id}
+    if chat.stream:
+        return EventStream(
+            gateway.hub,
+            feed,
+            ChatRenderer(ChatChunks(chat.model, include_usage=chat.include_usage)),
+            keep=True,
+            resumable=False,
+            hold=FIRST_TEXT_SECONDS,
+            headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+            name=f"chat in {session_id}",
+        )
+    # A task of the hub's: when the client leaves, the run is still followed to its end.
+    reply = await asyncio.shield(
+        gateway.hub.owner.start(_collect(feed, chat.model), name=f"chat in {session_id}")
+    )
+    if isinstance(reply, HermeshError):
+        raise reply
+    if reply.failure is not None:
+        raise failure_error(reply.failure)
+    return json_response(completion(reply), headers=headers)
+
+
+async def _new_session(gateway: Gateway, chat: ChatRequest, key: str) -> str:
+    answer = await call(
+        gateway.mesh.sessions.CreateSession(
+            pb.CreateSessionRequest(
+                metadata={"source": "chat_completions"},
+                user=chat.user,
+                # A repeated call must find the session of the first one, in which its run is.
+                request_id=f"chat:{key}"[:200] if key else "",
+            )
+        )
+    )
+    session_id: str = answer.session.session_id
+    return session_id
+
+
+async def _collect(feed: RunFeed, model: str) -> Reply | HermeshError:
+    reply = Reply(model=model)
+    try:
+        async for batch in feed.batches():
+            for event in batch:
+                reply.feed(event)
+            if reply.ended:
+                break
+    except FeedLost as lost:
+        return UnavailableError(retry_after_ms=lost.after_ms)
+    except HermeshError as error:
+        return error
+    return reply
+
+
+async def list_models(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/models."""
+    known = await gateway.mesh.models()
+    return json_response({"object": "list", "data": [_model(model) for model in known]})
+
+
+async def get_model(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/models/{model}."""
+    name = request.path_params["model"]
+    for model in await gateway.mesh.models():
+        if model.name == name:
+            return json_response(_model(model))
+    raise OpenAIError(
+        404,
+        f"The model {name[:100]!r} does not exist.",
+        openai_code="model_not_found",
+        param="model",
+        reason="MODEL_NOT_FOUND",
+    )
+
+
+def _model(model: agent_pb.Model) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": model.owned_by or "hermesh"}
+
+
+endpoints = [
+    Endpoint(
+        "POST",
+        "/v1/chat/completions",
+        complete,
+        "OpenAI's Chat Completions",
+        {200: Answer("A completion, or with `stream: true` its chunks as SSE.", ChatCompletion)},
+        body=ChatBody,
+        params=(
+            IDEMPOTENCY,
+            Param("X-Hermesh-Session", "header", "A session to go on with: send only what is new."),
+        ),
+        tag="openai",
+        errors="openai",
+        description="The response's header X-Hermesh-Session names the session, for the native API.",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/models",
+        list_models,
+        "Lists the models that runs may ask for",
+        {200: Answer("The default one comes first.", models.ModelList)},
+        tag="openai",
+        errors="openai",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/models/{model:path}",
+        get_model,
+        "Returns a model",
+        {200: Answer("The model.", models.Model)},
+        tag="openai",
+        errors="openai",
+    ),
+]

@@ -1,0 +1,279 @@
+"""Runs, and the event streams that follow them."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from gateway import models
+from gateway.clients import call
+from gateway.context import Gateway
+from gateway.cursor import RunCursor, SessionCursor, parse_event_id, parse_seq
+from gateway.endpoints import (
+    Answer,
+    Endpoint,
+    Param,
+    idempotency_key,
+    json_response,
+    query_bool,
+    query_int,
+    query_text,
+    read_model,
+    run_id_of,
+    session_id_of,
+)
+from gateway.follow import RunFeed, SessionFeed
+from gateway.problems import violation
+from gateway.routes.sessions import IDEMPOTENCY, PAGE_TOKEN
+from gateway.streams import EventStream
+from hermesh.session.v1 import session_service_pb2 as pb
+from meshkit.errors import OutOfRangeError
+
+# How long new input may take to be accepted before the caller gets 504.
+ACCEPT_SECONDS = 15.0
+EVENTS = "text/event-stream"
+LAST_EVENT_ID = Param(
+    "Last-Event-ID", "header", "The id of the last event received, `<run_id>:<seq>`; goes before the query."
+)
+
+
+async def create(gateway: Gateway, request: Request) -> ASGIApp:
+    """POST /v1/sessions/{session_id}/runs."""
+    session_id = session_id_of(request)
+    body = await read_model(gateway, request, models.CreateRun)
+    model = await gateway.mesh.check_model(body.options.model)
+    if body.stream:
+        submit = body.run_request(session_id, idempotency_key(request, always=True))
+        submit.options.model = model
+        feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit)
+        return EventStream(
+            gateway.hub, feed, keep=True, hold=ACCEPT_SECONDS, hold_fails=True, name=f"run in {session_id}"
+        )
+    order = body.submit_request(session_id, idempotency_key(request))
+    order.options.model = model
+    answer = await call(gateway.mesh.sessions.SubmitRun(order))
+    run = models.run_json(answer.run)
+    return json_response(run, 202, {"location": f"/v1/runs/{run['run_id']}"})
+
+
+async def list_runs(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/sessions/{session_id}/runs."""
+    answer = await call(
+        gateway.mesh.sessions.ListRuns(
+            pb.ListRunsRequest(
+                session_id=session_id_of(request),
+                page_size=query_int(request, "page_size", 1, 200),
+                page_token=query_text(request, "page_token", 500),
+            )
+        )
+    )
+    return json_response(
+        {"runs": [models.run_json(run) for run in answer.runs], "next_page_token": answer.next_page_token}
+    )
+
+
+async def get(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/runs/{run_id}."""
+    answer = await call(gateway.mesh.sessions.GetRun(pb.GetRunRequest(run_id=run_id_of(request))))
+    return json_response(models.run_json(answer.run, answer.pending_actions))
+
+
+async def cancel(gateway: Gateway, request: Request) -> ASGIApp:
+    """POST /v1/runs/{run_id}/cancel."""
+    run_id = run_id_of(request)
+    body = await read_model(gateway, request, models.CancelRun, optional=True)
+    answer = await call(
+        gateway.mesh.sessions.CancelRun(pb.CancelRunRequest(run_id=run_id, reason=body.reason))
+    )
+    return json_response(models.run_json(answer.run), 202)
+
+
+async def resolve(gateway: Gateway, request: Request) -> ASGIApp:
+    """POST /v1/runs/{run_id}/actions/{call_id}."""
+    run_id = run_id_of(request)
+    call_id = request.path_params["call_id"]
+    if not 1 <= len(call_id) <= 100:
+        raise violation("call_id", "must have 1 to 100 characters")
+    body = await read_model(gateway, request, models.ResolveAction)
+    answer = await call(
+        gateway.mesh.sessions.ResolveAction(
+            pb.ResolveActionRequest(
+                run_id=run_id,
+                call_id=call_id,
+                decision=models.decision_proto(body.decision),
+                content=body.content,
+                request_id=idempotency_key(request),
+            )
+        )
+    )
+    return json_response(models.run_json(answer.run))
+
+
+async def run_events(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/runs/{run_id}/events."""
+    run_id = run_id_of(request)
+    after_seq = _after_seq(request, run_id)
+    # Asked first: a wrong id or cursor gets its status, and a quiet run's stream opens at once.
+    run = (await call(gateway.mesh.sessions.GetRun(pb.GetRunRequest(run_id=run_id)))).run
+    if after_seq > run.last_seq:
+        raise OutOfRangeError(
+            "CURSOR_PAST_END",
+            f"the run's last event has seq {run.last_seq}",
+            metadata={"last_seq": str(run.last_seq)},
+        )
+    if models.is_finished(run) and after_seq == run.last_seq:
+        # Everything was delivered: 204 is what stops an EventSource from coming back.
+        return Response(status_code=204)
+    feed = RunFeed(gateway.mesh, RunCursor(run_id, after_seq), gateway.settings.follow_timeout_seconds)
+    return EventStream(gateway.hub, feed, name=f"watch {run_id}")
+
+
+def _after_seq(request: Request, run_id: str) -> int:
+    last = request.headers.get("last-event-id", "").strip()
+    if last:
+        try:
+            of_run, seq = parse_event_id(last)
+        except ValueError as error:
+            raise violation("Last-Event-ID", str(error)) from None
+        if of_run != run_id:
+            raise violation("Last-Event-ID", "names another run")
+        return seq
+    try:
+        return parse_seq(request.query_params.get("after_seq") or "0")
+    except ValueError as error:
+        raise violation("after_seq", str(error)) from None
+
+
+async def session_events(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/sessions/{session_id}/events."""
+    session_id = session_id_of(request)
+    cursor = await session_cursor(gateway, request, session_id)
+    feed = SessionFeed(gateway.mesh, session_id, cursor, gateway.settings.follow_timeout_seconds)
+    return EventStream(gateway.hub, feed, name=f"watch session {session_id}")
+
+
+def session_after(last_event_id: str, after: str) -> tuple[str, int]:
+    """Returns a session's cursor from the header or the query; ("", 0) without either.
+
+    Raises:
+        InvalidArgumentError: It has another form than `<run_id>:<seq>`.
+    """
+    for name, text in (("Last-Event-ID", last_event_id), ("after", after)):
+        if text:
+            try:
+                return parse_event_id(text)
+            except ValueError as error:
+                raise violation(name, str(error)) from None
+    return "", 0
+
+
+async def session_cursor(gateway: Gateway, request: Request, session_id: str) -> SessionCursor:
+    """Returns where a session's reader starts, after it was checked that the session exists."""
+    run_id, seq = session_after(
+        request.headers.get("last-event-id", "").strip(), request.query_params.get("after", "")
+    )
+    return await open_session(gateway, session_id, run_id, seq, only_new=query_bool(request, "only_new"))
+
+
+async def open_session(
+    gateway: Gateway, session_id: str, run_id: str, seq: int, *, only_new: bool
+) -> SessionCursor:
+    """Makes a session's cursor; without one in hand and with `only_new`, at the end of what there is."""
+    if run_id or not only_new:
+        await call(gateway.mesh.sessions.GetSession(pb.GetSessionRequest(session_id=session_id)))
+        return SessionCursor(run_id, seq)
+    # An explicit place instead of "from now on": a stream that has to be opened again misses nothing.
+    runs = (await call(gateway.mesh.sessions.ListRuns(pb.ListRunsRequest(session_id=session_id)))).runs
+    if not runs:
+        return SessionCursor()
+    waiting = [run for run in runs if not models.is_finished(run)]
+    current = waiting[-1] if waiting else runs[0]
+    return SessionCursor(current.run_id, current.last_seq)
+
+
+endpoints = [
+    Endpoint(
+        "POST",
+        "/v1/sessions/{session_id}/runs",
+        create,
+        "Sends input and streams the reply, or only submits it",
+        {
+            200: Answer("With `stream: true`: the run's events, to the terminal one.", media_type=EVENTS),
+            202: Answer("The run was accepted.", models.Run),
+        },
+        body=models.CreateRun,
+        params=(IDEMPOTENCY,),
+        tag="runs",
+        description=(
+            "A client that leaves does not stop the run. It can come back to GET /v1/runs/{run_id}/events "
+            "with Last-Event-ID, on any gateway."
+        ),
+    ),
+    Endpoint(
+        "GET",
+        "/v1/sessions/{session_id}/runs",
+        list_runs,
+        "Lists a session's runs, newest first",
+        {200: Answer("One page.", models.RunPage)},
+        params=(Param("page_size", "query", "1 to 200; 50 if left out.", "integer"), PAGE_TOKEN),
+        tag="runs",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/sessions/{session_id}/events",
+        session_events,
+        "Streams a session's events, run after run",
+        {200: Answer("What is stored after the cursor, then live, without end.", media_type=EVENTS)},
+        params=(
+            LAST_EVENT_ID,
+            Param("after", "query", "A cursor, `<run_id>:<seq>`."),
+            Param("only_new", "query", "Start with the next event instead of the first one.", "boolean"),
+        ),
+        tag="events",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/runs/{run_id}",
+        get,
+        "Returns a run",
+        {200: Answer("The run.", models.Run)},
+        tag="runs",
+    ),
+    Endpoint(
+        "POST",
+        "/v1/runs/{run_id}/cancel",
+        cancel,
+        "Asks for a run to be cancelled",
+        {202: Answer("The run as it is now; its terminal event follows.", models.Run)},
+        body=models.CancelRun,
+        tag="runs",
+    ),
+    Endpoint(
+        "POST",
+        "/v1/runs/{run_id}/actions/{call_id}",
+        resolve,
+        "Settles a tool call that waits for a person",
+        {200: Answer("The run as it is now.", models.Run)},
+        body=models.ResolveAction,
+        params=(IDEMPOTENCY,),
+        tag="runs",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/runs/{run_id}/events",
+        run_events,
+        "Streams a run's events",
+        {
+            200: Answer(
+                "What is stored after the cursor, then live, to the terminal event.", media_type=EVENTS
+            ),
+            204: Answer("The terminal event was the last one received: there is nothing more."),
+        },
+        params=(
+            LAST_EVENT_ID,
+            Param("after_seq", "query", "Events with a larger seq are sent; 0 if left out.", "integer"),
+        ),
+        tag="events",
+    ),
+]

@@ -1,0 +1,153 @@
+"""The life of the gateway's process: listen, say so, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.app import make_app, make_gateway
+from gateway.clients import SAFE_METHODS
+from gateway.context import Gateway
+from gateway.settings import GatewaySettings
+from gateway.streams import ABORT_EXTENSION
+from meshkit import tracing
+from meshkit.channel import open_channel
+from meshkit.lifecycle import StopSignals, bind_failure, reachable, remove_ready_file, write_ready_file
+from meshkit.probes import ProbeServer
+from meshkit.settings import parse_address
+from meshkit.telemetry import setup_logging
+
+_log = structlog.get_logger("gateway.server")
+
+_BACKLOG = 2048
+_START_SECONDS = 10.0
+# Longer than proxies keep idle connections (Envoy: an hour), so that it is never we who close one just as a
+# request comes.
+_KEEP_ALIVE_SECONDS = 3700
+_MAX_WEBSOCKET_MESSAGE = 2 * 1024 * 1024
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, with a way to cut the connection of a client that stopped reading."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def bind(listen: str) -> socket.socket:
+    """Returns a listening socket.
+
+    Raises:
+        StartupError: The address cannot be bound.
+    """
+    host, port = parse_address(listen)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise bind_failure(listen, "HERMESH_LISTEN", error) from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(place)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise bind_failure(listen, "HERMESH_LISTEN", error) from error
+    return sock
+
+
+def http_server(app: ASGIApp, grace: float) -> uvicorn.Server:
+    """Returns a server for a bound socket, which installs no signal handlers and logs no requests."""
+    config = uvicorn.Config(
+        app,
+        loop="none",
+        http=_Protocol,
+        ws="websockets-sansio",
+        ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+        ws_ping_interval=15,
+        ws_ping_timeout=30,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    return _Server(config)
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, sock: socket.socket, grace: float) -> AsyncGenerator[uvicorn.Server, None]:
+    """Serves an application on a bound socket while the block runs, then ends within `grace` seconds."""
+    server = http_server(app, grace)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(server.serve(sockets=[sock]), name="http")
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while not server.started and not task.done():  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            yield server
+        finally:
+            server.should_exit = True
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Runs the gateway until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        StartupError: It cannot start.
+    """
+    setup_logging(settings, "gateway")
+    end_tracing = tracing.configure("gateway", settings.replica, settings.trace_file)
+    try:
+        sock = bind(settings.listen)
+        with contextlib.closing(sock):
+            async with open_channel(settings, safe=SAFE_METHODS) as channel:
+                gateway = make_gateway(settings, channel)
+                app = make_app(gateway)
+                async with ProbeServer(settings.metrics_listen, gateway.readiness) as probes, gateway.hub:
+                    with StopSignals() as signals:
+                        async with serving(app, sock, settings.drain_seconds):
+                            bound: Any = sock.getsockname()
+                            address = reachable(str(bound[0]), int(bound[1]))
+                            write_ready_file(settings, "gateway", address, probes.address)
+                            probes.set_ready()
+                            _log.info("serving", address=address, metrics=probes.address)
+                            await signals.stop.wait()
+                            probes.set_ready("draining")
+                            await _drain(gateway, signals)
+    finally:
+        remove_ready_file(settings.ready_file)
+        await asyncio.to_thread(end_tracing)
+
+
+async def _drain(gateway: Gateway, signals: StopSignals) -> None:
+    """Lets the balancer notice, then asks every client that can to come back elsewhere."""
+    settings = gateway.settings
+    _log.info("draining", delay_s=settings.drain_delay_seconds, grace_s=settings.drain_seconds)
+    gateway.hub.leaving = True
+    await signals.pause(settings.drain_delay_seconds)
+    gateway.hub.drain()

@@ -1,0 +1,36 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from meshkit.settings import MeshSettings
+
+
+class GatewaySettings(MeshSettings):
+    """What the gateway reads from its environment, as HERMESH_<NAME>."""
+
+    heartbeat_seconds: float = Field(
+        15.0, gt=0, le=300, description="Silence after which an open event stream gets a heartbeat comment."
+    )
+    write_timeout_seconds: float = Field(
+        20.0,
+        gt=0,
+        le=600,
+        description="How long a client of an event stream may take nothing before it is dropped.",
+    )
+    body_timeout_seconds: float = Field(
+        30.0, gt=0, le=600, description="Longest time in seconds that a request's body may take to arrive."
+    )
+    follow_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=600,
+        description="How long the gateway itself looks for a replica that goes on with a broken stream.",
+    )
+    max_streams: int = Field(
+        2_000, ge=1, description="Event streams of one gateway, clients that left mid-run included."
+    )
+    login_seconds: int = Field(
+        7 * 24 * 3600, ge=60, description="How long a sign-in at the chat page lasts, in seconds."
+    )

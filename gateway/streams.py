@@ -1,0 +1,356 @@
+"""Event streams to HTTP clients: a raw ASGI responder, and the set that owns all of them.
+
+A pump task reads the feed and writes to the client; the request's own task watches over it: it notices a
+client that left, sends heartbeats, drops a client that stopped reading, and ends the stream on a drain. The
+pump is not the request's task, because a stream of `Run` outlives its client: it stays open as long as the
+work, and so the load stays visible to the balancer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Protocol, Self
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from starlette.types import Receive, Scope, Send
+
+from gateway import frames
+from gateway.follow import Feed, FeedLost
+from gateway.settings import GatewaySettings
+from hermesh.common.v1.event_pb2 import Event
+from meshkit.errors import DeadlineError, HermeshError, ResourceExhaustedError, UnavailableError
+from meshkit.tasks import TaskOwner
+
+_log = structlog.get_logger("gateway.streams")
+
+# Where the server puts a function that cuts the connection; see `gateway.server`.
+ABORT_EXTENSION = "hermesh.abort"
+
+
+class StreamMetrics:
+    """Figures of the event streams."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        """Registers them; once a registry."""
+        self.open = Gauge("hermesh_gateway_streams", "Event streams being served.", registry=registry)
+        self.lingering = Gauge(
+            "hermesh_gateway_lingering_streams", "Streams of runs whose client left.", registry=registry
+        )
+        self.events = Counter("hermesh_gateway_events", "Events written to clients.", registry=registry)
+        self.dropped = Counter(
+            "hermesh_gateway_slow_clients", "Clients dropped because they stopped reading.", registry=registry
+        )
+
+
+class Renderer(Protocol):
+    """Turns events into a stream's bytes."""
+
+    def events(self, batch: list[Event]) -> bytes:
+        """Returns what to write for a batch; may be empty."""
+        ...
+
+    def reconnect(self, reason: str, after_ms: int) -> bytes:
+        """Returns the last bytes of a stream that ends before its log."""
+        ...
+
+    def failed(self, error: HermeshError) -> bytes:
+        """Returns the last bytes of a stream whose log can no longer be read."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether the client has all that it gets, although the log may go on."""
+        ...
+
+
+class NativeRenderer:
+    """Hermesh's own events."""
+
+    complete = False
+
+    def events(self, batch: list[Event]) -> bytes:
+        """Returns one SSE frame an event."""
+        return frames.sse(batch)
+
+    def reconnect(self, reason: str, after_ms: int) -> bytes:
+        """Returns the transport's `reconnect`."""
+        return frames.reconnect_sse(reason, after_ms)
+
+    def failed(self, error: HermeshError) -> bytes:
+        """Returns `reconnect`: the client that comes back gets the error with its own status."""
+        return frames.reconnect_sse(error.reason.lower(), error.retry_after_ms or 0)
+
+
+class StreamHub:
+    """Owns the pumps of all event streams of this process, and ends them on a drain."""
+
+    def __init__(self, settings: GatewaySettings, metrics: StreamMetrics) -> None:
+        """Starts empty; enter it before use."""
+        self.settings = settings
+        self.metrics = metrics
+        self.owner = TaskOwner("streams")
+        # Set at the stop signal: the balancer is told first, and streams end a moment later.
+        self.leaving = False
+        self.draining = asyncio.Event()
+        self._streams: set[Drainable] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.owner.close()
+
+    def check_room(self) -> None:
+        """Refuses a stream too many.
+
+        Raises:
+            ResourceExhaustedError: This gateway serves as many as it may.
+        """
+        if len(self.owner) >= self.settings.max_streams:
+            raise ResourceExhaustedError(
+                "OVERLOADED", "this gateway serves as many streams as it can", retry_after_ms=1000
+            )
+
+    def drain(self) -> None:
+        """Asks all streams that can be resumed to send `reconnect` and end."""
+        self.draining.set()
+        for stream in list(self._streams):
+            stream.drain()
+
+    def register(self, stream: Drainable) -> None:
+        """Counts a stream in, so that a drain reaches it."""
+        self._streams.add(stream)
+        self.metrics.open.inc()
+
+    def unregister(self, stream: Drainable) -> None:
+        """Counts it out."""
+        self._streams.discard(stream)
+        self.metrics.open.dec()
+
+
+class Drainable(Protocol):
+    """A stream that can be asked to end."""
+
+    def drain(self) -> None:
+        """Ends the stream soon, with `reconnect`."""
+        ...
+
+
+class EventStream:
+    """An ASGI application that answers one request with a stream of events.
+
+    An error before the first byte is raised, for a proper HTTP status.
+    """
+
+    def __init__(
+        self,
+        hub: StreamHub,
+        feed: Feed,
+        renderer: Renderer | None = None,
+        *,
+        keep: bool = False,
+        resumable: bool = True,
+        hold: float = 0.25,
+        hold_fails: bool = False,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        name: str = "stream",
+    ) -> None:
+        """Prepares a stream; nothing runs until it is called.
+
+        Args:
+            hub: Owns the pump.
+            feed: Where the events come from.
+            renderer: How they look; SSE of Hermesh's own events if None.
+            keep: Go on reading the feed when the client left.
+            resumable: The client can come back after `reconnect`; else a drain lets the stream finish.
+            hold: Seconds to wait for the first event before the response starts without one.
+            hold_fails: Answer 504 after `hold` instead of starting.
+            headers: More response headers.
+            name: Of the pump's task, for logs.
+        """
+        self._hub = hub
+        self._feed = feed
+        self._renderer: Renderer = renderer if renderer is not None else NativeRenderer()
+        self._keep = keep
+        self._resumable = resumable
+        self._hold = hold
+        self._hold_fails = hold_fails
+        self._headers = [*frames.SSE_HEADERS, *headers]
+        self._name = name
+        self._send: Send | None = None
+        self._wake = asyncio.Event()
+        self._begun = False
+        # The client gets no more: it left, was dropped, or has everything.
+        self._closed = False
+        self._left = False
+        self._draining = False
+        self._error: HermeshError | None = None
+        self._sending_since = 0.0
+        self._written_at = 0.0
+        self._count = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves the stream."""
+        hub = self._hub
+        hub.check_room()
+        self._send = send
+        loop = asyncio.get_running_loop()
+        self._written_at = loop.time()
+        hub.register(self)
+        if hub.draining.is_set():
+            self.drain()
+        pump = hub.owner.start(self._pump(), name=self._name)
+        pump.add_done_callback(lambda _: self._wake.set())
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(self._watch(receive), name="disconnect")
+                await self._attend(pump, scope)
+                watcher.cancel()
+        finally:
+            # Also when the server cancels this request at the end of its grace.
+            self._closed = True
+            hub.metrics.events.inc(self._count)
+            hub.unregister(self)
+            if not pump.done():
+                if not self._keep:
+                    pump.cancel()
+                elif self._left:
+                    hub.metrics.lingering.inc()
+                    pump.add_done_callback(lambda _: hub.metrics.lingering.dec())
+        if self._error is not None and not self._begun and not self._left:
+            raise self._error
+
+    def drain(self) -> None:
+        """Ends the stream with `reconnect` as soon as its client has an event to come back with."""
+        if self._resumable:
+            self._draining = True
+            self._wake.set()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._wake.set()
+
+    async def _attend(self, pump: asyncio.Task[None], scope: Scope) -> None:
+        loop = asyncio.get_running_loop()
+        settings = self._hub.settings
+        hold_until = loop.time() + self._hold
+        while True:
+            now = loop.time()
+            if not self._begun:
+                wait = hold_until - now
+            elif self._sending_since:
+                wait = self._sending_since + settings.write_timeout_seconds - now
+            else:
+                silent_until = self._written_at + settings.heartbeat_seconds
+                wait = min(silent_until - now, settings.write_timeout_seconds)
+            try:
+                async with asyncio.timeout(max(wait, 0.001)):
+                    await self._wake.wait()
+                self._wake.clear()
+            except TimeoutError:
+                pass
+            if self._closed or self._left or pump.done():
+                return
+            if not self._begun:
+                if loop.time() < hold_until:
+                    continue
+                if self._hold_fails:
+                    self._error = DeadlineError(
+                        message="not accepted in time; send it again with the same Idempotency-Key"
+                    )
+                    return
+                await self._write(b"")
+                continue
+            if self._sending_since:
+                if loop.time() - self._sending_since >= settings.write_timeout_seconds:
+                    self._drop(scope)
+                    return
+                continue
+            if self._draining:
+                await self._finish(self._renderer.reconnect("drain", 100))
+                return
+            if loop.time() - self._written_at >= settings.heartbeat_seconds:
+                await self._write(frames.HEARTBEAT)
+
+    def _drop(self, scope: Scope) -> None:
+        """Cuts the connection of a client that stopped reading; it can come back with its cursor."""
+        self._hub.metrics.dropped.inc()
+        _log.info("dropped a client that stopped reading", stream=self._name)
+        self._closed = self._left = True
+        abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
+        if abort is not None:
+            abort()
+        else:
+            # Nothing else would free the pump from its write.
+            self._keep = False
+
+    async def _pump(self) -> None:
+        try:
+            batches: AsyncGenerator[list[Event], None] = self._feed.batches()
+            async with aclosing(batches):
+                async for batch in batches:
+                    if self._closed:
+                        continue
+                    body = self._renderer.events(batch)
+                    if body:
+                        self._count += len(batch)
+                        await self._write(body)
+                        if self._draining and not self._closed:
+                            await self._finish(self._renderer.reconnect("drain", 100))
+                    if self._renderer.complete:
+                        await self._finish(b"")
+            await self._finish(b"")
+        except FeedLost as lost:
+            if not self._begun:
+                self._error = UnavailableError(retry_after_ms=lost.after_ms)
+                return
+            await self._finish(self._renderer.reconnect(lost.reason, lost.after_ms))
+        except HermeshError as error:
+            self._error = error
+            if self._begun:
+                await self._finish(self._renderer.failed(error))
+
+    async def _write(self, body: bytes) -> None:
+        send = self._send
+        assert send is not None
+        self._sending_since = now = asyncio.get_running_loop().time()
+        try:
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        except OSError:
+            # The server's word for a client that is gone.
+            self._left = self._closed = True
+            self._wake.set()
+        finally:
+            self._sending_since = 0.0
+        self._written_at = now
+
+    async def _finish(self, body: bytes) -> None:
+        """Writes the last bytes once, and lets the request go."""
+        if self._closed:
+            return
+        self._closed = True
+        send = self._send
+        assert send is not None
+        try:
+            self._sending_since = asyncio.get_running_loop().time()
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        except OSError:
+            self._left = True
+        finally:
+            self._sending_since = 0.0
+            self._wake.set()
