@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import ModuleType
@@ -34,6 +34,7 @@ from jsonschema.exceptions import SchemaError, ValidationError
 from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 from referencing import Registry as References
+from referencing.exceptions import Unresolvable
 
 from meshkit.errors import StartupError
 
@@ -152,8 +153,11 @@ class Tool:
             raise StartupError(f"tool {self.name}: the input schema is not valid: {error.message}") from error
         except (TypeError, ValueError) as error:
             raise StartupError(f"tool {self.name}: the input schema is not JSON") from error
+        outside = next((ref for ref in _references(self.input_schema) if not ref.startswith("#")), None)
+        if outside is not None:
+            raise StartupError(f"tool {self.name}: the input schema must not refer to {outside}; include it")
         object.__setattr__(self, "schema_text", text)
-        # An empty registry of references: a "$ref" to the outside must not make the service fetch it.
+        # An empty registry of references: nothing in a schema may make the service fetch something.
         object.__setattr__(self, "_validator", kind(dict(self.input_schema), registry=References()))
 
     def parse(self, text: str) -> dict[str, Any]:
@@ -172,9 +176,23 @@ class Tool:
             )
         except RecursionError as error:
             raise ArgumentsError("the arguments are nested too deeply") from error
+        except Unresolvable as error:
+            raise ArgumentsError("the tool's schema refers to a part that it does not have") from error
         if problems:
             raise ArgumentsError("; ".join(_explain(problem) for problem in problems[:_MAX_PROBLEMS]))
         return arguments
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
+                yield value
+            else:
+                yield from _references(value)
+    elif isinstance(schema, list | tuple):
+        for value in schema:
+            yield from _references(value)
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _BLOCKS = frozenset(
 )
 _HEADINGS = {f"h{level}": "#" * level for level in range(1, 7)}
 _CELLS = frozenset({"td", "th"})
+# Stands for a space of preformatted text, which joining runs of space must leave; for private use in Unicode.
+_KEPT_SPACE = "\ue000"
 _SPACE = re.compile(r"[ \t\r\f\v\xa0]+")
 _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]{1,40})", re.IGNORECASE)
 _CHUNK = 131_072
@@ -93,7 +95,7 @@ class _Reader(HTMLParser):
         if self._in_title:
             self.title.append(data)
         elif self._pre:
-            self.pieces.append(data)
+            self.pieces.append(data.replace(" ", _KEPT_SPACE))
         else:
             # A newline in the source is a space; newlines in `pieces` come from elements.
             self.pieces.append(data.replace("\n", " "))
@@ -114,7 +116,7 @@ def html_to_text(html: str) -> tuple[str, str]:
     if rest and "<" not in rest:
         reader.handle_data(rest)
     title = " ".join("".join(reader.title).split())
-    return title, tidy("".join(reader.pieces))
+    return title, tidy("".join(reader.pieces)).replace(_KEPT_SPACE, " ")
 
 
 def tidy(text: str) -> str:

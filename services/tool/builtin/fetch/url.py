@@ -63,6 +63,8 @@ def parse_url(text: str) -> Place:
         raise _bad("the URL must begin with http:// or https://")
     if "@" in parts.netloc:
         raise _bad("a URL with a user name or password is not fetched")
+    if "[" in parts.netloc and ":" not in host:
+        raise _bad("the URL's host is not valid")
     if port == 0:
         raise _bad("the URL's port is not valid")
     target = quote(parts.path or "/", safe=_SAFE)
