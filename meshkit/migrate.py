@@ -100,6 +100,7 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[
             migration that failed (those before it stay applied).
     """
     migrations = read_migrations(Path(directory))
+    search_path = _search_path(schema)
     try:
         connection = await asyncpg.connect(
             url,
@@ -109,7 +110,7 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[
                 "application_name": "hermesh-migrate",
                 "lock_timeout": str(_LOCK_TIMEOUT_MS),
                 "client_min_messages": "warning",
-                **_search_path(schema),
+                **search_path,
             },
         )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
@@ -134,12 +135,13 @@ async def pending(url: str, directory: Path | str, *, schema: str = "") -> list[
         StartupError: As `migrate`.
     """
     migrations = read_migrations(Path(directory))
+    search_path = _search_path(schema)
     try:
         connection = await asyncpg.connect(
             url,
             timeout=CONNECT_TIMEOUT,
             command_timeout=CONNECT_TIMEOUT,
-            server_settings=_search_path(schema),
+            server_settings=search_path,
         )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error

@@ -32,7 +32,7 @@ from meshkit.lifecycle import (
 from meshkit.probes import Check, ProbeServer, Readiness
 from meshkit.settings import MeshSettings, parse_address
 from meshkit.tasks import TaskOwner
-from meshkit.telemetry import rpc_metrics, setup_logging
+from meshkit.telemetry import rpc_metrics, setup_logging, watch_loop
 
 _log = structlog.get_logger("meshkit.server")
 
@@ -216,6 +216,7 @@ class Server:
         self._started = True
         self.address = reachable(host, port)
         await self._report(serving=True)
+        self._tasks.start(watch_loop(), name="loop-lag")
         if self._gated:
             self._tasks.start(self._watch_gates(), name="health")
         if self._probes is not None:

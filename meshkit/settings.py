@@ -78,8 +78,7 @@ class MeshSettings(BaseSettings):
     @classmethod
     def service_name(cls) -> str:
         """Returns the service's name: the package that holds the settings class."""
-        parts = cls.__module__.split(".")
-        return parts[-2] if len(parts) > 1 else parts[0].strip("_") or "hermesh"
+        return _package(cls)
 
     @model_validator(mode="before")
     @classmethod
@@ -146,7 +145,8 @@ def settings_table(*classes: type[BaseSettings]) -> str:
     """Renders the settings of some classes as one markdown table.
 
     Returns:
-        Rows `variable | default | used by | meaning`; a variable that several classes share comes once.
+        Rows `variable | default | used by | meaning`; a variable that several classes share comes once, and
+        one that all subclasses of `MeshSettings` have is used by "every process".
     """
     rows: dict[str, tuple[str, str]] = {}
     users: dict[str, list[str]] = {}
@@ -154,18 +154,19 @@ def settings_table(*classes: type[BaseSettings]) -> str:
         for field, info in cls.model_fields.items():
             name = env_name(cls, field)
             rows.setdefault(name, (_default(field, info), info.description or ""))
-            users.setdefault(name, []).append(_owner(cls))
+            users.setdefault(name, []).append(_package(cls))
     lines = ["| variable | default | used by | meaning |", "|---|---|---|---|"]
-    everyone = len({_owner(cls) for cls in classes})
+    common = {_package(cls) for cls in classes if issubclass(cls, MeshSettings)}
     for name, (default, meaning) in rows.items():
         owners = list(dict.fromkeys(users[name]))
-        used_by = "all" if len(owners) == everyone and everyone > 1 else ", ".join(owners)
-        lines.append(f"| `{name}` | {default} | {used_by} | {_cell(meaning)} |")
+        used_by = "every process" if len(common) > 1 and common == set(owners) else ", ".join(owners)
+        lines.append(f"| `{name}` | {default} | {used_by} | {_cell(meaning).replace('<', '&lt;')} |")
     return "\n".join(lines) + "\n"
 
 
-def _owner(cls: type[BaseSettings]) -> str:
-    return cls.service_name() if issubclass(cls, MeshSettings) else cls.__name__
+def _package(cls: type[BaseSettings]) -> str:
+    parts = cls.__module__.split(".")
+    return parts[-2] if len(parts) > 1 else parts[0].strip("_") or "hermesh"
 
 
 def _default(field: str, info: FieldInfo) -> str:

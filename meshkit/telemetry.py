@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import logging
 import os
@@ -199,6 +201,28 @@ def rpc_metrics(registry: CollectorRegistry = REGISTRY) -> RpcMetrics:
     if metrics is None:
         metrics = _rpc_metrics[registry] = RpcMetrics(registry)
     return metrics
+
+
+_LAG_PERIOD = 1.0
+
+
+async def watch_loop(gauge: Gauge | None = None) -> None:
+    """Measures, each second, how late the event loop is; runs until it is cancelled.
+
+    What blocks the loop shows here before it shows in anybody's latency.
+    """
+    if gauge is None:
+        gauge = _loop_lag()
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_PERIOD
+        await asyncio.sleep(_LAG_PERIOD)
+        gauge.set(max(0.0, loop.time() - due))
+
+
+@functools.cache
+def _loop_lag() -> Gauge:
+    return Gauge("hermesh_loop_lag_seconds", "How late the event loop was a moment ago.")
 
 
 def render_metrics(registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:

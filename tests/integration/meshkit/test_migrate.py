@@ -70,3 +70,14 @@ async def test_a_failed_migration_is_undone_and_those_before_stay(database: str,
     assert (await fetch(database, "SELECT to_regclass('b') IS NULL AS absent"))[0]["absent"]
     (folder / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\n")
     assert await migrate(database, folder) == ["0002_post_more.sql"]
+
+
+async def test_services_keep_apart_in_schemas_of_one_database(database: str, folder: Path) -> None:
+    assert len(await migrate(database, folder)) == 2
+    assert await pending(database, folder, schema="memory") == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert len(await migrate(database, folder, schema="memory")) == 2
+    assert await pending(database, folder, schema="memory") == []
+    rows = await fetch(database, "SELECT schemaname FROM pg_tables WHERE tablename = 'a' ORDER BY 1")
+    assert [row["schemaname"] for row in rows] == ["memory", "public"]
+    with pytest.raises(ValueError, match="not a schema's name"):
+        await migrate(database, folder, schema="a; DROP TABLE b")

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, SecretStr
 from pydantic_core import ValidationError
+from pydantic_settings import BaseSettings
 
 from meshkit.settings import MeshSettings, env_name, load, parse_address, settings_table
 
@@ -107,3 +108,22 @@ def test_table_lists_each_variable_once_and_no_secret() -> None:
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in MeshSettings.model_fields.values())
     assert env_name(MeshSettings, "log_level") == "HERMESH_LOG_LEVEL"
+
+
+def test_table_says_who_uses_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ToolSettings(MeshSettings):
+        folder: str = Field("<here>", description="Where <data> is.")
+
+    class Launcher(BaseSettings):
+        port: int = Field(1, description="Port.")
+
+    monkeypatch.setattr(AgentSettings, "__module__", "services.agent.settings")
+    monkeypatch.setattr(ToolSettings, "__module__", "services.tool.settings")
+    monkeypatch.setattr(Launcher, "__module__", "launcher.settings")
+    lines = settings_table(Launcher, AgentSettings, ToolSettings).splitlines()
+    by_name = {line.split("`")[1]: line for line in lines[2:]}
+    assert "| every process |" in by_name["HERMESH_LISTEN"]
+    assert "| agent |" in by_name["HERMESH_MAX_RUNS"]
+    assert "| launcher |" in by_name["PORT"]
+    assert "| `<here>` |" in by_name["HERMESH_FOLDER"]
+    assert "&lt;data>" in by_name["HERMESH_FOLDER"]

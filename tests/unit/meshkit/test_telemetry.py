@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from meshkit.telemetry import _render_json, _Stderr, redact, render_metrics, rpc_metrics
+from meshkit.telemetry import _render_json, _Stderr, redact, render_metrics, rpc_metrics, watch_loop
 
 ROOT = Path(__file__).parents[3]
 CHILD = """
@@ -110,6 +112,25 @@ def test_the_processes_own_figures_are_part_of_metrics() -> None:
     assert b"process_resident_memory_bytes" in text
     assert b"_created" not in text
     assert kind.startswith("text/plain")
+
+
+async def test_a_blocked_loop_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshkit.telemetry._LAG_PERIOD", 0.01)
+    values: list[float] = []
+    seen = asyncio.Event()
+
+    class Spy:
+        def set(self, value: float) -> None:
+            values.append(value)
+            seen.set()
+
+    watching = asyncio.create_task(watch_loop(Spy()))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    time.sleep(0.05)  # noqa: ASYNC251 -- to block the loop is the test
+    async with asyncio.timeout(5):
+        await seen.wait()
+    watching.cancel()
+    assert values[0] >= 0.03
 
 
 def test_importing_does_not_touch_logging() -> None:
