@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -29,6 +29,7 @@ BACKOFF = (0.0, 0.05, 0.1, 0.2)
 # A write without an answer for this long means a dead peer: the store's own statement timeout is 5 s.
 ANSWER_TIMEOUT = 8.0
 RETRY_DELAY = 0.1
+WATCH_SECONDS = 1.0
 MAX_MESSAGE = 4 * 1024 * 1024
 
 
@@ -106,9 +107,9 @@ class AppendLink:
                 started = self._monotonic()
                 try:
                     await self._serve()
-                except* (StreamEnded, grpc.RpcError) as group:
-                    reason = group.exceptions[0]
-                    _log.warning("append stream broke", runs=len(self._writers), cause=_describe(reason))
+                except* Exception as group:  # whatever it was: the runs need a stream
+                    cause = _describe(group.exceptions[0])
+                    _log.warning("append stream broke", runs=len(self._writers), cause=cause)
                 for writer in self._writers.values():
                     writer.detach()
                 failures = 0 if self._monotonic() - started > 1.0 else failures + 1
@@ -124,9 +125,9 @@ class AppendLink:
         call = self._open_stream()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(call), name="append-read")
+                group.create_task(_ended_by_us(self._read(call)), name="append-read")
                 group.create_task(self._watch(), name="append-watch")
-                group.create_task(self._write(call), name="append-write")
+                group.create_task(_ended_by_us(self._write(call)), name="append-write")
         finally:
             call.cancel()
 
@@ -139,6 +140,7 @@ class AppendLink:
                 self._reattach[writer.run_id] = writer
         first = True
         while True:
+            self._wake.clear()
             message = self._message()
             if first or message.appends or message.reattach:
                 if first:
@@ -146,7 +148,6 @@ class AppendLink:
                     first = False
                 await call.write(message)
                 continue
-            self._wake.clear()
             await self._wake.wait()
 
     def _message(self) -> AppendRequest:
@@ -218,11 +219,22 @@ class AppendLink:
     async def _watch(self) -> None:
         """End the stream when a write or a re-attach stays without an answer."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(WATCH_SECONDS)
             limit = self._monotonic() - ANSWER_TIMEOUT
             late = any(writer.in_flight and writer.sent_at < limit for writer in self._writers.values())
             if late or any(at < limit for at in self._asked_at.values()):
                 raise StreamEnded("the session replica does not answer")
+
+
+async def _ended_by_us(part: Coroutine[None, None, None]) -> None:
+    """Tell a call that its peer cancelled (grpc.aio raises CancelledError for that too) from our own end."""
+    try:
+        await part
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise StreamEnded("cancelled by the session replica") from None
 
 
 def _describe(error: BaseException) -> str:

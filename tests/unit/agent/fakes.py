@@ -85,7 +85,7 @@ class FakeCall:
 
     def __init__(self, store: FakeStore) -> None:
         self._store = store
-        self._responses: asyncio.Queue[AppendResponse | None] = asyncio.Queue()
+        self._responses: asyncio.Queue[AppendResponse | BaseException | None] = asyncio.Queue()
         self.closed = False
 
     async def write(self, request: AppendRequest) -> None:
@@ -103,12 +103,19 @@ class FakeCall:
         self.closed = True
         self._responses.put_nowait(None)
 
+    def cancel_by_peer(self) -> None:
+        """End as grpc.aio ends a call whose peer cancelled it."""
+        self.closed = True
+        self._responses.put_nowait(asyncio.CancelledError())
+
     def cancel(self) -> bool:
         self.closed = True
         return True
 
     async def __aiter__(self) -> AsyncIterator[AppendResponse]:
         while (response := await self._responses.get()) is not None:
+            if isinstance(response, BaseException):
+                raise response
             yield response
 
 

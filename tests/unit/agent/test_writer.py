@@ -1,0 +1,255 @@
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermesh.session.v1.session_internal_service_pb2 import StepCommit
+from meshkit.tasks import TaskOwner
+from services.agent.runs.link import AppendLink
+from services.agent.runs.subscription import Subscription
+from services.agent.runs.writer import HIGH_WATER, Attachment, RunWriter, WriterStopped
+from tests.unit.agent.fakes import FakeStore
+
+
+class Setup:
+    """A store, a link and writers on it; time is set by hand."""
+
+    def __init__(self, tasks):
+        self.now = 100.0
+        self.store = FakeStore()
+        self.cancelled = asyncio.Queue()
+        self.link = AppendLink(
+            self.store.open_stream, "agent-test", self.cancelled.put_nowait, lambda: self.now
+        )
+        tasks.start(self.link.run(), name="link")
+
+    def writer(self):
+        claim = self.store.new_claim("hi")
+        writer = RunWriter(
+            claim.grant,
+            lease_until=self.now + 10,
+            now_ms=lambda: 1,
+            schedule=self.link.schedule,
+            monotonic=lambda: self.now,
+        )
+        self.link.add(writer)
+        return writer, self.store.runs[writer.run_id]
+
+
+def assert_whole(run, text):
+    assert [event.seq for event in run.events] == list(range(1, len(run.events) + 1))
+    assert run.text() == text
+    assert run.fences == sorted(run.fences)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    script=st.lists(
+        st.sampled_from(["commit", "retry", "commit-retry", "break", "commit-break", "drain"]), max_size=12
+    ),
+    texts=st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=20),
+    commits=st.sets(st.integers(0, 19)),
+)
+def test_whatever_happens_to_the_stream_the_log_has_every_event_once_and_in_order(script, texts, commits):
+    async def scenario():
+        async with TaskOwner() as tasks:
+            setup = Setup(tasks)
+            setup.store.script = [action for action in script if action != "drain"]
+            writer, run = setup.writer()
+            subscription = Subscription()
+            writer.subscribe(subscription)
+            for place, text in enumerate(texts):
+                writer.text("text.delta", text)
+                if place in commits:
+                    writer.events([("usage", {}), ("step.started", {"step": place})], StepCommit(status=2))
+                if place % 3 == 0:
+                    await asyncio.sleep(0)
+                if "drain" in script and place == len(texts) // 2 and setup.store.streams:
+                    setup.store.say_draining()
+            async with asyncio.timeout(20):
+                await writer.flush()
+            writer.close_subscriptions()
+            got = []
+            while events := await subscription.next():
+                got += events
+            assert_whole(run, "".join(texts))
+            assert got == run.events[1:]
+
+    asyncio.run(scenario())
+
+
+async def test_the_first_event_goes_out_at_once_and_the_rest_waits_for_its_answer():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await setup.store.until(lambda: len(setup.store.held) == 1)
+        for _ in range(100):
+            writer.text("text.delta", "b")
+        await asyncio.sleep(0)
+        assert len(setup.store.held) == 1
+        setup.store.release_held()
+        await writer.flush()
+        assert [event.data for event in run.events[1:]] == ['{"text":"a"}', '{"text":"' + "b" * 100 + '"}']
+
+
+async def test_writes_of_many_runs_share_a_message():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        writers = [setup.writer()[0] for _ in range(20)]
+        for writer in writers:
+            writer.text("text.delta", "a")
+        await setup.store.until(lambda: bool(setup.store.held))
+        assert len(setup.store.held[0][1].appends) == 20
+        setup.store.release_held()
+        for writer in writers:
+            await writer.flush()
+
+
+async def test_the_seq_of_text_is_known_before_it_is_stored():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        writer, run = setup.writer()
+        writer.events([("usage", {}), ("usage", {})])
+        first = writer.text("text.delta", "a")
+        await setup.store.until(lambda: bool(setup.store.held))
+        second = writer.text("text.delta", "b")
+        assert writer.text("text.delta", "c") == second
+        writer.event("usage", {})
+        third = writer.text("text.delta", "d")
+        setup.store.release_held()
+        await writer.flush()
+        texts = {event.seq: event.data for event in run.events if event.type == "text.delta"}
+        assert texts == {first: '{"text":"a"}', second: '{"text":"bc"}', third: '{"text":"d"}'}
+
+
+async def test_a_stale_fence_stops_the_writer():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        stopped = []
+        writer.on_stopped = stopped.append
+        run.fence += 1
+        writer.text("text.delta", "a")
+        with pytest.raises(WriterStopped):
+            await writer.flush()
+        assert [one.kind for one in stopped] == ["lost"]
+        assert len(run.events) == 1
+
+
+async def test_a_run_that_was_taken_while_the_stream_was_broken_is_lost():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        run.fence += 1
+        setup.store.break_streams()
+        writer.text("text.delta", "b")
+        with pytest.raises(WriterStopped):
+            async with asyncio.timeout(5):
+                await writer.flush()
+        assert run.text() == "a"
+
+
+async def test_a_lease_that_ran_out_by_our_clock_is_attached_anew_before_the_next_write():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        setup.now += 11
+        writer.text("text.delta", "b")
+        await writer.flush()
+        assert writer.fence == run.fence == 2
+        assert writer.lease_held
+        assert run.fences == [1, 2]
+
+
+async def test_a_draining_session_replica_is_left_for_another():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        setup.store.say_draining()
+        await setup.store.until(lambda: len(setup.store.streams) == 2)
+        writer.text("text.delta", "b")
+        await writer.flush()
+        assert_whole(run, "ab")
+        assert run.fence == 2
+
+
+async def test_a_producer_waits_when_too_much_is_not_stored():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await setup.store.until(lambda: bool(setup.store.held))
+        while not writer.full:
+            writer.text("text.delta", "x" * 60_000)
+        assert writer.full
+        waiting = asyncio.ensure_future(writer.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        setup.store.release_held()
+        await waiting
+        await writer.flush()
+        assert len(run.text()) > HIGH_WATER
+
+
+async def test_a_silent_session_replica_is_given_up(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.ANSWER_TIMEOUT", -1.0)
+    monkeypatch.setattr("services.agent.runs.link.WATCH_SECONDS", 0.01)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await setup.store.until(lambda: len(setup.store.streams) > 1)
+        monkeypatch.setattr("services.agent.runs.link.ANSWER_TIMEOUT", 8.0)
+        setup.store.hold = False
+        setup.store.break_streams()
+        async with asyncio.timeout(5):
+            await writer.flush()
+        assert_whole(run, "a")
+
+
+async def test_a_writer_that_never_wrote_needs_no_new_fence():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.detach()
+        assert writer.attachment is Attachment.NEW
+        writer.text("text.delta", "a")
+        await writer.flush()
+        assert run.fence == 1
+
+
+async def test_cancel_notices_are_passed_on():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        setup.store.say_cancelled(run.run_id)
+        async with asyncio.timeout(2):
+            assert await setup.cancelled.get() == run.run_id
+
+
+async def test_a_stream_that_its_peer_cancelled_is_opened_anew():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        setup.store.streams[-1].cancel_by_peer()
+        writer.text("text.delta", "b")
+        async with asyncio.timeout(5):
+            await writer.flush()
+        assert_whole(run, "ab")
