@@ -13,6 +13,8 @@ from gateway.problems import BodyTimeoutError, BodyTooLargeError
 from meshkit.errors import CancelledCallError, FieldViolation, InvalidArgumentError
 
 MAX_BODY = 1024 * 1024
+_DISCARD_BYTES = 16 * 1024 * 1024
+_DISCARD_SECONDS = 5.0
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -33,6 +35,7 @@ async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float =
     """
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
+        await _discard(request)
         raise _too_large(limit)
     parts: list[bytes] = []
     size = 0
@@ -41,13 +44,30 @@ async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float =
             async for part in request.stream():
                 size += len(part)
                 if size > limit:
-                    raise _too_large(limit)
+                    break
                 parts.append(part)
     except TimeoutError:
         raise BodyTimeoutError(message=f"the body did not arrive within {timeout:g} s") from None
     except ClientDisconnect:
         raise CancelledCallError(message="the client left before its request was complete") from None
+    if size > limit:
+        await _discard(request)
+        raise _too_large(limit)
     return b"".join(parts)
+
+
+async def _discard(request: Request) -> None:
+    """Reads on for a while: many clients read no answer before they sent all."""
+    size = 0
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while size < _DISCARD_BYTES:
+                message = await request.receive()
+                size += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

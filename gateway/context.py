@@ -67,6 +67,8 @@ def bearer(connection: HTTPConnection) -> str | None:
         return None
     scheme, _, key = header.partition(" ")
     key = key.strip()
-    if scheme.lower() != "bearer" or not key or not key.isascii():
+    if scheme.lower() != "bearer":
+        return None
+    if not key or not key.isascii():
         raise UnauthenticatedError("API_KEY_INVALID", "the header must be Authorization: Bearer <key>")
     return key

@@ -254,11 +254,13 @@ class SessionFeed(_Follower):
         super().__init__(cursor, patience)
         self._mesh = mesh
         self._session_id = session_id
+        self._joins = cursor
 
     def _open(self) -> tuple[Any, float]:
         request = session_pb.WatchSessionRequest(
             session_id=self._session_id,
             after_run_id=self.cursor.run_id,
             after_seq=self.cursor.last_seq,
+            only_new=self._joins.joining,
         )
         return self._mesh.sessions.WatchSession(request), WATCH_IDLE

@@ -128,6 +128,7 @@ class CreateRun(StrictModel):
         description="A text by the user, or messages."
     )
     stream: bool = Field(False, description="Answer with the run's events (SSE) instead of 202.")
+    model: str = Field("", max_length=200, description="The same as `options.model`.")
     concurrency: Literal["enqueue", "reject", "interrupt", "rollback"] | None = Field(
         None, description="What happens when the session is busy; enqueue if left out."
     )
@@ -139,7 +140,14 @@ class CreateRun(StrictModel):
     def _not_empty(self) -> CreateRun:
         if not self.input or (isinstance(self.input, str) and not self.input.strip()):
             raise ValueError("the input is empty")
+        if self.model and self.options.model and self.model != self.options.model:
+            raise ValueError("model and options.model differ")
         return self
+
+    @property
+    def chosen_model(self) -> str:
+        """The model asked for; empty for the default."""
+        return self.model or self.options.model
 
     def messages(self) -> list[InputMessage]:
         """Returns the input for a run."""

@@ -23,6 +23,9 @@ from meshkit.errors import (
 TYPE_BASE = "urn:hermesh:problem:"
 CLIENT_CLOSED = 499
 
+# Where HTTP has a better word than the canonical code's.
+_STATUS_OF_REASON = {"CURSOR_PAST_END": 416, "CURSOR_EXPIRED": 410, "INPUT_TOO_LARGE": 413}
+
 
 class HttpError(HermeshError):
     """An error that only HTTP has; it brings its own status.
@@ -109,6 +112,8 @@ class OpenAIError(HttpError):
 
 def status_of(error: HermeshError) -> int:
     """Returns the HTTP status of an error."""
+    if error.reason in _STATUS_OF_REASON:
+        return _STATUS_OF_REASON[error.reason]
     return int(error.status) if isinstance(error, HttpError) else http_status(error)
 
 

@@ -14,10 +14,10 @@ from gateway import frames, models
 from gateway.body import MAX_BODY, StrictModel, parse_json, validate
 from gateway.clients import call
 from gateway.context import Gateway
-from gateway.cursor import SessionCursor, canonical_id
+from gateway.cursor import canonical_id
 from gateway.follow import FeedLost, SessionFeed
 from gateway.problems import problem, violation
-from gateway.routes.runs import open_session, session_after
+from gateway.routes.runs import session_after, session_feed
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError
 
@@ -85,7 +85,7 @@ class SessionSocket:
         try:
             gateway.hub.check_room()
             await gateway.identify(socket, "WS")
-            cursor = await self._place()
+            feed = await self._place()
         except HermeshError as error:
             # Accepted first: a browser is told nothing about a handshake that was refused.
             await socket.accept()
@@ -97,7 +97,7 @@ class SessionSocket:
         if gateway.hub.draining.is_set():
             self.drain()
         try:
-            await self._run(cursor)
+            await self._run(feed)
         finally:
             gateway.hub.unregister(self)
 
@@ -105,7 +105,7 @@ class SessionSocket:
         """Ends the connection with `reconnect`."""
         self._drain.set()
 
-    async def _place(self) -> SessionCursor:
+    async def _place(self) -> SessionFeed:
         query = self._socket.query_params
         try:
             self._session_id = canonical_id(self._socket.path_params["session_id"])
@@ -113,12 +113,12 @@ class SessionSocket:
             raise NotFoundError("SESSION_NOT_FOUND", "there is no such session") from None
         run_id, seq = session_after(self._socket.headers.get("last-event-id", ""), query.get("after", ""))
         only_new = query.get("only_new", "").lower() in ("1", "true")
-        return await open_session(self._gateway, self._session_id, run_id, seq, only_new=only_new)
+        return await session_feed(self._gateway, self._session_id, run_id, seq, only_new=only_new)
 
-    async def _run(self, cursor: SessionCursor) -> None:
+    async def _run(self, feed: SessionFeed) -> None:
         owner = self._gateway.hub.owner
         tasks = [
-            owner.start(self._send_events(cursor), name=f"ws events {self._session_id}"),
+            owner.start(self._send_events(feed), name=f"ws events {self._session_id}"),
             owner.start(self._receive(), name=f"ws input {self._session_id}"),
             owner.start(self._leave(), name=f"ws drain {self._session_id}"),
         ]
@@ -139,10 +139,7 @@ class SessionSocket:
             except (TimeoutError, RuntimeError, WebSocketDisconnect):
                 pass
 
-    async def _send_events(self, cursor: SessionCursor) -> tuple[int, str]:
-        feed = SessionFeed(
-            self._gateway.mesh, self._session_id, cursor, self._gateway.settings.follow_timeout_seconds
-        )
+    async def _send_events(self, feed: SessionFeed) -> tuple[int, str]:
         try:
             async for batch in feed.batches():
                 for event in batch:
@@ -194,7 +191,7 @@ class SessionSocket:
             return {"type": "pong"}
         if isinstance(message, InputMessage):
             order = message.submit_request(self._session_id, message.request_id)
-            order.options.model = await self._gateway.mesh.check_model(message.options.model)
+            order.options.model = await self._gateway.mesh.check_model(message.chosen_model)
             answer = await call(sessions.SubmitRun(order))
             return {"type": "accepted", "data": models.run_json(answer.run)}
         run_id = _run_id(message.run_id)

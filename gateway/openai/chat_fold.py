@@ -165,11 +165,11 @@ class Reply:
         return "", "", True
 
     def _usage(self, event: LoggedEvent, data: dict[str, Any]) -> None:
-        # One for each model turn: a reply is all of them.
+        # The run's total; a later one replaces it.
         for name in ("input_tokens", "output_tokens", "cached_tokens"):
             count = data.get(name)
             if isinstance(count, int):
-                self.usage[name] = self.usage.get(name, 0) + count
+                self.usage[name] = count
 
     def _completed(self, event: LoggedEvent, data: dict[str, Any]) -> None:
         self.finish_reason = _FINISH.get(_text(data, "finish_reason"), "stop")

@@ -42,7 +42,7 @@ async def create(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/sessions/{session_id}/runs."""
     session_id = session_id_of(request)
     body = await read_model(gateway, request, models.CreateRun)
-    model = await gateway.mesh.check_model(body.options.model)
+    model = await gateway.mesh.check_model(body.chosen_model)
     if body.stream:
         submit = body.run_request(session_id, idempotency_key(request, always=True))
         submit.options.model = model
@@ -116,7 +116,7 @@ async def run_events(gateway: Gateway, request: Request) -> ASGIApp:
     after_seq = _after_seq(request, run_id)
     # Asked first: a wrong id or cursor gets its status, and a quiet run's stream opens at once.
     run = (await call(gateway.mesh.sessions.GetRun(pb.GetRunRequest(run_id=run_id)))).run
-    if after_seq > run.last_seq:
+    if models.is_finished(run) and after_seq > run.last_seq:
         raise OutOfRangeError(
             "CURSOR_PAST_END",
             f"the run's last event has seq {run.last_seq}",
@@ -148,8 +148,10 @@ def _after_seq(request: Request, run_id: str) -> int:
 async def session_events(gateway: Gateway, request: Request) -> ASGIApp:
     """GET /v1/sessions/{session_id}/events."""
     session_id = session_id_of(request)
-    cursor = await session_cursor(gateway, request, session_id)
-    feed = SessionFeed(gateway.mesh, session_id, cursor, gateway.settings.follow_timeout_seconds)
+    run_id, seq = session_after(
+        request.headers.get("last-event-id", "").strip(), request.query_params.get("after", "")
+    )
+    feed = await session_feed(gateway, session_id, run_id, seq, only_new=query_bool(request, "only_new"))
     return EventStream(gateway.hub, feed, name=f"watch session {session_id}")
 
 
@@ -168,28 +170,21 @@ def session_after(last_event_id: str, after: str) -> tuple[str, int]:
     return "", 0
 
 
-async def session_cursor(gateway: Gateway, request: Request, session_id: str) -> SessionCursor:
-    """Returns where a session's reader starts, after it was checked that the session exists."""
-    run_id, seq = session_after(
-        request.headers.get("last-event-id", "").strip(), request.query_params.get("after", "")
-    )
-    return await open_session(gateway, session_id, run_id, seq, only_new=query_bool(request, "only_new"))
-
-
-async def open_session(
+async def session_feed(
     gateway: Gateway, session_id: str, run_id: str, seq: int, *, only_new: bool
-) -> SessionCursor:
-    """Makes a session's cursor; without one in hand and with `only_new`, at the end of what there is."""
-    if run_id or not only_new:
-        await call(gateway.mesh.sessions.GetSession(pb.GetSessionRequest(session_id=session_id)))
-        return SessionCursor(run_id, seq)
-    # An explicit place instead of "from now on": a stream that has to be opened again misses nothing.
-    runs = (await call(gateway.mesh.sessions.ListRuns(pb.ListRunsRequest(session_id=session_id)))).runs
-    if not runs:
-        return SessionCursor()
-    waiting = [run for run in runs if not models.is_finished(run)]
-    current = waiting[-1] if waiting else runs[0]
-    return SessionCursor(current.run_id, current.last_seq)
+) -> SessionFeed:
+    """Returns a session's events after a cursor, after it was checked that the session exists.
+
+    Args:
+        gateway: The services.
+        session_id: The session.
+        run_id: The run of the last event the reader has; empty without one.
+        seq: Its seq.
+        only_new: Without a cursor, start with the next event instead of the session's first.
+    """
+    await call(gateway.mesh.sessions.GetSession(pb.GetSessionRequest(session_id=session_id)))
+    cursor = SessionCursor(run_id, seq, joining=only_new and not run_id)
+    return SessionFeed(gateway.mesh, session_id, cursor, gateway.settings.follow_timeout_seconds)
 
 
 endpoints = [

@@ -114,6 +114,8 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """INTERNAL. Stored data cannot be read as what it should be."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 45
     """CANCELLED. The caller cancelled."""
+    ERROR_REASON_ORIGIN_REFUSED: _ErrorReason.ValueType  # 46
+    """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -213,3 +215,5 @@ ERROR_REASON_DATA_CORRUPT: ErrorReason.ValueType  # 44
 """INTERNAL. Stored data cannot be read as what it should be."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 45
 """CANCELLED. The caller cancelled."""
+ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
+"""PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
