@@ -23,6 +23,9 @@ _log = structlog.get_logger("session.flusher")
 _WRITE_TIMEOUT = 8.0
 _MAX_FLUSH_BYTES = 8 * 1024 * 1024
 
+# Looking a label up costs more than counting.
+_COUNT = {outcome: metrics.appends.labels(outcome.name) for outcome in AppendOutcome}
+
 
 class Writer(Protocol):
     """The part of the store that the flusher needs; see `store.port.Log`."""
@@ -178,7 +181,7 @@ class Flusher:
             # The fence was current, so the writer is the only one there is: what stands at these seqs is
             # this very write, committed earlier by a try whose answer was lost.
             outcome = AppendOutcome.COMMITTED
-        metrics.appends.labels(outcome.name).inc()
+        _COUNT[outcome].inc()
         pending.sink.settled(pending, outcome, next_seq, result.detail)
 
     def _refuse(self, pending: Pending, error: HermeshError) -> None:
@@ -191,5 +194,5 @@ class Flusher:
 
     def _settle_all(self, batch: Sequence[Pending], outcome: AppendOutcome) -> None:
         for pending in batch:
-            metrics.appends.labels(outcome.name).inc()
+            _COUNT[outcome].inc()
             pending.sink.settled(pending, outcome, 0, "")

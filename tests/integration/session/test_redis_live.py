@@ -25,7 +25,7 @@ from services.session.store.redis_live import (
     stream_key,
 )
 from services.session.tail import Position
-from tests.integration.session.valkey import Valkey
+from tests.conftest import ValkeyServer
 
 SESSION, RUN = uuid7(), uuid7()
 
@@ -38,7 +38,7 @@ class Live:
 
 
 @pytest.fixture
-async def live(valkey: Valkey) -> AsyncIterator[Live]:
+async def live(valkey: ValkeyServer) -> AsyncIterator[Live]:
     async with AsyncExitStack() as stack:
         client = open_redis(valkey.url)
         reading = open_redis(valkey.url, timeout=READ_TIMEOUT)
@@ -161,7 +161,7 @@ async def test_a_read_waits_for_what_comes_and_a_wake_ends_it(live: Live) -> Non
     assert [event.seq for event in found[RUN]] == [2]
 
 
-async def test_a_dead_server_is_an_error_soon_and_recovers(live: Live, valkey: Valkey) -> None:
+async def test_a_dead_server_is_an_error_soon_and_recovers(live: Live, valkey: ValkeyServer) -> None:
     await live.streams.seed({SESSION: 1})
     assert live.reader.healthy
     valkey.kill()
