@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from meshkit.channel import open_channel, stream_call
 from meshkit.server import server_options
 from meshkit.settings import MeshSettings
-from tests.integration.meshkit.conftest import free_port, wait_for_port
+from tests.conftest import wait_for
 
 CONFIG = """
 static_resources:
@@ -60,6 +61,18 @@ async def quiet(request: bytes, context: Any) -> AsyncIterator[bytes]:
     yield b"second"
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def envoy(tmp_path: Path) -> Any:
     spec = importlib.util.find_spec("envoy")
@@ -78,7 +91,7 @@ def envoy(tmp_path: Path) -> Any:
             stderr=subprocess.DEVNULL,
         )
         running.append(process)
-        wait_for_port(listen, process)
+        wait_for(lambda: listens(listen), process)
         return listen
 
     yield start

@@ -25,59 +25,62 @@ async def fetch(database: str, query: str) -> list[asyncpg.Record]:
         await connection.close()
 
 
-async def test_each_migration_is_applied_once_in_order(database: str, folder: Path) -> None:
-    assert await pending(database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
-    assert await migrate(database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
-    assert await migrate(database, folder) == []
-    assert await pending(database, folder) == []
+async def test_each_migration_is_applied_once_in_order(empty_database: str, folder: Path) -> None:
+    assert await pending(empty_database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert await migrate(empty_database, folder) == ["0001_pre_start.sql", "0002_post_more.sql"]
+    assert await migrate(empty_database, folder) == []
+    assert await pending(empty_database, folder) == []
     (folder / "0003_pre_third.sql").write_text("ALTER TABLE b ADD COLUMN c text;")
-    assert await pending(database, folder) == ["0003_pre_third.sql"]
-    assert await migrate(database, str(folder)) == ["0003_pre_third.sql"]
-    rows = await fetch(database, "SELECT version, name FROM hermesh_migration ORDER BY version")
+    assert await pending(empty_database, folder) == ["0003_pre_third.sql"]
+    assert await migrate(empty_database, str(folder)) == ["0003_pre_third.sql"]
+    rows = await fetch(empty_database, "SELECT version, name FROM hermesh_migration ORDER BY version")
     assert [row["version"] for row in rows] == [1, 2, 3]
 
 
-async def test_many_migrators_at_once_apply_each_migration_once(database: str, folder: Path) -> None:
-    results = await asyncio.gather(*(migrate(database, folder) for _ in range(6)))
+async def test_many_migrators_at_once_apply_each_migration_once(empty_database: str, folder: Path) -> None:
+    results = await asyncio.gather(*(migrate(empty_database, folder) for _ in range(6)))
     applied = [name for result in results for name in result]
     assert sorted(applied) == ["0001_pre_start.sql", "0002_post_more.sql"]
-    assert [row["id"] for row in await fetch(database, "SELECT id FROM a")] == [1]
+    assert [row["id"] for row in await fetch(empty_database, "SELECT id FROM a")] == [1]
 
 
-async def test_a_changed_migration_is_refused(database: str, folder: Path) -> None:
-    await migrate(database, folder)
+async def test_a_changed_migration_is_refused(empty_database: str, folder: Path) -> None:
+    await migrate(empty_database, folder)
     (folder / "0001_pre_start.sql").write_text("CREATE TABLE other (id int);")
     with pytest.raises(StartupError, match=r"0001_pre_start\.sql was changed after it was applied"):
-        await migrate(database, folder)
+        await migrate(empty_database, folder)
     with pytest.raises(StartupError, match="was changed"):
-        await pending(database, folder)
+        await pending(empty_database, folder)
 
 
-async def test_a_newer_database_is_refused(database: str, folder: Path) -> None:
-    await migrate(database, folder)
+async def test_a_newer_database_is_refused(empty_database: str, folder: Path) -> None:
+    await migrate(empty_database, folder)
     (folder / "0002_post_more.sql").unlink()
     with pytest.raises(StartupError, match="does not know"):
-        await migrate(database, folder)
+        await migrate(empty_database, folder)
 
 
-async def test_a_failed_migration_is_undone_and_those_before_stay(database: str, folder: Path) -> None:
+async def test_a_failed_migration_is_undone_and_those_before_stay(empty_database: str, folder: Path) -> None:
     (folder / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\nSELECT * FROM nowhere;\n")
     with pytest.raises(StartupError, match=r"0002_post_more\.sql failed and was undone.*nowhere") as error:
-        await migrate(database, folder)
+        await migrate(empty_database, folder)
     assert "\n" not in str(error.value)
-    rows = await fetch(database, "SELECT name FROM hermesh_migration")
+    rows = await fetch(empty_database, "SELECT name FROM hermesh_migration")
     assert [row["name"] for row in rows] == ["0001_pre_start.sql"]
-    assert (await fetch(database, "SELECT to_regclass('b') IS NULL AS absent"))[0]["absent"]
+    assert (await fetch(empty_database, "SELECT to_regclass('b') IS NULL AS absent"))[0]["absent"]
     (folder / "0002_post_more.sql").write_text("CREATE TABLE b (id int);\n")
-    assert await migrate(database, folder) == ["0002_post_more.sql"]
+    assert await migrate(empty_database, folder) == ["0002_post_more.sql"]
 
 
-async def test_services_keep_apart_in_schemas_of_one_database(database: str, folder: Path) -> None:
-    assert len(await migrate(database, folder)) == 2
-    assert await pending(database, folder, schema="memory") == ["0001_pre_start.sql", "0002_post_more.sql"]
-    assert len(await migrate(database, folder, schema="memory")) == 2
-    assert await pending(database, folder, schema="memory") == []
-    rows = await fetch(database, "SELECT schemaname FROM pg_tables WHERE tablename = 'a' ORDER BY 1")
+async def test_services_keep_apart_in_schemas_of_one_database(empty_database: str, folder: Path) -> None:
+    assert len(await migrate(empty_database, folder)) == 2
+    assert await pending(empty_database, folder, schema="memory") == [
+        "0001_pre_start.sql",
+        "0002_post_more.sql",
+    ]
+    assert len(await migrate(empty_database, folder, schema="memory")) == 2
+    assert await pending(empty_database, folder, schema="memory") == []
+    rows = await fetch(empty_database, "SELECT schemaname FROM pg_tables WHERE tablename = 'a' ORDER BY 1")
     assert [row["schemaname"] for row in rows] == ["memory", "public"]
     with pytest.raises(ValueError, match="not a schema's name"):
-        await migrate(database, folder, schema="a; DROP TABLE b")
+        await migrate(empty_database, folder, schema="a; DROP TABLE b")

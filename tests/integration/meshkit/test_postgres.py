@@ -9,8 +9,8 @@ from meshkit.errors import StartupError, UnavailableError
 from meshkit.postgres import map_pg_error, open_pool
 
 
-async def test_a_pool_has_bounds_and_a_name(database: str) -> None:
-    pool = await open_pool(database, min_size=1, max_size=2, name="session-1")
+async def test_a_pool_has_bounds_and_a_name(empty_database: str) -> None:
+    pool = await open_pool(empty_database, min_size=1, max_size=2, name="session-1")
     async with pool:
         settings = {
             name: await pool.fetchval("SELECT current_setting($1)", name)
@@ -31,8 +31,8 @@ async def test_a_pool_has_bounds_and_a_name(database: str) -> None:
     }
 
 
-async def test_a_connection_comes_back_without_an_open_transaction(database: str) -> None:
-    pool = await open_pool(database, min_size=1, max_size=1)
+async def test_a_connection_comes_back_without_an_open_transaction(empty_database: str) -> None:
+    pool = await open_pool(empty_database, min_size=1, max_size=1)
     async with pool:
         async with pool.acquire() as connection:
             await connection.execute("BEGIN")
@@ -40,8 +40,8 @@ async def test_a_connection_comes_back_without_an_open_transaction(database: str
             assert not connection.is_in_transaction()
 
 
-async def test_limits_of_time_are_unavailable(database: str) -> None:
-    pool = await open_pool(database, min_size=2, max_size=2)
+async def test_limits_of_time_are_unavailable(empty_database: str) -> None:
+    pool = await open_pool(empty_database, min_size=2, max_size=2)
     async with pool:
         await pool.execute("CREATE TABLE t (id int)")
         async with pool.acquire() as holder, holder.transaction():
@@ -61,8 +61,8 @@ async def test_limits_of_time_are_unavailable(database: str) -> None:
     assert type(map_pg_error(late.value)) is UnavailableError
 
 
-async def test_a_connection_ended_by_the_server_is_unavailable(database: str) -> None:
-    pool = await open_pool(database, min_size=2, max_size=2)
+async def test_a_connection_ended_by_the_server_is_unavailable(empty_database: str) -> None:
+    pool = await open_pool(empty_database, min_size=2, max_size=2)
     async with pool:
         async with pool.acquire() as victim, pool.acquire() as other:
             pid = victim.get_server_pid()
@@ -77,15 +77,15 @@ async def test_a_connection_ended_by_the_server_is_unavailable(database: str) ->
         assert await pool.fetchval("SELECT 1") == 1
 
 
-async def test_a_wrong_password_or_database_is_one_line(postgres: str) -> None:
+async def test_a_wrong_password_or_database_is_one_line(postgres_url: str) -> None:
     with pytest.raises(StartupError, match="user or password is refused"):
-        await open_pool(postgres.replace("test-password", "hunter2"))
+        await open_pool(postgres_url.replace("test-password", "hunter2"))
     with pytest.raises(StartupError, match="does not exist"):
-        await open_pool(postgres.removesuffix("/postgres") + "/absent")
+        await open_pool(postgres_url.replace("/postgres?", "/absent?"))
 
 
-async def test_a_nul_character_is_the_callers_fault(database: str) -> None:
-    pool = await open_pool(database)
+async def test_a_nul_character_is_the_callers_fault(empty_database: str) -> None:
+    pool = await open_pool(empty_database)
     async with pool:
         with pytest.raises(asyncpg.PostgresError) as error:
             await pool.fetchval("SELECT $1::text", "a\x00b")

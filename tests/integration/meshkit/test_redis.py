@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 
 from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError, open_redis
-from tests.integration.meshkit.conftest import Valkey
+from tests.conftest import ValkeyServer
 
 
-async def test_a_client_works_and_survives_a_restart(valkey: Valkey) -> None:
+async def test_a_client_works_and_survives_a_restart(valkey: ValkeyServer) -> None:
     client = open_redis(valkey.url)
     assert client is not None
     await client.set("k", b"v")
@@ -16,12 +17,12 @@ async def test_a_client_works_and_survives_a_restart(valkey: Valkey) -> None:
     valkey.kill()
     with pytest.raises(REDIS_ERRORS):
         await client.get("k")
-    valkey.start()
+    await asyncio.to_thread(valkey.start)
     assert await client.get("k") is None
     await client.aclose()
 
 
-async def test_a_dead_redis_costs_nothing_behind_the_breaker(valkey: Valkey) -> None:
+async def test_a_dead_redis_costs_nothing_behind_the_breaker(valkey: ValkeyServer) -> None:
     client = open_redis(valkey.url)
     assert client is not None
     breaker = Breaker(open_seconds=60)
