@@ -12,12 +12,18 @@ import orjson
 import structlog
 
 from hermesh.session.v1.resources_pb2 import (
-    EFFECT_CLASS_IDEMPOTENT,
-    EFFECT_CLASS_PURE,
     TOOL_CALL_STATE_COMPLETED,
+    TOOL_CALL_STATE_FAILED,
     TOOL_CALL_STATE_UNKNOWN,
     EffectClass,
 )
+from hermesh.session.v1.session_internal_service_pb2 import (
+    BEGIN_OUTCOME_FENCED,
+    BEGIN_OUTCOME_GO,
+    BeginToolCallRequest,
+    CompleteToolCallRequest,
+)
+from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.tool.v1.tool_service_pb2 import CancelRequest, ExecuteRequest, ListToolsRequest
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit.channel import mesh_metadata, stream_call
@@ -48,11 +54,6 @@ class ToolInfo:
     timeout: float
     requires_approval: bool
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether it may run again after it may have run."""
-        return self.effect in (EFFECT_CLASS_PURE, EFFECT_CLASS_IDEMPOTENT)
-
 
 class ToolClient:
     """Calls to the tool service, with the list of tools cached.
@@ -64,6 +65,7 @@ class ToolClient:
 
     def __init__(self, channel: grpc.aio.Channel, settings: MeshSettings) -> None:
         self._stub = ToolServiceStub(channel)
+        self._journal = SessionInternalServiceStub(channel)
         self._settings = settings
         self._mesh = mesh_metadata(settings)
         self._tools: Mapping[str, ToolInfo] | None = None
@@ -158,9 +160,41 @@ class ToolClient:
             if reason in _MODEL_MAY_REPAIR:
                 return replace(call, state=CallState.FAILED, content=message)
             stale = reason == "FENCE_STALE"
-            if (stale and fence() == used) or backoff.attempts + 1 >= EXECUTE_TRIES:
+            if backoff.attempts + 1 >= EXECUTE_TRIES and not stale:
                 _log.warning("tool call failed", call_id=call.call_id, tool=call.name, reason=reason)
-                return _gave_up(call, info, reason)
+                return await self._ask_journal(spec, call, fence, reason)
+            # A stale fence ends the run by the writer's word, or is followed by a new one.
+            await backoff.sleep()
+
+    async def _ask_journal(self, spec: RunSpec, call: Call, fence: Callable[[], int], reason: str) -> Call:
+        """Settle a call that no tool service answers for, by the journal's word.
+
+        A call that the journal lets begin was never begun: it is closed as failed, and a request that is
+        still on its way to a tool service cannot act any more without asking first.
+        """
+        text = (
+            "The tool took too long." if reason == "DEADLINE_EXCEEDED" else "The tool could not be reached."
+        )
+        backoff = Backoff(0.1, 2.0)
+        while True:
+            used = fence()
+            try:
+                begun = await self._journal.BeginToolCall(
+                    BeginToolCallRequest(call_id=call.call_id, session_id=spec.session_id, fence=used),
+                    metadata=self._mesh,
+                )
+                if begun.outcome == BEGIN_OUTCOME_GO:
+                    closed = await self._journal.CompleteToolCall(
+                        CompleteToolCallRequest(
+                            call_id=call.call_id, fence=used, state=TOOL_CALL_STATE_FAILED, content=text
+                        ),
+                        metadata=self._mesh,
+                    )
+                    return _settled(call, closed.tool_call.state, closed.tool_call.content)
+                if begun.outcome != BEGIN_OUTCOME_FENCED:
+                    return _settled(call, begun.tool_call.state, begun.tool_call.content)
+            except grpc.aio.AioRpcError as error:
+                _log.warning("the journal does not answer", call_id=call.call_id, code=error.code().name)
             await backoff.sleep()
 
     async def cancel(self, call_id: str, tenant_id: str) -> None:
@@ -181,13 +215,6 @@ def _settled(call: Call, state: int, content: str) -> Call:
     if state == TOOL_CALL_STATE_UNKNOWN:
         return replace(call, state=CallState.UNKNOWN, content=content)
     return replace(call, state=CallState.FAILED, content=content or "The tool failed.")
-
-
-def _gave_up(call: Call, info: ToolInfo, reason: str) -> Call:
-    """What a call came to whose outcome nobody told: only one that may be repeated is known to be void."""
-    text = "The tool could not be reached." if reason != "DEADLINE_EXCEEDED" else "The tool took too long."
-    state = CallState.FAILED if info.repeatable else CallState.UNKNOWN
-    return replace(call, state=state, content=text)
 
 
 def _schema(text: str) -> Mapping[str, Any]:
