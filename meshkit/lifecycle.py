@@ -128,11 +128,17 @@ def bind_failure(address: str, variable: str, error: OSError) -> StartupError:
 
 
 def reachable(host: str, port: int) -> str:
-    """Returns host:port for a peer on this machine: a wildcard host becomes loopback."""
+    """Returns IP:port for a peer on this machine, such as Envoy, whose endpoint files hold no names.
+
+    A wildcard host becomes loopback, and a name its first address.
+    """
     if host in ("", "0.0.0.0"):  # noqa: S104 -- compared, not bound
         host = "127.0.0.1"
     elif host == "::":
         host = "::1"
+    else:
+        with contextlib.suppress(OSError):
+            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from meshkit.context import TRACEPARENT_KEY
+from meshkit.errors import StartupError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -242,6 +243,9 @@ def configure(service: str, replica: str, trace_file: Path | None = None) -> Cal
 
     Returns:
         A function that flushes and ends tracing; it blocks for at most a few seconds.
+
+    Raises:
+        StartupError: The file cannot be written.
     """
     otlp = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get(
         "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -282,8 +286,12 @@ def _file_exporter(path: Path, service: str, replica: str) -> Any:
         """Appends spans to a file, one write a line, so that processes may share it."""
 
         def __init__(self) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            except OSError as error:
+                cause = (error.strerror or str(error)).lower()
+                raise StartupError(f"cannot write {path} (HERMESH_TRACE_FILE): {cause}") from error
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             try:

@@ -282,10 +282,20 @@ def test_an_address_that_is_not_ours_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("0.0.0.0", "127.0.0.1:5"), ("::", "[::1]:5"), ("10.0.0.1", "10.0.0.1:5"), ("::1", "[::1]:5")],
+    [
+        ("0.0.0.0", "127.0.0.1:5"),
+        ("::", "[::1]:5"),
+        ("10.0.0.1", "10.0.0.1:5"),
+        ("::1", "[::1]:5"),
+        ("no.such.invalid", "no.such.invalid:5"),
+    ],
 )
 def test_wildcard_hosts_become_loopback(host: str, expected: str) -> None:
     assert reachable(host, 5) == expected
+
+
+def test_a_name_becomes_an_address() -> None:
+    assert reachable("localhost", 5) in ("127.0.0.1:5", "[::1]:5")
 
 
 def test_failing_writes_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import redis.exceptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from prometheus_client import CollectorRegistry
 
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from hermesh.session.v1 import session_internal_service_pb2_grpc as pb_grpc
@@ -32,8 +33,10 @@ from meshkit.errors import (
     from_rpc_error,
 )
 from meshkit.identity import Identity, current_identity, use_identity
+from meshkit.interceptor import RpcInterceptor
 from meshkit.server import Server
 from meshkit.settings import MeshSettings
+from meshkit.telemetry import rpc_metrics
 from tests.unit.meshkit.support import KEY, SERVICE, TENANT, TOKEN, Logs, Servicer, serve
 
 Stub = pb_grpc.SessionInternalServiceStub
@@ -449,3 +452,47 @@ async def test_an_error_after_the_client_left_harms_nothing(
     assert (await logs.rpcs())[0]["code"] == "NOT_FOUND"
     servicer.unary = None
     await plain.Authenticate(REQUEST, metadata=MESH)
+
+
+async def test_a_call_whose_deadline_has_passed_is_not_begun(logs: Logs) -> None:
+    class Context:
+        """What grpc.aio gives for a call that waited too long in its queue."""
+
+        sent: tuple[Any, ...] = ()
+
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return MESH
+
+        def set_trailing_metadata(self, trailers: Any) -> None:
+            pass
+
+        def time_remaining(self) -> float:
+            return 0.0
+
+        async def abort(self, *sent: Any) -> None:
+            self.sent = sent
+            raise grpc.aio.AbortError
+
+    called = False
+
+    async def method(request: Any, context: Any) -> bytes:
+        nonlocal called
+        called = True
+        return b""
+
+    async def continuation(details: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(method)
+
+    class Details:
+        method = "/t.S/M"
+
+    interceptor = RpcInterceptor(
+        authenticator=None, mesh_token=TOKEN, metrics=rpc_metrics(CollectorRegistry())
+    )
+    handler = await interceptor.intercept_service(continuation, Details())
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await handler.unary_unary(b"", context)
+    assert context.sent[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert not called
+    assert logs.entries[0]["code"] == "DEADLINE_EXCEEDED"

@@ -11,7 +11,7 @@ from hermesh.session.v1 import session_internal_service_pb2 as pb
 from hermesh.session.v1 import session_internal_service_pb2_grpc as pb_grpc
 from meshkit import tracing
 from meshkit.channel import open_channel
-from meshkit.errors import InternalError
+from meshkit.errors import InternalError, StartupError
 from meshkit.settings import MeshSettings
 from tests.unit.meshkit.support import Servicer, serve
 
@@ -142,4 +142,11 @@ async def test_one_trace_joins_client_and_server(
     assert ("internal", "client", "server", "client", "server") in chains
     codes = [span["attributes"].get("rpc.response.status_code") for span in written]
     assert codes.count("INTERNAL") == 4
+    assert tracing._State.tracer is None
+
+
+def test_a_trace_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="HERMESH_TRACE_FILE"):
+        tracing.configure("t", "t-1", tmp_path / "file" / "spans.jsonl")
     assert tracing._State.tracer is None
