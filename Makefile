@@ -71,10 +71,10 @@ check-protos: $(VENV)/.dev-ready ## buf lint, format and breaking; gen/ is what 
 release-protos: $(VENV)/.dev-ready ## Record the protos as released: later changes must not break them
 	@$(BIN)/buf build protos --exclude-source-info -o $(RELEASED)
 
-docs: $(VENV)/.dev-ready ## Write the parts of docs/ that come from the code
+docs: $(VENV)/.dev-ready ## Write the files that come from the code: settings, errors, compose's Envoy
 	@$(BIN)/python tools/generate_docs.py
 
-check-docs: $(VENV)/.dev-ready ## The generated parts of docs/ are up to date
+check-docs: $(VENV)/.dev-ready ## They are up to date
 	@$(BIN)/python tools/generate_docs.py --check
 
 ##@ Set it up

@@ -1,6 +1,6 @@
 """The embedded language model: SmolLM2-135M-Instruct under llama.cpp's own OpenAI-compatible server.
 
-    python -m launcher.model --ready-file FILE [--port PORT]
+    python -m launcher.model [--host HOST] [--port PORT] [--ready-file FILE]
 
 Reads its API key from HERMESH_LLM_API_KEY. Serves until SIGTERM.
 """
@@ -30,11 +30,12 @@ def weights() -> Path:
 
 
 def main() -> None:
-    """Serves the model on loopback and writes the ready file."""
+    """Serves the model and writes the ready file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ready-file", type=Path, required=True)
+    parser.add_argument("--ready-file", type=Path, default=None)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 = any free port")
     arguments = parser.parse_args()
     import xllamacpp
@@ -42,7 +43,7 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = str(weights())
     params.model_alias = {NAME}
-    params.hostnames = ["127.0.0.1"]
+    params.hostnames = [arguments.host]
     params.port = arguments.port
     params.api_keys = [os.environ["HERMESH_LLM_API_KEY"]]
     params.n_parallel = SLOTS
@@ -50,10 +51,11 @@ def main() -> None:
     params.use_jinja = True
     params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
     server = xllamacpp.Server(params)
-    address = urlsplit(server.listening_address).netloc
-    partial = arguments.ready_file.with_suffix(".tmp")
-    partial.write_text(json.dumps({"service": "model", "pid": os.getpid(), "address": address}))
-    partial.replace(arguments.ready_file)
+    if arguments.ready_file is not None:
+        address = urlsplit(server.listening_address).netloc
+        partial = arguments.ready_file.with_suffix(".tmp")
+        partial.write_text(json.dumps({"service": "model", "pid": os.getpid(), "address": address}))
+        partial.replace(arguments.ready_file)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -1,4 +1,4 @@
-"""Writes the parts of docs/ that come from the code: settings and error reasons.
+"""Writes the files that come from the code: pages of settings and error reasons, compose's Envoy.
 
 Run by `make docs`; `--check` (in `make check`) fails where a file is not what the code says.
 """
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from gateway.settings import GatewaySettings
+from launcher.envoy import render_compose
 from launcher.settings import LauncherSettings
 from meshkit.settings import settings_table
 from services.agent.settings import AgentSettings
@@ -34,8 +35,8 @@ def settings_page() -> str:
         [
             "# Settings",
             "",
-            "Made from the code by `make docs`. Every setting is an environment variable. The command `hermesh`",
-            "gives each process what that process reads; under compose or Kubernetes set them yourself.",
+            "Made from the code by `make docs`. Every setting is an environment variable. The command",
+            "`hermesh` gives each process what it reads; under compose or Kubernetes set them yourself.",
             "",
             settings_table(*SETTINGS),
         ]
@@ -46,7 +47,7 @@ def errors_page() -> str:
     """The page of error reasons, from the comments of the proto."""
     proto = (ROOT / "protos/hermesh/common/v1/error_reason.proto").read_text()
     rows = [
-        f"| `{name}` | {' '.join(line.strip().removeprefix('// ') for line in comment.splitlines() if line)} |"
+        f"| `{name}` | {' '.join(line.strip().removeprefix('// ') for line in comment.splitlines())} |"
         for comment, name in REASON.findall(proto)
         if name != "UNSPECIFIED"
     ]
@@ -54,8 +55,8 @@ def errors_page() -> str:
         [
             "# Error reasons",
             "",
-            "Made from `protos/hermesh/common/v1/error_reason.proto` by `make docs`. Over gRPC the reason is in",
-            "`google.rpc.ErrorInfo` (domain `hermesh`); over HTTP it is the problem document's `reason`.",
+            "Made from `protos/hermesh/common/v1/error_reason.proto` by `make docs`. Over gRPC the reason",
+            "is in `google.rpc.ErrorInfo` (domain `hermesh`), over HTTP in the problem document's `reason`.",
             "",
             "| reason | meaning |",
             "|---|---|",
@@ -66,14 +67,19 @@ def errors_page() -> str:
 
 
 def main() -> None:
-    """Writes the pages, or compares them with `--check`."""
+    """Writes the files, or compares them with `--check`."""
     stale = []
-    for name, text in (("settings.md", settings_page()), ("errors.md", errors_page())):
-        path = ROOT / "docs" / name
+    files = {
+        "docs/settings.md": settings_page(),
+        "docs/errors.md": errors_page(),
+        "deploy/envoy/compose.yaml": render_compose(),
+    }
+    for name, text in files.items():
+        path = ROOT / name
         if "--check" not in sys.argv:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
-            stale.append(f"docs/{name}")
+            stale.append(name)
     if stale:
         raise SystemExit(f"{', '.join(stale)}: not what the code says; run `make docs` and commit")
 

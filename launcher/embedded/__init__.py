@@ -14,7 +14,5 @@ def package_folder(name: str) -> Path:
     """
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
-        raise LaunchError(
-            f"the package {name.replace('_', '-')} is not installed; run make up, which installs what the lock names"
-        )
+        raise LaunchError(f"the package {name.replace('_', '-')} is not installed; make up installs it")
     return Path(next(iter(found.submodule_search_locations)))
