@@ -55,7 +55,7 @@ class Conversations(Protocol):
         request_id: str,
         fingerprint: bytes,
     ) -> Session:
-        """Creates a session, or returns the one that `request_id` made (REQUEST_ID_REUSED on another body)."""
+        """Creates a session, or returns what `request_id` made (REQUEST_ID_REUSED on another body)."""
         ...
 
     async def get_session(self, tenant_id: UUID, session_id: UUID) -> Session:
@@ -97,12 +97,14 @@ class Runs(Protocol):
     async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
         """Accepts input in one transaction: idempotency key, messages, run, first event and, if asked and
         free, the lease. Raises NotFoundError, AlreadyExistsError(REQUEST_ID_REUSED),
-        FailedPreconditionError(SESSION_BUSY)."""
+        FailedPreconditionError(SESSION_BUSY).
+        """
         ...
 
     async def claim(self, run_id: UUID, owner: str) -> Claim:
         """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
-        asked for, or that was claimed five times without a new durable event, is finished here."""
+        asked for, or that was claimed five times without a new durable event, is finished here.
+        """
         ...
 
     async def get_run(self, tenant_id: UUID, run_id: UUID) -> Run:
@@ -121,12 +123,14 @@ class Runs(Protocol):
 
     async def cancel(self, tenant_id: UUID, run_id: UUID, reason: str) -> tuple[Run, Event | None]:
         """Asks for a cancel, durably. A run that no agent holds is cancelled here, and its terminal event
-        returned; else the holder is told by notification."""
+        returned; else the holder is told by notification.
+        """
         ...
 
     async def due(self, limit: int) -> list[UUID]:
         """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
-        their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones."""
+        their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones.
+        """
         ...
 
 
@@ -135,12 +139,14 @@ class Log(Protocol):
 
     async def append(self, appends: Sequence[RunAppend]) -> list[AppendResult]:
         """Writes plain appends (no commit) of distinct sessions in one autocommit statement; each is won
-        or refused by itself. Raises UnavailableError when the outcome of all is unknown."""
+        or refused by itself. Raises UnavailableError when the outcome of all is unknown.
+        """
         ...
 
     async def append_step(self, append: RunAppend) -> AppendResult:
         """Writes one append with its StepCommit in one transaction; a terminal status releases the lease
-        and makes the session's next queued run due at once. A repeat of a committed one is a GAP."""
+        and makes the session's next queued run due at once. A repeat of a committed one is a GAP.
+        """
         ...
 
     async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
@@ -165,18 +171,20 @@ class Log(Protocol):
 
     async def events_after(self, tenant_id: UUID, run_id: UUID, seq: int, limit: int) -> list[Event]:
         """Returns events with a larger seq, in order. Raises OutOfRangeError(CURSOR_EXPIRED) when they
-        are older than the retention window."""
+        are older than the retention window.
+        """
         ...
-
 
     async def heads(self, run_ids: Sequence[UUID]) -> dict[UUID, int]:
         """Returns the last seq of each run's log, in one query; a run that is gone is absent. For watchers
-        that were admitted with their tenant before."""
+        that were admitted with their tenant before.
+        """
         ...
 
     async def last_ordinals(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """Returns the ordinal of each session's newest run (0 without one), in one query; a session that
-        is gone is absent. For watchers that were admitted with their tenant before."""
+        is gone is absent. For watchers that were admitted with their tenant before.
+        """
         ...
 
 
@@ -211,9 +219,14 @@ class Journal(Protocol):
         events: Sequence[NewEvent],
     ) -> tuple[Run, ToolCall]:
         """Settles a call that waits for a person (`session.v1.ActionDecision`), appends `events`
-        (action.resolved) and makes the run due again or, on ABANDON, ends it."""
+        (action.resolved) and makes the run due again or, on ABANDON, ends it.
+        """
         ...
 
 
 class Store(Tenants, Conversations, Runs, Log, Journal, Protocol):
     """All of it."""
+
+    async def maintain(self) -> object:
+        """Does one round of upkeep; safe on several replicas at once. Raises UnavailableError."""
+        ...

@@ -1,0 +1,109 @@
+"""What the parts of the PostgreSQL store share: connections with a deadline, and errors that callers know."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import structlog
+
+from meshkit.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    HermeshError,
+    InternalError,
+    NotFoundError,
+)
+from meshkit.postgres import map_pg_error
+
+_log = structlog.get_logger("session.store")
+
+Record: TypeAlias = "asyncpg.Record"
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+
+ACQUIRE_TIMEOUT = 5.0
+
+# What migrations raise with a SQLSTATE of class HM; the message is the reason.
+_RAISED: Mapping[str, type[HermeshError]] = {
+    "HM404": NotFoundError,
+    "HM409": AlreadyExistsError,
+    "HM412": FailedPreconditionError,
+}
+_MESSAGES: Mapping[str, str] = {
+    "SESSION_NOT_FOUND": "no such session",
+    "RUN_NOT_FOUND": "no such run",
+    "TOOL_CALL_NOT_FOUND": "no such tool call",
+    "REQUEST_ID_REUSED": "the request id was used for another request",
+    "SESSION_BUSY": "the session has an unfinished run",
+    "ACTION_NOT_REQUIRED": "the tool call does not wait for a decision",
+}
+
+
+def translate(error: BaseException, ids: Mapping[str, UUID | str]) -> HermeshError:
+    """Returns the error to raise for one of the driver, and logs those that are bugs.
+
+    Args:
+        error: What asyncpg raised.
+        ids: What the statement was about, for the error's metadata.
+    """
+    kind = _RAISED.get(getattr(error, "sqlstate", None) or "")
+    if kind is not None:
+        reason = str(error.args[0])
+        return kind(reason, _MESSAGES.get(reason, ""), metadata={key: str(ids[key]) for key in ids})
+    mapped = map_pg_error(error)
+    if isinstance(mapped, InternalError):
+        _log.error("a statement failed by a bug", exc_info=error)
+    return mapped
+
+
+def not_found(kind: str, identifier: UUID | str) -> NotFoundError:
+    """Returns the error for a thing that is not there or another tenant's; `kind` such as `session`."""
+    reason = f"{kind.upper()}_NOT_FOUND"
+    return NotFoundError(reason, _MESSAGES[reason], metadata={f"{kind}_id": str(identifier)})
+
+
+class PostgresPart:
+    """A part of the store over a pool that the store's owner opens and closes."""
+
+    def __init__(self, pool: Pool, *, ttl_ms: int = 10_000) -> None:
+        """Makes a part.
+
+        Args:
+            pool: Connections as `meshkit.postgres.open_pool` makes them.
+            ttl_ms: How long a lease lasts.
+        """
+        self._pool = pool
+        self._ttl_ms = ttl_ms
+
+    @asynccontextmanager
+    async def _connection(self, ids: Mapping[str, UUID | str]) -> AsyncIterator[Connection]:
+        """Yields a connection; the driver's errors inside the block become ours."""
+        try:
+            async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT) as connection:
+                yield connection
+        except HermeshError:
+            raise
+        except Exception as error:
+            raise translate(error, ids) from error
+
+    async def _fetch(self, statement: str, *args: Any, **ids: UUID | str) -> list[Record]:
+        """Runs one statement and returns its rows; `ids` go to an error's metadata."""
+        async with self._connection(ids) as connection:
+            rows: list[Record] = await connection.fetch(statement, *args)
+            return rows
+
+    async def _fetchrow(self, statement: str, *args: Any, **ids: UUID | str) -> Record | None:
+        """Runs one statement and returns its first row."""
+        async with self._connection(ids) as connection:
+            return await connection.fetchrow(statement, *args)
+
+    async def _one(self, statement: str, *args: Any, **ids: UUID | str) -> Record:
+        """Runs one statement that always gives a row."""
+        row = await self._fetchrow(statement, *args, **ids)
+        if row is None:
+            raise InternalError()
+        return row

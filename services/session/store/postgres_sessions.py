@@ -1,0 +1,167 @@
+"""Sessions and messages in PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from uuid import UUID
+
+import orjson
+
+from meshkit.errors import AlreadyExistsError, FieldViolation, InvalidArgumentError
+from meshkit.ids import uuid7
+from meshkit.paging import make_page_token, read_page_token
+from meshkit.postgres import load_sql
+from services.session.domain import Message, Page, Session
+from services.session.store.postgres_base import PostgresPart, not_found
+from services.session.store.rows import message_of, session_of
+
+_SQL = load_sql("services.session.store.sql", "sessions.sql")
+_UPKEEP = load_sql("services.session.store.sql", "upkeep.sql")
+
+_LAST_MS = 2**63 - 1
+_LAST_ID = UUID(int=2**128 - 1)
+_DELETE_TIMEOUT = 60.0
+
+
+def bad_token() -> InvalidArgumentError:
+    """Returns the error for a page token whose position is not one."""
+    text = "is not a token of this list"
+    return InvalidArgumentError(
+        "PAGE_TOKEN_INVALID", f"page_token {text}", violations=[FieldViolation("page_token", text)]
+    )
+
+
+def ordinal_at(position: str, first: int) -> int:
+    """Returns the ordinal that a page token's position holds, or `first` for the first page."""
+    if not position:
+        return first
+    try:
+        ordinal = int(position)
+    except ValueError:
+        raise bad_token() from None
+    if not 0 <= ordinal < 2**31:
+        raise bad_token()
+    return ordinal
+
+
+class PostgresSessions(PostgresPart):
+    """See `port.Conversations`."""
+
+    async def create_session(
+        self,
+        tenant_id: UUID,
+        *,
+        title: str,
+        metadata: Mapping[str, str],
+        agent: str,
+        user: str,
+        request_id: str,
+        fingerprint: bytes,
+    ) -> Session:
+        """See the port."""
+        row = await self._fetchrow(
+            _SQL["create_session"],
+            tenant_id,
+            uuid7(),
+            title,
+            orjson.dumps(dict(metadata)).decode(),
+            agent,
+            user,
+            request_id or None,
+            fingerprint,
+        )
+        if row is not None:
+            return session_of(row)
+        known = await self._fetchrow(_SQL["find_request"], tenant_id, "session", request_id)
+        if known is None or known["fingerprint"] != fingerprint:
+            raise AlreadyExistsError(
+                "REQUEST_ID_REUSED",
+                "the request id was used for another request",
+                metadata={"request_id": request_id},
+            )
+        return await self.get_session(tenant_id, known["result_id"])
+
+    async def get_session(self, tenant_id: UUID, session_id: UUID) -> Session:
+        """See the port."""
+        row = await self._fetchrow(_SQL["get_session"], tenant_id, session_id)
+        if row is None:
+            raise not_found("session", session_id)
+        return session_of(row)
+
+    async def list_sessions(
+        self, tenant_id: UUID, *, page_size: int, page_token: str, user: str = ""
+    ) -> Page[Session]:
+        """See the port."""
+        bound = (tenant_id, user)
+        updated_ms, session_id = _session_position(read_page_token("ListSessions", bound, page_token))
+        # One more than asked for tells whether there is a next page.
+        args = (tenant_id, updated_ms, session_id, page_size + 1)
+        if user:
+            rows = await self._fetch(_SQL["list_sessions_of_user"], *args, user)
+        else:
+            rows = await self._fetch(_SQL["list_sessions"], *args)
+        sessions = [session_of(row) for row in rows[:page_size]]
+        if len(rows) <= page_size:
+            return Page(sessions)
+        last = sessions[-1]
+        return Page(
+            sessions, make_page_token("ListSessions", bound, f"{last.update_time_ms}:{last.session_id}")
+        )
+
+    async def update_session(
+        self, tenant_id: UUID, session_id: UUID, *, title: str | None, metadata: Mapping[str, str]
+    ) -> Session:
+        """See the port."""
+        labels = {key: value for key, value in metadata.items() if value}
+        row = await self._fetchrow(
+            _SQL["update_session"],
+            tenant_id,
+            session_id,
+            title,
+            orjson.dumps(labels).decode(),
+            [key for key, value in metadata.items() if not value],
+        )
+        if row is None:
+            raise not_found("session", session_id)
+        return await self.get_session(tenant_id, session_id)
+
+    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> None:
+        """See the port."""
+        async with self._connection({"session_id": session_id}) as connection, connection.transaction():
+            await connection.fetchval(_UPKEEP["set_long_statement"])
+            # Appends under way end first; those that come later find no lease and are fenced.
+            if await connection.fetchval(_SQL["lock_lease"], tenant_id, session_id) is None:
+                raise not_found("session", session_id)
+            for name in ("delete_events", "delete_requests", "delete_session"):
+                await connection.execute(_SQL[name], tenant_id, session_id, timeout=_DELETE_TIMEOUT)
+
+    async def list_messages(
+        self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
+    ) -> Page[Message]:
+        """See the port."""
+        bound = (tenant_id, session_id)
+        after = ordinal_at(read_page_token("ListMessages", bound, page_token), 0)
+        rows = await self._fetch(_SQL["list_messages"], tenant_id, session_id, after, page_size + 1)
+        if not rows:
+            await self.get_session(tenant_id, session_id)
+        messages = [message_of(row) for row in rows[:page_size]]
+        if len(rows) <= page_size:
+            return Page(messages)
+        return Page(messages, make_page_token("ListMessages", bound, str(messages[-1].ordinal)))
+
+    async def messages_after(
+        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
+    ) -> list[Message]:
+        """See the port."""
+        rows = await self._fetch(_SQL["newest_messages"], tenant_id, session_id, ordinal, limit)
+        return [message_of(row) for row in reversed(rows)]
+
+
+def _session_position(position: str) -> tuple[int, UUID]:
+    if not position:
+        return _LAST_MS, _LAST_ID
+    updated, _, session_id = position.partition(":")
+    try:
+        return int(updated), UUID(session_id)
+    except ValueError:
+        raise bad_token() from None

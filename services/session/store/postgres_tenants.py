@@ -1,0 +1,38 @@
+"""Tenants and API keys in PostgreSQL."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from meshkit.errors import StartupError
+from meshkit.ids import uuid7
+from meshkit.postgres import load_sql
+from services.session.store.postgres_base import PostgresPart
+
+_SQL = load_sql("services.session.store.sql", "tenants.sql")
+
+
+class PostgresTenants(PostgresPart):
+    """See `port.Tenants`."""
+
+    async def tenant_of_key(self, key_hash: str) -> UUID | None:
+        """See the port."""
+        row = await self._fetchrow(_SQL["tenant_of_key"], key_hash)
+        return None if row is None else row["tenant_id"]
+
+    async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:
+        """See the port.
+
+        Raises:
+            StartupError: The key is another tenant's, or was revoked.
+        """
+        async with self._connection({}) as connection, connection.transaction():
+            tenant_id: UUID = await connection.fetchval(_SQL["ensure_tenant"], uuid7(), tenant_name)
+            row = await connection.fetchrow(_SQL["ensure_key"], key_hash, tenant_id, key_name)
+        if row is not None and row["tenant_id"] != tenant_id:
+            raise StartupError(
+                f"the API key belongs to another tenant than {tenant_name}: choose another key"
+            )
+        if row is not None and row["revoked"]:
+            raise StartupError("the API key was revoked: choose another key")
+        return tenant_id

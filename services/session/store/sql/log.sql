@@ -1,0 +1,115 @@
+-- The log and its leases. Statements over several leases lock them in the order of their session ids first.
+
+-- name: append
+-- Writes plain appends of many runs at once. An append is won if session, run, fence and next seq match and
+-- the lease is held; returned are the places of those that won.
+-- $1 session_id[], $2 run_id[], $3 fence[], $4 first_seq[], $5 n[], one of each an append, sessions distinct;
+-- $6 place of the append[], $7 seq[], $8 type[], $9 time_ms[], $10 data[], one of each an event
+WITH b AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::integer[], $5::integer[])
+    WITH ORDINALITY t(session_id, run_id, fence, first_seq, n, i)
+), held AS MATERIALIZED (
+    SELECT session_id FROM session.lease WHERE session_id = ANY($1::uuid[])
+    ORDER BY session_id FOR NO KEY UPDATE
+), won AS (
+    UPDATE session.lease l SET next_seq = l.next_seq + b.n
+    FROM b JOIN held USING (session_id)
+    WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence
+      AND l.next_seq = b.first_seq AND l.owner IS NOT NULL
+    RETURNING b.i, l.run_id, l.session_id, l.tenant_id, l.fence
+), ins AS (
+    INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
+    SELECT w.run_id, c.seq, c.time_ms, w.tenant_id, w.session_id, w.fence, c.type, c.data
+    FROM unnest($6::bigint[], $7::integer[], $8::text[], $9::bigint[], $10::text[]) c(i, seq, type, time_ms, data)
+    JOIN won w USING (i)
+)
+SELECT i FROM won;
+
+-- name: refusals
+-- Why appends were refused, by session.refusal, in the order of the arrays.
+-- $1 session_id[], $2 run_id[], $3 fence[], $4 first_seq[], $5 n[]
+SELECT r.outcome, r.next_seq
+FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::integer[], $5::integer[])
+     WITH ORDINALITY b(session_id, run_id, fence, first_seq, n, i),
+     LATERAL session.refusal(b.session_id, b.run_id, b.fence, b.first_seq, b.n) r
+ORDER BY b.i;
+
+-- name: append_step
+-- See session.append_step.
+SELECT outcome, next_seq
+FROM session.append_step($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
+
+-- name: reattach
+-- Renews a lease under a new fence. The fence given may be any of this claim's: under one claim every
+-- re-attach adds one to both, so fence - attach stays what it was, and an answer that got lost is no loss.
+-- Only the last one of them, though, may come under another owner's name.
+-- $1 session_id, $2 run_id, $3 fence, $4 owner, $5 TTL
+UPDATE session.lease
+SET fence = fence + 1, attach = attach + 1, owner = $4, lease_until = clock_timestamp() + $5::interval
+WHERE session_id = $1 AND run_id = $2 AND owner IS NOT NULL
+  AND (fence = $3 OR owner = $4 AND $3 BETWEEN fence - attach AND fence)
+RETURNING fence, attach, next_seq;
+
+-- name: renew
+-- Extends leases. Returns the runs whose lease was extended, and which of them are to be cancelled.
+-- $1 session_id[], $2 run_id[], $3 fence[], $4 TTL
+WITH b AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[]) t(session_id, run_id, fence)
+), held AS MATERIALIZED (
+    SELECT session_id FROM session.lease WHERE session_id = ANY($1::uuid[])
+    ORDER BY session_id FOR NO KEY UPDATE
+), kept AS (
+    UPDATE session.lease l SET lease_until = clock_timestamp() + $4::interval
+    FROM b JOIN held USING (session_id)
+    WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence AND l.owner IS NOT NULL
+    RETURNING l.run_id
+)
+SELECT k.run_id, r.cancel_requested FROM kept k JOIN session.run r USING (run_id);
+
+-- name: release
+-- Frees a lease; its run is due at once, and the claim does not count as one that moved nothing.
+-- $1 session_id, $2 run_id, $3 fence
+WITH freed AS (
+    UPDATE session.lease SET owner = NULL, lease_until = NULL
+    WHERE session_id = $1 AND run_id = $2 AND fence = $3 AND owner IS NOT NULL
+    RETURNING session_id, run_id
+), due AS (
+    UPDATE session.run r SET dispatch_after = clock_timestamp(), idle_claims = greatest(r.idle_claims - 1, 0)
+    FROM freed WHERE r.run_id = freed.run_id AND r.status = 2
+    RETURNING r.session_id
+)
+SELECT freed.session_id, pg_notify('hermesh_due', due.session_id::text)
+FROM freed LEFT JOIN due USING (session_id);
+
+-- name: shorten
+-- Cuts leases where fence and attach still match.
+-- $1 session_id[], $2 run_id[], $3 fence[], $4 attach[], $5 how long they shall last
+WITH b AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::integer[]) t(session_id, run_id, fence, attach)
+), held AS MATERIALIZED (
+    SELECT session_id FROM session.lease WHERE session_id = ANY($1::uuid[])
+    ORDER BY session_id FOR NO KEY UPDATE
+)
+UPDATE session.lease l SET lease_until = least(l.lease_until, clock_timestamp() + $5::interval)
+FROM b JOIN held USING (session_id)
+WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence AND l.attach = b.attach
+  AND l.owner IS NOT NULL
+RETURNING l.session_id;
+
+-- name: fences
+-- The current fences.
+-- $1 session_ids
+SELECT session_id, fence FROM session.lease WHERE session_id = ANY($1::uuid[]);
+
+-- name: events_after
+-- A run's events past a seq, in order.
+-- $1 tenant_id, $2 run_id, $3 seq, $4 how many
+SELECT seq, type, time_ms, data FROM session.event
+WHERE run_id = $2 AND tenant_id = $1 AND seq > $3
+ORDER BY seq
+LIMIT $4;
+
+-- name: heads
+-- The last seq of each run's log.
+-- $1 run_ids
+SELECT run_id, last_seq FROM session.run_view WHERE run_id = ANY($1::uuid[]);

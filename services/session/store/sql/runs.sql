@@ -1,0 +1,62 @@
+-- Runs.
+
+-- name: submit
+-- See session.submit_run.
+SELECT s.duplicate, s.created_ms AS event_time_ms, s.created_data, s.outcome, s.fence, s.attach, s.next_seq,
+       s.context, (s.run).*
+FROM session.submit_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19) s;
+
+-- name: claim
+-- See session.claim_run.
+-- $1 run_id, $2 owner, $3 TTL, $4 most claims without progress, $5 most messages, $6 most bytes of them
+SELECT c.outcome, c.fence, c.attach, c.next_seq, c.context, (c.run).*
+FROM session.claim_run($1, $2, $3, $4, $5, $6) c;
+
+-- name: get_run
+-- One run of a tenant.
+-- $1 tenant_id, $2 run_id
+SELECT * FROM session.run_view WHERE run_id = $2 AND tenant_id = $1;
+
+-- name: list_runs
+-- A session's runs, newest first, before an ordinal.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
+SELECT * FROM session.run_view
+WHERE session_id = $2 AND tenant_id = $1 AND ordinal < $3
+ORDER BY ordinal DESC
+LIMIT $4;
+
+-- name: runs_from
+-- A session's runs in order, from an ordinal on.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
+SELECT * FROM session.run_view
+WHERE session_id = $2 AND tenant_id = $1 AND ordinal >= $3
+ORDER BY ordinal
+LIMIT $4;
+
+-- name: cancel
+-- See session.cancel_run.
+-- $1 tenant_id, $2 run_id, $3 reason
+SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).* FROM session.cancel_run($1, $2, $3) c;
+
+-- name: due
+-- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
+-- now() and not clock_timestamp() where an index shall serve.
+-- $1 how many, $2 interval
+WITH due AS (
+    SELECT r.run_id
+    FROM session.run r
+    JOIN session.lease l USING (session_id)
+    WHERE r.status IN (1, 2) AND r.dispatch_after <= now()
+      AND (l.owner IS NULL OR l.lease_until < clock_timestamp())
+    ORDER BY r.dispatch_after
+    LIMIT $1
+    FOR NO KEY UPDATE OF r SKIP LOCKED
+)
+UPDATE session.run r SET dispatch_after = clock_timestamp() + $2::interval
+FROM due WHERE r.run_id = due.run_id
+RETURNING r.run_id;
+
+-- name: last_ordinals
+-- The ordinal of each session's newest run.
+-- $1 session_ids
+SELECT session_id, run_count FROM session.session WHERE session_id = ANY($1::uuid[]);

@@ -1,0 +1,99 @@
+-- Sessions and messages.
+
+-- name: create_session
+-- Makes a session with its lease row, and remembers the request id if there is one. With a request id that
+-- is taken nothing is made, and no row returned.
+-- $1 tenant_id, $2 session_id, $3 title, $4 metadata, $5 agent, $6 user, $7 request_id or NULL, $8 fingerprint
+WITH key AS (
+    INSERT INTO session.idempotency (tenant_id, scope, key, fingerprint, result_id)
+    SELECT $1::uuid, 'session', $7::text, $8::bytea, $2::uuid WHERE $7::text IS NOT NULL
+    ON CONFLICT (tenant_id, scope, key) DO NOTHING
+    RETURNING result_id
+), made AS (
+    INSERT INTO session.session (session_id, tenant_id, title, metadata, agent, user_name, created_ms, updated_ms)
+    SELECT $2::uuid, $1::uuid, $3::text, $4::jsonb, $5::text, $6::text, t.ms, t.ms
+    FROM (SELECT session.now_ms() AS ms) t
+    WHERE $7::text IS NULL OR EXISTS (SELECT FROM key)
+    RETURNING *
+), lease AS (
+    INSERT INTO session.lease (session_id, tenant_id) SELECT session_id, tenant_id FROM made
+)
+SELECT session_id, tenant_id, title, metadata, agent, user_name, created_ms, updated_ms, message_count,
+       NULL::uuid AS active_run_id
+FROM made;
+
+-- name: find_request
+-- What a request id made.
+-- $1 tenant_id, $2 scope, $3 key
+SELECT fingerprint, result_id FROM session.idempotency WHERE tenant_id = $1 AND scope = $2 AND key = $3;
+
+-- name: get_session
+-- One session of a tenant.
+-- $1 tenant_id, $2 session_id
+SELECT * FROM session.session_view WHERE session_id = $2 AND tenant_id = $1;
+
+-- name: list_sessions
+-- A tenant's sessions, last changed first, after a position.
+-- $1 tenant_id, $2 updated_ms and $3 session_id of the last one seen, $4 how many
+SELECT * FROM session.session_view
+WHERE tenant_id = $1 AND (updated_ms, session_id) < ($2::bigint, $3::uuid)
+ORDER BY updated_ms DESC, session_id DESC
+LIMIT $4;
+
+-- name: list_sessions_of_user
+-- As list_sessions, of one user.
+-- $1 tenant_id, $2 updated_ms and $3 session_id of the last one seen, $4 how many, $5 user
+SELECT * FROM session.session_view
+WHERE tenant_id = $1 AND user_name = $5 AND (updated_ms, session_id) < ($2::bigint, $3::uuid)
+ORDER BY updated_ms DESC, session_id DESC
+LIMIT $4;
+
+-- name: update_session
+-- Sets the title if one is given, and labels; a label with an empty value goes.
+-- $1 tenant_id, $2 session_id, $3 title or NULL, $4 labels to set, $5 labels to remove
+UPDATE session.session
+SET title = coalesce($3, title), metadata = (metadata || $4::jsonb) - $5::text[],
+    updated_ms = greatest(updated_ms, session.now_ms())
+WHERE session_id = $2 AND tenant_id = $1
+RETURNING session_id;
+
+-- name: lock_lease
+-- Locks a session's lease row, waiting for appends under way.
+-- $1 tenant_id, $2 session_id
+SELECT session_id FROM session.lease WHERE session_id = $2 AND tenant_id = $1 FOR UPDATE;
+
+-- name: delete_events
+-- Deletes the log of a session's runs.
+-- $1 tenant_id, $2 session_id
+DELETE FROM session.event e USING session.run r
+WHERE r.session_id = $2 AND r.tenant_id = $1 AND e.run_id = r.run_id;
+
+-- name: delete_requests
+-- Forgets the request ids that made a session or its runs.
+-- $1 tenant_id, $2 session_id
+DELETE FROM session.idempotency
+WHERE tenant_id = $1
+  AND result_id IN (SELECT r.run_id FROM session.run r WHERE r.session_id = $2 UNION ALL SELECT $2);
+
+-- name: delete_session
+-- Deletes a session with its lease, messages, runs and tool calls.
+-- $1 tenant_id, $2 session_id
+DELETE FROM session.session WHERE session_id = $2 AND tenant_id = $1 RETURNING session_id;
+
+-- name: list_messages
+-- A session's messages, oldest first, after an ordinal.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
+SELECT message_id, session_id, run_id, ordinal, role, content, tool_calls, tool_call_id, created_ms
+FROM session.message
+WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3 AND NOT rolled_back
+ORDER BY ordinal
+LIMIT $4;
+
+-- name: newest_messages
+-- A session's newest messages past an ordinal, newest first.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
+SELECT message_id, session_id, run_id, ordinal, role, content, tool_calls, tool_call_id, created_ms
+FROM session.message
+WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3 AND NOT rolled_back
+ORDER BY ordinal DESC
+LIMIT $4;

@@ -1,0 +1,21 @@
+-- Upkeep; safe to run on several replicas at once.
+
+-- name: maintain_partitions
+-- See session.maintain_partitions.
+-- $1 days ahead, $2 retention
+SELECT made, dropped FROM session.maintain_partitions($1, $2);
+
+-- name: set_lock_timeout
+-- Upkeep waits for locks less than others do: whoever comes after it waits in the same line.
+SELECT set_config('lock_timeout', '500ms', true);
+
+-- name: set_long_statement
+-- For a transaction that may touch many rows.
+SELECT set_config('statement_timeout', '55s', true);
+
+-- name: expire_requests
+-- Forgets old request ids, a bounded number at once.
+-- $1 interval, $2 how many
+DELETE FROM session.idempotency
+WHERE ctid = ANY(ARRAY(SELECT ctid FROM session.idempotency WHERE created_at < now() - $1::interval
+                       ORDER BY created_at LIMIT $2));
