@@ -1,4 +1,4 @@
-"""The session service's commands: `python -m services.session [migrate | bootstrap]`; it serves without one."""
+"""The session service's commands: `python -m services.session [serve | migrate | bootstrap]`."""
 
 import argparse
 import sys

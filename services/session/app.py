@@ -1,8 +1,11 @@
 """The composition root of a session replica: everything is made, connected and owned here."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
 from uuid import UUID
 
 import redis.asyncio
@@ -13,7 +16,9 @@ from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grp
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
 from meshkit.auth import CachingAuthenticator
 from meshkit.channel import open_channel
-from meshkit.errors import HermeshError
+from meshkit.errors import HermeshError, StartupError
+from meshkit.migrate import migrate as apply_migrations
+from meshkit.postgres import open_pool
 from meshkit.redis import Breaker, open_redis
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
@@ -22,11 +27,13 @@ from services.session.append_hub import AppendHub
 from services.session.commits import Commits
 from services.session.flusher import Flusher
 from services.session.operations.authenticate import StoreAuthenticator
+from services.session.operations.bootstrap import bootstrap as make_first_key
 from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
 from services.session.settings import SessionSettings
 from services.session.store.port import Store
+from services.session.store.postgres import PostgresStore
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
 from services.session.storm import StormGuard
 from services.session.sweeper import Sweeper
@@ -38,6 +45,9 @@ _log = structlog.get_logger("session.app")
 
 PUBLIC = "hermesh.session.v1.SessionService"
 INTERNAL = "hermesh.session.v1.SessionInternalService"
+SCHEMA = "session"
+MIGRATIONS = Path(__file__).parent / "store" / "migrations"
+_CLOSE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +191,69 @@ async def assemble(
             loops.start(tail.follow(), name="follow")
             loops.start(tail.wake_reader(), name="wake")
         yield Replica(server, hub, tail, sweeper)
+
+
+@asynccontextmanager
+async def _open_store(settings: SessionSettings) -> AsyncIterator[PostgresStore]:
+    """Opens the store on a database whose schema is there."""
+    pool = await open_pool(
+        settings.database_url.get_secret_value(),
+        min_size=2,
+        max_size=settings.database_pool_size,
+        name=settings.replica,
+    )
+    try:
+        store = PostgresStore(pool)
+        try:
+            await store.tenant_of_key("")
+        except HermeshError as error:
+            raise StartupError(
+                "the database has no tables of the session service; run: python -m services.session migrate"
+            ) from error
+        yield store
+    finally:
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await pool.close()
+        except TimeoutError:
+            pool.terminate()
+
+
+async def serve(settings: SessionSettings) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: The database or an address cannot be used.
+    """
+    async with _open_store(settings) as store, assemble(settings, store) as replica:
+        await replica.server.serve()
+
+
+async def migrate(settings: SessionSettings, out: TextIO) -> None:
+    """Brings the schema up to date and says what was done.
+
+    Raises:
+        StartupError: It cannot be done; one line says why.
+    """
+    url = settings.database_url.get_secret_value()
+    if not url:
+        raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
+    applied = await apply_migrations(url, MIGRATIONS, schema=SCHEMA)
+    for name in applied:
+        out.write(f"applied {name}\n")
+    if not applied:
+        out.write("the schema is up to date\n")
+
+
+async def bootstrap(settings: SessionSettings, variable: str, out: TextIO) -> None:
+    """Makes the default tenant and its key, if they are not there, and says which tenant it is.
+
+    Raises:
+        StartupError: The variable holds no usable key, or the database cannot be used.
+    """
+    async with _open_store(settings) as store:
+        try:
+            tenant_id = await make_first_key(store, variable)
+        except HermeshError as error:
+            raise StartupError(f"the key in {variable} cannot be stored: {error.message}") from error
+        out.write(f"tenant {tenant_id}\n")

@@ -174,7 +174,7 @@ async def test_a_dead_server_is_an_error_soon_and_recovers(live: Live, valkey: V
         await live.reader.wake()
     assert time.monotonic() - started < 3
     assert not live.reader.healthy
-    valkey.start()
+    await asyncio.to_thread(valkey.start)
     assert await live.reader.read({RUN: Position(SESSION, 0)}) == {}
     assert live.reader.healthy
 

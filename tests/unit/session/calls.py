@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hermesh.common.v1.event_pb2 import Event, InputMessage
 from hermesh.session.v1 import resources_pb2 as resources
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from hermesh.session.v1 import session_service_pb2 as public
 from meshkit.channel import stream_call
-from tests.unit.session.conftest import Client
+
+if TYPE_CHECKING:
+    from tests.unit.session.conftest import Client
 
 
 @dataclass
