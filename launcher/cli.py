@@ -31,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Runs a Hermesh mesh on this machine and talks to it.",
 )
-console = Console()
+# Where nobody watches, a line is a line: tables and paths are not folded to 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 200)
 notes = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -22,6 +22,7 @@ NAME = "smollm2-135m-instruct"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SLOTS = 4
 TOKENS_A_SLOT = 4096
+TOKENS_A_REPLY = 512
 
 
 def weights() -> Path:
@@ -49,6 +50,10 @@ def main() -> None:
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * TOKENS_A_SLOT
     params.use_jinja = True
+    # Defaults for requests that set none: so small a model stays on the subject only when it does not gamble.
+    params.sampling.temp = 0.0
+    params.sampling.penalty_repeat = 1.1
+    params.n_predict = TOKENS_A_REPLY
     params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
     server = xllamacpp.Server(params)
     if arguments.ready_file is not None:
