@@ -325,6 +325,8 @@ class EventStream:
         try:
             if not self._begun:
                 self._begun = True
+                # From here on it is silence that is watched, not the wait for the first event.
+                self._wake.set()
                 await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -292,7 +292,8 @@ class FakeMesh:
         """Yields a run's frames; `cut` ends them early."""
         sent = 0
         while True:
-            await run.log.wait_beyond(after)
+            if cut is None or cut[0] > sent:
+                await run.log.wait_beyond(after)
             batch = run.log.events[after : after + self.frame_size]
             if cut is not None and sent + len(batch) > cut[0]:
                 batch = batch[: cut[0] - sent]

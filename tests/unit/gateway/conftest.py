@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import settings
 from prometheus_client import CollectorRegistry
 
 from gateway.app import make_app, make_gateway
@@ -18,6 +19,10 @@ from gateway.server import bind, serving
 from gateway.settings import GatewaySettings
 from meshkit.channel import open_channel
 from tests.fakes.mesh import API_KEY, FakeMesh
+
+# A busy machine is not a failing test.
+settings.register_profile("gateway", deadline=None)
+settings.load_profile("gateway")
 
 
 @dataclass
