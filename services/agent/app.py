@@ -86,7 +86,13 @@ async def main(settings: AgentSettings) -> None:
             draining=lambda: supervisor.draining,
         )
         supervisor = Supervisor(settings, session, world, runs)
-        link = AppendLink(session.open_append, settings.replica, supervisor.cancel, monotonic)
+        link = AppendLink(
+            session.open_append,
+            settings.replica,
+            supervisor.cancel,
+            monotonic,
+            settings.max_appends_per_second,
+        )
         supervisor.serve_with(link)
         keeper = LeaseKeeper(session, supervisor.writers, supervisor.cancel, monotonic)
         background.start(link.run(), name="append")

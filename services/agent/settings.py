@@ -63,6 +63,14 @@ class AgentSettings(MeshSettings):
     run_timeout: float = Field(
         600.0, gt=0, description="Seconds that a run may take on one replica when it sets no limit."
     )
+    max_appends_per_second: float = Field(
+        1000.0,
+        ge=0,
+        description=(
+            "Writes a second that one agent replica aims at: with many runs their text gathers for up to "
+            "50 ms between two writes. 0 = text is never held back."
+        ),
+    )
     memory_timeout: float = Field(
         0.3, gt=0, le=10, description="Seconds to wait for memories before a run starts without them."
     )

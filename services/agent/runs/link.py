@@ -1,5 +1,9 @@
 """The one append stream of an agent process: many runs' writes out, their results in.
 
+Under load text is paced: the more runs there are, the longer a run's text gathers before it is sent, so that
+the cost of a replica follows its messages a second and not its tokens. A turn's first text and everything
+that is not text is never held back.
+
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
 """
@@ -30,6 +34,8 @@ BACKOFF = (0.0, 0.05, 0.1, 0.2)
 ANSWER_TIMEOUT = 8.0
 RETRY_DELAY = 0.1
 WATCH_SECONDS = 1.0
+# The longest that text gathers, seconds: a reader still sees it flow.
+MAX_PACE = 0.05
 MAX_MESSAGE = 4 * 1024 * 1024
 
 
@@ -58,6 +64,7 @@ class AppendLink:
         owner: this replica's name.
         on_cancel: told about runs that somebody asked to cancel.
         monotonic: the clock of leases.
+        rate: how many writes a second are aimed at; 0 = text is never held back.
     """
 
     def __init__(
@@ -66,11 +73,15 @@ class AppendLink:
         owner: str,
         on_cancel: Callable[[str], None],
         monotonic: Callable[[], float],
+        rate: float = 0.0,
     ) -> None:
         self._open_stream = open_stream
         self._owner = owner
         self._on_cancel = on_cancel
         self._monotonic = monotonic
+        self._rate = rate
+        self._paced: dict[str, RunWriter] = {}
+        self._pace_timer: asyncio.TimerHandle | None = None
         self._writers: dict[str, RunWriter] = {}
         self._ready: dict[str, RunWriter] = {}
         self._reattach: dict[str, RunWriter] = {}
@@ -90,6 +101,7 @@ class AppendLink:
             return
         del self._writers[writer.run_id]
         self._ready.pop(writer.run_id, None)
+        self._paced.pop(writer.run_id, None)
         self._reattach.pop(writer.run_id, None)
         self._asked_at.pop(writer.run_id, None)
 
@@ -119,6 +131,8 @@ class AppendLink:
             for timer in self._timers:
                 timer.cancel()
             self._timers.clear()
+            if self._pace_timer is not None:
+                self._pace_timer.cancel()
 
     async def _serve(self) -> None:
         """Use one stream until it ends; it always ends by an exception."""
@@ -159,9 +173,14 @@ class AppendLink:
             self._asked_at[writer.run_id] = self._monotonic()
         self._reattach.clear()
         size = 0
+        pace = min(MAX_PACE, len(self._writers) / self._rate) if self._rate else 0.0
+        recent = self._monotonic() - pace
         while self._ready and size < MAX_MESSAGE:
             _, writer = self._ready.popitem()
             if not writer.ready:
+                continue
+            if pace and not writer.urgent and writer.sent_at > recent:
+                self._hold_back(writer, pace)
                 continue
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.
@@ -171,6 +190,20 @@ class AppendLink:
                 continue
             size += writer.take(message.appends.add())
         return message
+
+    def _hold_back(self, writer: RunWriter, seconds: float) -> None:
+        """Let a writer's text gather until the next beat, which all writers that wait share."""
+        self._paced[writer.run_id] = writer
+        if self._pace_timer is None:
+            self._pace_timer = asyncio.get_running_loop().call_later(seconds, self._pace_over)
+
+    def _pace_over(self) -> None:
+        self._pace_timer = None
+        for writer in self._paced.values():
+            writer.urgent = True
+        self._ready.update(self._paced)
+        self._paced.clear()
+        self._wake.set()
 
     # receiving
 

@@ -94,7 +94,9 @@ class RunWriter:
         self.next_seq = grant.next_seq
         self.lease_until = lease_until
         self.attachment = Attachment.NEW
-        self.sent_at = 0.0
+        self.sent_at = float("-inf")
+        # Whether what waits must not wait longer: a turn's first text, and all that is not text.
+        self.urgent = False
         self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
         self._now_ms = now_ms
         self._monotonic = monotonic
@@ -106,6 +108,7 @@ class RunWriter:
         self._sent = False
         self._moved = asyncio.Event()
         self._stopped: WriterStopped | None = None
+        self._said = False
         self._subscriptions: list[Subscription] = []
 
     # the runner's side
@@ -133,6 +136,8 @@ class RunWriter:
             last = _Pending(kind, self._now_ms())
             self._pending.append(last)
             self._pending_events += 1
+        if not self._said:
+            self._said = self.urgent = True
         last.parts.append(text)
         last.size += len(text)
         self._pending_size += len(text)
@@ -168,6 +173,7 @@ class RunWriter:
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size
+        self._said, self.urgent = False, True
         if self._in_flight is None:
             self._schedule(self)
 
@@ -265,6 +271,8 @@ class RunWriter:
             target.CopyFrom(self._in_flight)
             size = sum(len(event.data) for event in target.events)
         self._sent = True
+        # What a commit or the bound on size left behind is not held back.
+        self.urgent = bool(self._pending)
         self.sent_at = self._monotonic()
         self.attachment = Attachment.ATTACHED
         return size

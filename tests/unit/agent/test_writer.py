@@ -16,11 +16,13 @@ class Setup:
     """A store, a link and writers on it; time is set by hand."""
 
     def __init__(self, tasks):
-        self.now = 100.0
+        loop = asyncio.get_running_loop()
+        self.ahead = 0.0
+        self.monotonic = lambda: loop.time() + self.ahead
         self.store = FakeStore()
         self.cancelled = asyncio.Queue()
         self.link = AppendLink(
-            self.store.open_stream, "agent-test", self.cancelled.put_nowait, lambda: self.now
+            self.store.open_stream, "agent-test", self.cancelled.put_nowait, self.monotonic, rate=1000
         )
         tasks.start(self.link.run(), name="link")
 
@@ -28,10 +30,10 @@ class Setup:
         claim = self.store.new_claim("hi")
         writer = RunWriter(
             claim.grant,
-            lease_until=self.now + 10,
+            lease_until=self.monotonic() + 10,
             now_ms=lambda: 1,
             schedule=self.link.schedule,
-            monotonic=lambda: self.now,
+            monotonic=self.monotonic,
         )
         self.link.add(writer)
         return writer, self.store.runs[writer.run_id]
@@ -162,7 +164,7 @@ async def test_a_lease_that_ran_out_by_our_clock_is_attached_anew_before_the_nex
         writer, run = setup.writer()
         writer.text("text.delta", "a")
         await writer.flush()
-        setup.now += 11
+        setup.ahead += 11
         writer.text("text.delta", "b")
         await writer.flush()
         assert writer.fence == run.fence == 2
@@ -253,3 +255,36 @@ async def test_a_stream_that_its_peer_cancelled_is_opened_anew():
         async with asyncio.timeout(5):
             await writer.flush()
         assert_whole(run, "ab")
+
+
+async def test_under_load_text_gathers_but_a_first_word_and_an_end_do_not_wait(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.MAX_PACE", 1000.0)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.link._rate = 0.001
+        writer, run = setup.writer()
+        writer.events([("step.started", {"step": 1})])
+        writer.text("text.delta", "a")
+        await writer.flush()
+        for _ in range(10):
+            writer.text("text.delta", "b")
+            await asyncio.sleep(0)
+        assert run.text() == "a"
+        writer.events([("usage", {})])
+        async with asyncio.timeout(2):
+            await writer.flush()
+        assert run.text() == "a" + "b" * 10
+        assert run.types() == ["run.created", "step.started", "text.delta", "text.delta", "usage"]
+
+
+async def test_text_that_gathered_goes_out_by_itself():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.link._rate = 50
+        writer, run = setup.writer()
+        for text in "abc":
+            writer.text("text.delta", text)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(2):
+            await writer.flush()
+        assert run.text() == "abc"
