@@ -1,7 +1,7 @@
 """The composition root of a session replica: everything is made, connected and owned here."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
 from services.session.settings import SessionSettings
+from services.session.store.notifications import CANCEL, Notifications
 from services.session.store.port import Store
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
@@ -59,20 +60,25 @@ class Replica:
     tail: Tail
     sweeper: Sweeper
 
-    def cancel_asked(self, payload: str) -> None:
-        """Takes a notice that a run shall be cancelled; the payload is its id."""
+    def notice(self, channel: str, payload: str) -> None:
+        """Takes a notice of PostgreSQL: a run shall be cancelled, or a session's run waits for an agent."""
         try:
-            self.hub.cancel(UUID(payload))
+            identifier = UUID(payload) if payload else None
         except ValueError:
-            _log.warning("a cancel notice names no run", payload=payload[:100])
-
-    def run_due(self, payload: str) -> None:
-        """Takes a notice that a run waits for an agent; the payload is its session's id, if anything."""
+            _log.warning("a notice names nothing", channel=channel, payload=payload[:100])
+            return
+        if channel == CANCEL:
+            if identifier is not None:
+                self.hub.cancel(identifier)
+            return
         self.sweeper.wake()
-        try:
-            self.tail.announce(UUID(payload))
-        except ValueError:
-            pass
+        if identifier is not None:
+            self.tail.announce(identifier)
+
+    async def listen(self, notices: AsyncIterable[tuple[str, str]]) -> None:
+        """Takes notices until cancelled."""
+        async for channel, payload in notices:
+            self.notice(channel, payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,14 @@ async def serve(settings: SessionSettings) -> None:
     Raises:
         StartupError: The database or an address cannot be used.
     """
-    async with _open_store(settings) as store, assemble(settings, store) as replica:
+    url = settings.database_url.get_secret_value()
+    async with (
+        _open_store(settings) as store,
+        assemble(settings, store) as replica,
+        Notifications(url, name=f"{settings.replica}-listen") as notices,
+        TaskOwner("notices", on_failure=lambda _task, _error: replica.server.signals.trigger()) as owner,
+    ):
+        owner.start(replica.listen(notices), name="listen")
         await replica.server.serve()
 
 

@@ -203,7 +203,7 @@ class RedisReader:
         }
         ids = [f"{position.seq}-0" for position in positions.values()]
         try:
-            answer = await self._reading.execute_command(
+            answer = await self._reading.execute_command(  # type: ignore[no-untyped-call]
                 "XREAD",
                 "COUNT",
                 _READ_COUNT,

@@ -11,6 +11,7 @@ import pytest
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
 from meshkit.errors import InternalError, from_rpc_error
+from services.session.store.notifications import CANCEL
 from services.session.storm import GRACE_MS, STORM_GRACE_MS
 from tests.unit.session.calls import (
     append_stream,
@@ -181,12 +182,12 @@ async def test_a_cancel_reaches_the_stream_that_holds_the_run(client: Client) ->
     async with append_stream(client) as stream, append_stream(client) as second:
         await stream.write(writer.append("text.delta"))
         await second.write(other.append("text.delta"))
-        client.replica.cancel_asked(writer.run_id)
+        client.replica.notice(CANCEL, writer.run_id)
         response = await stream.call.read()
         assert list(response.cancelled_run_ids) == [writer.run_id]
-        client.replica.cancel_asked("00000000-0000-7000-8000-000000000000")
-        client.replica.cancel_asked("no id")
-        client.replica.cancel_asked(other.run_id)
+        client.replica.notice(CANCEL, "00000000-0000-7000-8000-000000000000")
+        client.replica.notice(CANCEL, "no id")
+        client.replica.notice(CANCEL, other.run_id)
         response = await second.call.read()
         assert list(response.cancelled_run_ids) == [other.run_id]
 
@@ -206,7 +207,7 @@ async def test_reattach_moves_the_run_under_a_new_fence(client: Client) -> None:
         writer.fence = answer.grant.fence
         [result] = await second.write(writer.append("text.delta", first_seq=3))
         assert result.outcome == COMMITTED
-        client.replica.cancel_asked(writer.run_id)
+        client.replica.notice(CANCEL, writer.run_id)
         assert list((await second.call.read()).cancelled_run_ids) == [writer.run_id]
 
 
