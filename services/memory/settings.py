@@ -16,7 +16,7 @@ class MemorySettings(MeshSettings):
     )
     memory_pool_size: int = Field(8, ge=1, le=100, description="Most database connections of one replica.")
     memory_min_score: float = Field(
-        0.2,
+        0.15,
         ge=-1,
         le=1,
         description="Least nearness in meaning (cosine) of what is recalled, unless a call says otherwise.",
