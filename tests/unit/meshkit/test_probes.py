@@ -34,7 +34,7 @@ async def get(probes: ProbeServer, path: str) -> tuple[int, str]:
 async def probes() -> AsyncIterator[ProbeServer]:
     registry = CollectorRegistry()
     rpc_metrics(registry).started("/a/b")
-    async with ProbeServer("127.0.0.1:0", registry=registry, io_timeout=0.3) as server:
+    async with ProbeServer("127.0.0.1:0", registry=registry, io_timeout=1.0) as server:
         yield server
 
 
