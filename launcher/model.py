@@ -20,9 +20,11 @@ from launcher.embedded import package_folder
 
 NAME = "smollm2-135m-instruct"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Without any system prompt so small a model answers questions with free association.
+INSTRUCTIONS = "You are a helpful assistant. Answer in one short sentence."
 SLOTS = 4
 TOKENS_A_SLOT = 4096
-TOKENS_A_REPLY = 512
+TOKENS_A_REPLY = 256
 
 
 def weights() -> Path:
@@ -52,7 +54,6 @@ def main() -> None:
     params.use_jinja = True
     # Defaults for requests that set none: so small a model stays on the subject only when it does not gamble.
     params.sampling.temp = 0.0
-    params.sampling.penalty_repeat = 1.1
     params.n_predict = TOKENS_A_REPLY
     params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
     server = xllamacpp.Server(params)

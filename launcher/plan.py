@@ -290,6 +290,7 @@ class Plan:
             if self.embedded_model:
                 environment = {
                     "HERMESH_LLM_MODEL": model.NAME,
+                    "HERMESH_INSTRUCTIONS": model.INSTRUCTIONS,
                     "HERMESH_LLM_TOOL_MODE": "json",
                     "HERMESH_LLM_PREFILL": "true",
                     "HERMESH_LLM_CONTEXT_TOKENS": str(model.TOKENS_A_SLOT),

@@ -16,7 +16,11 @@ def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_mesh(trace_file: Path) -> Iterator[Mesh]:
-    settings = {"HERMESH_TRACE_FILE": str(trace_file), "HERMESH_LLM_IDLE_TIMEOUT_SECONDS": "5"}
+    settings = {
+        "HERMESH_TRACE_FILE": str(trace_file),
+        "HERMESH_LLM_FIRST_BYTE_TIMEOUT": "2",
+        "HERMESH_LLM_IDLE_TIMEOUT": "5",
+    }
     with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1", settings=settings) as mesh:
         yield mesh
 
