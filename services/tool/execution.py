@@ -337,9 +337,11 @@ class Executor:
                 metrics.COMPLETE_RETRIES.inc()
                 await asyncio.sleep(wait)
             else:
+                if entry.state is None:
+                    # Begun again under a newer fence, by a replica whose outcome will be the call's.
+                    raise AbortedError("FENCE_STALE", "another try of this call has replaced this one")
                 # Somebody else may have settled the call before: the journal's word is the outcome.
-                same = entry.state is None or entry.state is outcome.state
-                return outcome if same else _stored(entry)
+                return outcome if entry.state is outcome.state else _stored(entry)
 
 
 def _prepare(found: Tool | None, request: CallRequest) -> Mapping[str, Any] | Outcome:

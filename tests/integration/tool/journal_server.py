@@ -22,8 +22,8 @@ from services.tool.domain import CallRequest, CallState, Entry, Outcome
 from tests.unit.tool.fakes import RUN, FakeJournal
 
 
-def mesh_settings(**more: Any) -> MeshSettings:
-    return MeshSettings(mesh_token=SecretStr("token"), drain_delay_seconds=0.0, drain_seconds=1.0, **more)
+def mesh_settings(token: str = "token", **more: Any) -> MeshSettings:
+    return MeshSettings(mesh_token=SecretStr(token), drain_delay_seconds=0.0, drain_seconds=1.0, **more)
 
 
 class JournalServicer(SessionInternalServiceServicer):

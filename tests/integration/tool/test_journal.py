@@ -1,88 +1,245 @@
-"""What the executor may rely on, for the journal in memory and for the one behind gRPC."""
+"""What the executor may rely on: for the journal in memory, the same behind gRPC, and the session service."""
 
-from collections.abc import AsyncIterator
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from itertools import count
+from typing import Protocol
+from uuid import UUID
 
 import pytest
 
+from hermesh.session.v1 import resources_pb2 as resources
+from hermesh.session.v1 import session_internal_service_pb2 as internal
 from meshkit.channel import open_channel
 from meshkit.errors import NotFoundError, UnavailableError
-from services.tool.domain import BeginOutcome, CallState, Entry, Outcome
+from services.tool.domain import BeginOutcome, CallRequest, CallState, Outcome
 from services.tool.journal import Journal, MeshJournal
 from services.tool.registry import Effect
+from tests.integration.session.process import (
+    KEY,
+    MESH_TOKEN,
+    Client,
+    SessionProcess,
+    connect,
+    environment,
+    run_command,
+)
 from tests.integration.tool.journal_server import mesh_settings, serve_journal
+from tests.unit.session.calls import Writer, append_stream, claim, new_writer
 from tests.unit.tool.fakes import FakeJournal, call
 
-CALL = "0192aaaa-0000-7000-8000-000000000003:1:0"
+
+class Bench(Protocol):
+    """A journal and a run that the tests make calls for."""
+
+    journal: Journal
+
+    async def intend(self, effect: Effect = Effect.PURE) -> CallRequest:
+        """Stores the intent of a call and returns it under the present fence."""
+        ...
+
+    async def take_over(self, request: CallRequest) -> CallRequest:
+        """Gives the session to another holder; returns the call under its fence."""
+        ...
+
+
+class FakeBench:
+    """Over a `FakeJournal`, reached directly or through gRPC."""
+
+    def __init__(self, memory: FakeJournal, journal: Journal) -> None:
+        self._memory = memory
+        self.journal = journal
+        self._numbers = count()
+
+    async def intend(self, effect: Effect = Effect.PURE) -> CallRequest:
+        call_id = f"run:1:{next(self._numbers)}"
+        self._memory.intend(call_id, effect)
+        return call(call_id, fence=self._memory.fence)
+
+    async def take_over(self, request: CallRequest) -> CallRequest:
+        self._memory.fence += 1
+        return replace(request, fence=self._memory.fence)
+
+
+class SessionBench:
+    """Over a session process on PostgreSQL."""
+
+    def __init__(self, journal: Journal, client: Client, writer: Writer) -> None:
+        self.journal = journal
+        self._client = client
+        self._writer = writer
+        self._numbers = count()
+
+    async def intend(self, effect: Effect = Effect.PURE) -> CallRequest:
+        writer = self._writer
+        call_id = f"{writer.run_id}:1:{next(self._numbers)}"
+        write = writer.append("tool.call")
+        write.commit.intents.append(
+            resources.ToolCall(
+                call_id=call_id,
+                name="lever",
+                arguments="{}",
+                effect=resources.EffectClass.ValueType(effect),
+                idempotency_key=f"key-{call_id}",
+            )
+        )
+        async with append_stream(self._client) as stream:
+            [result] = await stream.write(write)
+        assert result.outcome == internal.APPEND_OUTCOME_COMMITTED
+        made = call(call_id, fence=writer.fence)
+        return replace(made, session_id=UUID(writer.session_id), run_id=UUID(writer.run_id))
+
+    async def take_over(self, request: CallRequest) -> CallRequest:
+        writer = self._writer
+        lease = internal.LeaseRef(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
+        released = await self._client.mesh.ReleaseLease(internal.ReleaseLeaseRequest(lease=lease))
+        assert released.released
+        self._writer = await claim(self._client, writer.run_id, "agent-2")
+        return replace(request, fence=self._writer.fence)
+
+
+@pytest.fixture(scope="module")
+def session_process(database: str) -> Iterator[SessionProcess]:
+    values = environment(database)
+    done = run_command("bootstrap", "--api-key-env", "HERMESH_API_KEY", **values, HERMESH_API_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    process = SessionProcess("session-1", values)
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.kill()
+        shutil.rmtree(process.folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["memory", "grpc", "session"])
+def kind(request: pytest.FixtureRequest) -> str | SessionProcess:
+    """Which journal; a process is started here, outside of the tests' event loop."""
+    name: str = request.param
+    return request.getfixturevalue("session_process") if name == "session" else name
 
 
 @pytest.fixture
-def memory() -> FakeJournal:
-    return FakeJournal()
-
-
-@pytest.fixture(params=["memory", "mesh"])
-async def journal(request: pytest.FixtureRequest, memory: FakeJournal) -> AsyncIterator[Journal]:
-    if request.param == "memory":
-        yield memory
-        return
-    async with serve_journal(memory) as address:
+async def bench(kind: str | SessionProcess) -> AsyncIterator[Bench]:
+    async with AsyncExitStack() as stack:
+        if isinstance(kind, SessionProcess):
+            process = kind
+            settings = mesh_settings(mesh_address=process.address, token=MESH_TOKEN)
+            channel = await stack.enter_async_context(open_channel(settings))
+            client = await stack.enter_async_context(connect(process))
+            yield SessionBench(MeshJournal(channel, settings), client, await new_writer(client))
+            return
+        memory = FakeJournal()
+        if kind == "memory":
+            yield FakeBench(memory, memory)
+            return
+        address = await stack.enter_async_context(serve_journal(memory))
         settings = mesh_settings(mesh_address=address)
-        async with open_channel(settings) as channel:
-            yield MeshJournal(channel, settings)
+        channel = await stack.enter_async_context(open_channel(settings))
+        yield FakeBench(memory, MeshJournal(channel, settings))
 
 
-async def test_an_intended_call_may_go_and_has_its_key(journal: Journal, memory: FakeJournal) -> None:
-    memory.intend(CALL, Effect.IDEMPOTENT)
-    outcome, entry = await journal.begin(call(CALL))
+async def test_an_intended_call_may_go_and_has_its_key(bench: Bench) -> None:
+    request = await bench.intend(Effect.IDEMPOTENT)
+    outcome, entry = await bench.journal.begin(request)
     assert outcome is BeginOutcome.GO
-    assert entry == Entry(None, idempotency_key=f"key-{CALL}", effect=2)
+    assert (entry.state, entry.effect) == (None, Effect.IDEMPOTENT)
+    assert entry.idempotency_key == f"key-{request.call_id}"
 
 
 @pytest.mark.parametrize("state", [CallState.COMPLETED, CallState.FAILED])
-async def test_a_finished_call_is_done_with_its_result(
-    journal: Journal, memory: FakeJournal, state: CallState
-) -> None:
-    memory.intend(CALL)
-    await journal.begin(call(CALL))
-    stored = await journal.complete(call(CALL), Outcome(state, "résult", "sha256:ab"))
+async def test_a_finished_call_is_done_with_its_result(bench: Bench, state: CallState) -> None:
+    request = await bench.intend()
+    await bench.journal.begin(request)
+    stored = await bench.journal.complete(request, Outcome(state, "résult", "sha256:ab"))
     assert (stored.state, stored.content, stored.content_ref) == (state, "résult", "sha256:ab")
-    outcome, entry = await journal.begin(call(CALL, fence=9))
-    assert (outcome, entry) == (BeginOutcome.DONE, stored)
+    assert await bench.journal.begin(request) == (BeginOutcome.DONE, stored)
+    assert await bench.journal.begin(await bench.take_over(request)) == (BeginOutcome.DONE, stored)
 
 
-async def test_the_first_outcome_stays(journal: Journal, memory: FakeJournal) -> None:
-    memory.intend(CALL)
-    await journal.begin(call(CALL))
-    await journal.complete(call(CALL), Outcome(CallState.COMPLETED, "first"))
-    again = await journal.complete(call(CALL), Outcome(CallState.FAILED, "second"))
+async def test_the_first_outcome_stays(bench: Bench) -> None:
+    request = await bench.intend()
+    await bench.journal.begin(request)
+    await bench.journal.complete(request, Outcome(CallState.COMPLETED, "first"))
+    again = await bench.journal.complete(request, Outcome(CallState.FAILED, "second"))
     assert (again.state, again.content) == (CallState.COMPLETED, "first")
 
 
 @pytest.mark.parametrize(
-    ("effect", "outcome"), [(Effect.PURE, BeginOutcome.GO), (Effect.NON_IDEMPOTENT, BeginOutcome.UNKNOWN)]
+    ("effect", "expected"),
+    [
+        (Effect.PURE, BeginOutcome.GO),
+        (Effect.IDEMPOTENT, BeginOutcome.GO),
+        (Effect.NON_IDEMPOTENT, BeginOutcome.UNKNOWN),
+    ],
 )
+@pytest.mark.parametrize("moved", [False, True])
 async def test_a_begun_call_goes_again_only_if_it_may(
-    journal: Journal, memory: FakeJournal, effect: Effect, outcome: BeginOutcome
+    bench: Bench, effect: Effect, expected: BeginOutcome, moved: bool
 ) -> None:
-    memory.intend(CALL, effect)
-    assert (await journal.begin(call(CALL)))[0] is BeginOutcome.GO
-    assert (await journal.begin(call(CALL)))[0] is outcome
+    request = await bench.intend(effect)
+    assert (await bench.journal.begin(request))[0] is BeginOutcome.GO
+    if moved:
+        request = await bench.take_over(request)
+    assert (await bench.journal.begin(request))[0] is expected
 
 
-async def test_an_old_fence_is_told(journal: Journal, memory: FakeJournal) -> None:
-    memory.intend(CALL)
-    memory.fence = 3
-    assert (await journal.begin(call(CALL, fence=2)))[0] is BeginOutcome.FENCED
+async def test_an_old_fence_is_told(bench: Bench) -> None:
+    request = await bench.intend()
+    current = await bench.take_over(request)
+    assert (await bench.journal.begin(request))[0] is BeginOutcome.FENCED
+    assert (await bench.journal.begin(current))[0] is BeginOutcome.GO
 
 
-async def test_errors_keep_their_type(journal: Journal, memory: FakeJournal) -> None:
-    with pytest.raises(NotFoundError) as caught:
-        await journal.begin(call(CALL))
-    assert caught.value.reason == "TOOL_CALL_NOT_FOUND"
-    memory.intend(CALL)
+async def test_an_act_that_ends_after_a_takeover_is_still_recorded(bench: Bench) -> None:
+    request = await bench.intend(Effect.NON_IDEMPOTENT)
+    await bench.journal.begin(request)
+    current = await bench.take_over(request)
+    assert (await bench.journal.begin(current))[0] is BeginOutcome.UNKNOWN
+    entry = await bench.journal.complete(request, Outcome(CallState.COMPLETED, "done"))
+    assert (entry.state, entry.content) == (CallState.COMPLETED, "done")
+
+
+async def test_a_try_that_was_replaced_records_nothing(bench: Bench) -> None:
+    request = await bench.intend(Effect.PURE)
+    await bench.journal.begin(request)
+    await bench.journal.begin(await bench.take_over(request))
+    entry = await bench.journal.complete(request, Outcome(CallState.COMPLETED, "old"))
+    assert entry.state is None
+
+
+async def test_an_unknown_outcome_is_kept(bench: Bench) -> None:
+    request = await bench.intend(Effect.NON_IDEMPOTENT)
+    await bench.journal.begin(request)
+    entry = await bench.journal.complete(request, Outcome(CallState.UNKNOWN, "?"))
+    assert entry.state is CallState.UNKNOWN
+    assert (await bench.journal.begin(request))[0] is BeginOutcome.UNKNOWN
+
+
+async def test_a_call_that_nobody_intended_is_not_found(bench: Bench) -> None:
+    request = replace(await bench.intend(), call_id="nobody:1:0")
+    for attempt in (
+        bench.journal.begin(request),
+        bench.journal.complete(request, Outcome(CallState.FAILED, "x")),
+    ):
+        with pytest.raises(NotFoundError) as caught:
+            await attempt
+        assert caught.value.reason == "TOOL_CALL_NOT_FOUND"
+
+
+async def test_errors_keep_their_type_over_grpc() -> None:
+    memory = FakeJournal()
+    memory.intend("run:1:0")
     memory.complete_errors = [UnavailableError("DATABASE_UNAVAILABLE", "away", retry_after_ms=5)]
-    with pytest.raises(UnavailableError) as away:
-        await journal.complete(call(CALL), Outcome(CallState.COMPLETED, "x"))
+    async with serve_journal(memory) as address:
+        settings = mesh_settings(mesh_address=address)
+        async with open_channel(settings) as channel:
+            with pytest.raises(UnavailableError) as away:
+                await MeshJournal(channel, settings).complete(call(), Outcome(CallState.COMPLETED, "x"))
     assert (away.value.reason, away.value.retry_after_ms) == ("DATABASE_UNAVAILABLE", 5)
 
 
@@ -90,4 +247,4 @@ async def test_a_session_service_that_is_gone_is_unavailable() -> None:
     settings = mesh_settings(mesh_address="127.0.0.1:1")
     async with open_channel(settings) as channel:
         with pytest.raises(UnavailableError):
-            await MeshJournal(channel, settings).begin(call(CALL))
+            await MeshJournal(channel, settings).begin(call())

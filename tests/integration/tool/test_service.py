@@ -141,6 +141,7 @@ async def test_a_calculation_goes_through_the_journal(service: Service) -> None:
     (last,) = await service.execute("calculator", {"expression": "6 * 7"})
     assert last.result == pb.Result(state=resources_pb2.TOOL_CALL_STATE_COMPLETED, content="42")
     assert [outcome.content for outcome in service.journal.completes] == ["42"]
+    service.journal.fence = 8
     (again,) = await service.execute("calculator", {"expression": "6 * 7"}, fence=8)
     assert (again.result.content, again.result.reused) == ("42", True)
 

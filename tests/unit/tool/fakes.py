@@ -50,10 +50,10 @@ class FakeJournal:
         row = self.rows.get(request.call_id)
         if row is None:
             raise NotFoundError("TOOL_CALL_NOT_FOUND", "no such call")
-        if row.entry.state in (CallState.COMPLETED, CallState.FAILED):
-            return BeginOutcome.DONE, row.entry
         if request.fence != self.fence:
             return BeginOutcome.FENCED, row.entry
+        if row.entry.state in (CallState.COMPLETED, CallState.FAILED):
+            return BeginOutcome.DONE, row.entry
         if row.entry.state is CallState.UNKNOWN or (row.running and row.effect is Effect.NON_IDEMPOTENT):
             row.entry = replace(row.entry, state=CallState.UNKNOWN)
             return BeginOutcome.UNKNOWN, row.entry
@@ -63,8 +63,11 @@ class FakeJournal:
     async def complete(self, request: CallRequest, outcome: Outcome) -> Entry:
         if self.complete_errors:
             raise self.complete_errors.pop(0)
-        row = self.rows[request.call_id]
-        if row.entry.state is None:
+        row = self.rows.get(request.call_id)
+        if row is None:
+            raise NotFoundError("TOOL_CALL_NOT_FOUND", "no such call")
+        begun = row.running and row.fence == request.fence
+        if begun and row.entry.state in (None, CallState.UNKNOWN):
             self.completes.append(outcome)
             row.entry = replace(
                 row.entry, state=outcome.state, content=outcome.content, content_ref=outcome.content_ref

@@ -72,6 +72,7 @@ async def test_a_finished_call_is_answered_from_the_journal(journal: FakeJournal
     lever = Lever()
     runner = executor(journal, owner, lever)
     await outcome(runner, call())
+    journal.fence = 7
     again = await outcome(runner, call(fence=7))
     assert again == Outcome(CallState.COMPLETED, "done", reused=True)
     assert len(lever.calls) == 1
@@ -271,6 +272,39 @@ async def test_a_record_that_can_never_be_taken_is_not_tried_again(
     with pytest.raises(NotFoundError):
         await updates(executor(journal, owner, Lever()), call())
     assert len(journal.complete_errors) == 1
+
+
+async def test_a_try_that_was_replaced_does_not_speak_for_the_call(
+    journal: FakeJournal, owner: TaskOwner
+) -> None:
+    lever = Lever()
+    lever.wait = True
+    stream = executor(journal, owner, lever).run(call())
+    await anext(stream)
+    journal.fence = 2
+    await journal.begin(call(fence=2))
+    lever.release.set()
+    with pytest.raises(AbortedError) as caught:
+        await anext(stream)
+    assert caught.value.reason == "FENCE_STALE"
+    assert journal.completes == []
+
+
+async def test_an_unknown_call_becomes_known_when_its_act_ends(
+    journal: FakeJournal, owner: TaskOwner
+) -> None:
+    journal.intend("run:1:0", Effect.NON_IDEMPOTENT)
+    lever = Lever(Effect.NON_IDEMPOTENT)
+    lever.wait = True
+    stream = executor(journal, owner, lever).run(call())
+    await anext(stream)
+    journal.fence = 2
+    elsewhere = executor(journal, owner, Lever(Effect.NON_IDEMPOTENT))
+    assert (await outcome(elsewhere, call(fence=2))).state is CallState.UNKNOWN
+    lever.release.set()
+    assert await anext(stream) == Outcome(CallState.COMPLETED, "done")
+    assert journal.rows["run:1:0"].entry.state is CallState.COMPLETED
+    await stream.aclose()
 
 
 async def test_what_somebody_else_settled_before_stays(journal: FakeJournal, owner: TaskOwner) -> None:
