@@ -107,6 +107,7 @@ class Server:
         self._configure_logging = configure_logging
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
+        self._reflected: list[str] = []
         self._drain_callbacks: list[DrainCallback] = []
         self._late_callbacks: list[DrainCallback] = []
         self._readiness = Readiness()
@@ -172,6 +173,10 @@ class Server:
         """
         add_to_server(servicer, self._require())
         self._names.append(service_name)
+
+    def reflect(self, *service_names: str) -> None:
+        """Lists services of other replicas too, where one server answers for the whole public port."""
+        self._reflected.extend(service_names)
 
     def on_drain(self, callback: DrainCallback, *, after_delay: bool = False) -> None:
         """Adds what ends the service's own work when the process is told to stop.
@@ -300,7 +305,9 @@ class Server:
             await asyncio.sleep(_HEALTH_PERIOD)
 
     def _add_reflection(self, server: grpc.aio.Server) -> None:
-        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        # What is for the mesh only is not for those who look around from outside.
+        public = [name for name in (*self._names, *self._reflected) if not name.endswith("InternalService")]
+        names = (*public, health.SERVICE_NAME, reflection.SERVICE_NAME)
         servicer = reflection.aio.ReflectionServicer(service_names=names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
         # grpcio-reflection has v1alpha only; v1 is the same messages under another name.

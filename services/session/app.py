@@ -11,9 +11,12 @@ from uuid import UUID
 import redis.asyncio
 import structlog
 
+from hermesh.agent.v1 import agent_service_pb2
 from hermesh.agent.v1 import agent_service_pb2_grpc as agent_grpc
+from hermesh.memory.v1 import memory_service_pb2
 from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
+from hermesh.tool.v1 import tool_service_pb2
 from meshkit.auth import CachingAuthenticator
 from meshkit.channel import open_channel
 from meshkit.errors import HermeshError, StartupError
@@ -46,6 +49,15 @@ _log = structlog.get_logger("session.app")
 
 PUBLIC = "hermesh.session.v1.SessionService"
 INTERNAL = "hermesh.session.v1.SessionInternalService"
+# The public port's reflection is answered here, for every public service.
+ELSEWHERE = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (agent_service_pb2, "AgentService"),
+        (tool_service_pb2, "ToolService"),
+        (memory_service_pb2, "MemoryService"),
+    )
+)
 SCHEMA = "session"
 MIGRATIONS = Path(__file__).parent / "store" / "migrations"
 _CLOSE_SECONDS = 3.0
@@ -163,6 +175,7 @@ async def assemble(
             SessionServicer(store, commits, lambda tenant_id: Watcher(store, tail, tenant_id)),
             PUBLIC,
         )
+        server.reflect(*ELSEWHERE)
         server.add(
             internal_grpc.add_SessionInternalServiceServicer_to_server,
             SessionInternalServicer(store, hub, commits, keys),
