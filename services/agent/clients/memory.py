@@ -54,6 +54,8 @@ class MemoryClient:
         Raises:
             HermeshError: the memory service failed, or took longer than `timeout` seconds.
         """
+        if not spec.user and spec.ordinal <= 1:
+            return (), {}  # a session of nobody has nothing to recall before its first run is over
         try:
             async with asyncio.TaskGroup() as group:
                 recalled = group.create_task(self._recall(spec, query, timeout))
@@ -65,8 +67,7 @@ class MemoryClient:
         return recalled.result(), preferences.result()
 
     async def _recall(self, spec: RunSpec, query: str, timeout: float) -> Sequence[Recalled]:
-        # A session of nobody has nothing to recall before its first run is over.
-        if not query or (not spec.user and spec.ordinal <= 1):
+        if not query:
             return ()
         request = RecallRequest(scope=_scope(spec), query=cut(query, MAX_QUERY))
         found: list[Recalled] = []

@@ -44,20 +44,20 @@ class RunJournal:
 
     def started(self, attempt: int, replica: str) -> None:
         """This replica begins to work on the run."""
-        self._writer.event("run.started", {"attempt": attempt, "replica": replica})
+        self._writer.event("run.started", {"attempt": attempt, "replica": replica}, patient=True)
 
     def step(self, number: int) -> None:
         """A step begins; results of the step before become messages with it."""
         commit = self._carry(StepCommit()) if self._carried else None
-        self._writer.events([("step.started", {"step": number})], commit)
+        self._writer.events([("step.started", {"step": number})], commit, patient=True)
 
     def reset(self, from_seq: int, reason: str) -> None:
         """Readers discard what came from a seq on."""
-        self._writer.event("attempt.reset", {"from_seq": from_seq, "reason": reason})
+        self._writer.event("attempt.reset", {"from_seq": from_seq, "reason": reason}, patient=True)
 
     def degraded(self, part: str, detail: str) -> None:
         """The run goes on without something."""
-        self._writer.event("context.degraded", {"part": part, "detail": detail})
+        self._writer.event("context.degraded", {"part": part, "detail": detail}, patient=True)
 
     def recalled(self, memories: Sequence[Recalled]) -> None:
         """Memories were found."""
@@ -65,7 +65,7 @@ class RunJournal:
             {"memory_id": memory.memory_id, "text": memory.text, "score": round(memory.score, 4)}
             for memory in memories
         ]
-        self._writer.event("memory.recalled", {"memories": entries})
+        self._writer.event("memory.recalled", {"memories": entries}, patient=True)
 
     def called(self, turn: Turn, effects: dict[str, EffectClass.ValueType]) -> None:
         """A model turn ended with tool calls; those that can run get their intent into the journal.

@@ -121,7 +121,8 @@ class AppendLink:
                     await self._serve()
                 except* Exception as group:  # whatever it was: the runs need a stream
                     cause = _describe(group.exceptions[0])
-                    _log.warning("append stream broke", runs=len(self._writers), cause=cause)
+                    say = _log.debug if failures else _log.warning
+                    say("append stream broke", runs=len(self._writers), cause=cause)
                 for writer in self._writers.values():
                     writer.detach()
                 failures = 0 if self._monotonic() - started > 1.0 else failures + 1
@@ -174,13 +175,13 @@ class AppendLink:
         self._reattach.clear()
         size = 0
         pace = min(MAX_PACE, len(self._writers) / self._rate) if self._rate else 0.0
-        recent = self._monotonic() - pace
+        now = self._monotonic()
         while self._ready and size < MAX_MESSAGE:
             _, writer = self._ready.popitem()
             if not writer.ready:
                 continue
-            if pace and not writer.urgent and writer.sent_at > recent:
-                self._hold_back(writer, pace)
+            if not writer.urgent and max(writer.sent_at + pace, writer.hold_until) > now:
+                self._hold_back(writer, max(pace, writer.hold_until - now))
                 continue
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.

@@ -41,7 +41,7 @@ _log = structlog.get_logger("agent.run")
 LAST_WRITE_SECONDS = 30.0
 RELEASE_SECONDS = 1.0
 _BROKE_OFF = "model_stream_broke"
-_TAKEN_OVER = "agent_lost"
+_TAKEN_OVER = "taken_over"
 
 
 class Runner:

@@ -32,6 +32,8 @@ from services.agent.runs.subscription import Subscription
 MAX_TEXT = 64 * 1024
 MAX_APPEND = 512 * 1024
 HIGH_WATER = 1024 * 1024
+# A fast model's first token comes within this time, seconds; then a turn's opening costs no write of its own.
+PATIENCE = 0.015
 
 
 class WriterStopped(Exception):
@@ -97,6 +99,8 @@ class RunWriter:
         self.sent_at = float("-inf")
         # Whether what waits must not wait longer: a turn's first text, and all that is not text.
         self.urgent = False
+        # Until when what waits may wait for a first text that goes along.
+        self.hold_until = float("-inf")
         self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
         self._now_ms = now_ms
         self._monotonic = monotonic
@@ -153,18 +157,23 @@ class RunWriter:
         """Whether so much waits to be stored that a producer should wait in `room`."""
         return self._pending_size > HIGH_WATER
 
-    def event(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Write an event."""
-        self.events([(kind, data)])
+    def event(self, kind: str, data: Mapping[str, Any], *, patient: bool = False) -> None:
+        """Write an event; see `events`."""
+        self.events([(kind, data)], patient=patient)
 
     def events(
-        self, events: Sequence[tuple[str, Mapping[str, Any]]], commit: StepCommit | None = None
+        self,
+        events: Sequence[tuple[str, Mapping[str, Any]]],
+        commit: StepCommit | None = None,
+        *,
+        patient: bool = False,
     ) -> None:
         """Write events that are stored together, in one transaction with `commit`.
 
         Args:
             events: type and data of each.
             commit: what else changes with them.
+            patient: whether they may wait a moment for what follows, to be stored together with it.
         """
         if self._stopped is not None:
             raise self._stopped
@@ -173,7 +182,12 @@ class RunWriter:
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size
-        self._said, self.urgent = False, True
+        self._said = False
+        if patient:
+            if not self.urgent:
+                self.hold_until = self._monotonic() + PATIENCE
+        else:
+            self.urgent = True
         if self._in_flight is None:
             self._schedule(self)
 
@@ -188,6 +202,9 @@ class RunWriter:
         Raises:
             WriterStopped: it cannot be.
         """
+        if self._pending:
+            self.urgent = True
+            self._schedule(self)
         while self._pending or self._in_flight is not None:
             await self._wait()
         if self._stopped is not None:

@@ -126,6 +126,7 @@ class FakeStore:
         self.runs: dict[str, FakeRun] = {}
         self.streams: list[FakeCall] = []
         self.script: list[str] = []
+        self.appends = 0
         self.hold = False
         self.held: list[tuple[FakeCall, AppendRequest]] = []
         self.released: list[str] = []
@@ -157,6 +158,7 @@ class FakeStore:
                 result.lost = True
             response.reattached.append(result)
         for append in request.appends:
+            self.appends += 1
             action = self.script.pop(0) if self.script else "commit"
             if action == "break":  # lost on the way
                 call.break_off()

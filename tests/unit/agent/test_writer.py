@@ -288,3 +288,24 @@ async def test_text_that_gathered_goes_out_by_itself():
         async with asyncio.timeout(2):
             await writer.flush()
         assert run.text() == "abc"
+
+
+async def test_a_turns_opening_waits_for_a_first_word_that_comes_soon():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.event("run.started", {}, patient=True)
+        writer.event("step.started", {}, patient=True)
+        await asyncio.sleep(0)
+        writer.text("text.delta", "a")
+        await writer.flush()
+        assert setup.store.appends == 1
+        assert run.types() == ["run.created", "run.started", "step.started", "text.delta"]
+
+
+async def test_a_turns_opening_goes_out_by_itself_when_no_word_comes():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.event("run.started", {}, patient=True)
+        await setup.store.until(lambda: "run.started" in run.types())
