@@ -60,7 +60,7 @@ def restore(
         The state to go on with. Where the log has half a turn, `partial` says so.
     """
     fold = _fold(events)
-    own = [message for message in messages if message.run_id == run_id and message.role == "assistant"]
+    own = [message for message in _written(run_id, messages) if message.role == "assistant"]
     chat = tuple(to_chat(message) for message in messages)
     state = LoopState(
         messages=chat,
@@ -80,6 +80,16 @@ def restore(
     by_id = {call.call_id: call for call in journal}
     calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, approval) for use in uses)
     return replace(state, calls=calls)
+
+
+def _written(run_id: str, messages: Sequence[StoredMessage]) -> list[StoredMessage]:
+    """Return what the run itself wrote: its messages after its input.
+
+    A caller may hand in a whole conversation, replies included; the input's last message is never one.
+    """
+    run = [message for message in messages if message.run_id == run_id]
+    last_input = max((i for i, message in enumerate(run) if message.role in ("user", "system")), default=-1)
+    return run[last_input + 1 :]
 
 
 def _fold(events: Sequence[LoggedEvent]) -> _Fold:

@@ -51,6 +51,8 @@ def check_input(messages: Sequence[tuple[str, str]]) -> None:
         if not content.strip():
             violations.append(FieldViolation(f"input[{index}].content", "must not be empty"))
         check_text(f"input[{index}].content", content, violations)
+    if messages and messages[-1][0] == "assistant":
+        violations.append(FieldViolation(f"input[{len(messages) - 1}].role", "the last message is the user's"))
     if size > MAX_INPUT_BYTES:
         raise InvalidArgumentError(
             "INPUT_TOO_LARGE",

@@ -27,6 +27,14 @@ def test_a_run_without_a_past_is_its_conversation():
     assert (state.step, state.turns, state.partial, state.calls) == (0, 0, None, ())
 
 
+def test_a_reply_that_the_caller_handed_in_is_not_the_runs_own():
+    handed_in = [USER, StoredMessage("r", "assistant", "an earlier reply"), USER]
+    state = restore("r", handed_in)
+    assert (state.turns, state.finish_reason) == (0, "")
+    answered = restore("r", [*handed_in, StoredMessage("r", "assistant", "Hello")])
+    assert (answered.turns, answered.finish_reason) == (1, "stop")
+
+
 def test_half_a_turn_is_partial_from_its_first_text():
     events = log(STEP, (4, "reasoning.delta", {"text": "hm"}), (5, "text.delta", {"text": "Hel"}))
     state = restore("r", [USER], events)
