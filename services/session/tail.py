@@ -28,6 +28,7 @@ _MAX_QUEUED_BYTES = 1024 * 1024
 # What an event weighs beside its text.
 _EVENT_OVERHEAD = 200
 _POLL_CHUNK = 1000
+_READ_PAUSE_S = 0.003
 
 
 class Heads(Protocol):
@@ -388,6 +389,9 @@ class Tail:
             backoff.reset()
             for run_id, events in found.items():
                 self.deliver_events(run_id, events)
+            if found:
+                # One read brings what came meanwhile on all streams.
+                await asyncio.sleep(_READ_PAUSE_S)
 
     async def wake_reader(self) -> None:
         """Wakes the read that is under way whenever a watch begins, until cancelled."""

@@ -1,14 +1,17 @@
 """Live streams in Redis: a copy of what is committed, fenced, short-lived, and good for nothing but speed.
 
 Keys are `hermesh:{<session>}:fence` and `hermesh:{<session>}:run:<run>:events`. A stream's entries have the
-explicit ids `<seq>-0` and the fields t (type), m (time, ms) and d (data). A stream holds a run's events
-without a gap from some seq on; what is before is in PostgreSQL.
+explicit ids `<seq>-0` and one field, e: `<type> <time, ms> <data>`. A stream holds a run's events without a
+gap from some seq on; what is before is in PostgreSQL.
+
+Many runs are written by one script and read by one command, because a command costs this process far more
+than an event does. That asks for one Redis (or one with replicas), not for a Redis Cluster.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -24,44 +27,57 @@ from services.session.tail import Position
 
 _log = structlog.get_logger("session.redis")
 
-# Writes events if the caller's fence is not old. An absent fence key fails closed: after a loss of data an
-# old writer must not look like the current one. A gap is refused unless the caller asks to begin anew here.
+# Writes the events of many publications, each under its own session's fence and with its own reply. A fence
+# that is older than the session's writes nothing. An absent one fails closed: after a loss of data an old
+# writer must not look like the current one. A gap is refused unless the caller asks to begin anew there.
+# KEYS: fence and stream of each; ARGV: reseed, TTL, length, then of each: fence, first seq, count, events.
 _PUBLISH = """
-local fence = tonumber(ARGV[1])
-local held = redis.call('GET', KEYS[1])
-if not held then return 'MISSING' end
-held = tonumber(held)
-if fence < held then return 'STALE' end
-local first = tonumber(ARGV[2])
-local at = 0
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-if last[1] then
-  at = tonumber(string.match(last[1][1], '^%d+'))
-  if first > at + 1 then
-    if ARGV[3] ~= '1' then return 'GAP' end
-    redis.call('DEL', KEYS[2])
-    at = 0
+local function broken(reply) return type(reply) == 'table' and reply.err end
+local ttl, length = ARGV[2], ARGV[3]
+local at = 4
+local function publish(fence_key, stream, fence, first, count)
+  local held = redis.pcall('GET', fence_key)
+  if broken(held) then return 'BROKEN' end
+  if not held then return 'MISSING' end
+  held = tonumber(held)
+  if not held then return 'BROKEN' end
+  if tonumber(fence) < held then return 'STALE' end
+  local last = redis.pcall('XREVRANGE', stream, '+', '-', 'COUNT', 1)
+  if broken(last) then return 'BROKEN' end
+  local have = 0
+  if last[1] then
+    have = tonumber(string.match(last[1][1], '^%d+'))
+    if first > have + 1 then
+      if ARGV[1] ~= '1' then return 'GAP' end
+      redis.call('DEL', stream)
+      have = 0
+    end
   end
-end
-if fence > held then redis.call('SET', KEYS[1], ARGV[1]) end
-local seq = first
-for i = 6, #ARGV, 3 do
-  if seq > at then
-    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], string.format('%d-0', seq),
-      't', ARGV[i], 'm', ARGV[i + 1], 'd', ARGV[i + 2])
+  if tonumber(fence) > held then redis.call('SET', fence_key, fence) end
+  for i = math.max(0, have + 1 - first), count - 1 do
+    redis.call('XADD', stream, 'MAXLEN', '~', length, string.format('%d-0', first + i), 'e', ARGV[at + i])
   end
-  seq = seq + 1
+  redis.call('EXPIRE', fence_key, ttl * 2)
+  redis.call('EXPIRE', stream, ttl)
+  return 'OK'
 end
-redis.call('EXPIRE', KEYS[1], ARGV[4] * 2)
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-return 'OK'
+local replies = {}
+for n = 1, #KEYS, 2 do
+  local fence, first, count = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+  at = at + 3
+  replies[#replies + 1] = publish(KEYS[n], KEYS[n + 1], fence, first, count)
+  at = at + count
+end
+return replies
 """
 
-# Sets a fence unless a higher one is there.
+# Sets fences unless higher ones are there. KEYS: fences; ARGV: TTL, then the value of each.
 _SEED = """
-local held = redis.call('GET', KEYS[1])
-if not held or tonumber(held) < tonumber(ARGV[1]) then
-  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2] * 2)
+for n = 1, #KEYS do
+  local held = redis.pcall('GET', KEYS[n])
+  if type(held) == 'table' or not held or not tonumber(held) or tonumber(held) < tonumber(ARGV[n + 1]) then
+    redis.call('SET', KEYS[n], ARGV[n + 1], 'EX', ARGV[1] * 2)
+  end
 end
 return 'OK'
 """
@@ -117,51 +133,42 @@ class RedisStreams:
         return self._breaker.is_open
 
     async def publish(self, items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
-        """Writes publications in order, in one round trip; see `publisher.Streams`."""
-        calls = []
+        """Writes publications in order; see `publisher.Streams`."""
+        keys: list[str] = []
+        arguments: list[Any] = [int(reseed), self._ttl, self._max_events]
         for item in items:
-            arguments: list[Any] = [item.fence, item.first_seq, int(reseed), self._ttl, self._max_events]
-            for event in item.events:
-                arguments += (event.type, event.time_ms, event.data)
-            keys = (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
-            calls.append((keys, arguments))
-        answers = await self._run(_PUBLISH_SCRIPT, calls)
-        replies = []
-        for item, answer in zip(items, answers, strict=True):
-            if isinstance(answer, redis.exceptions.RedisError):
+            keys += (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
+            arguments += (item.fence, item.first_seq, len(item.events))
+            arguments += [f"{event.type} {event.time_ms} {event.data}" for event in item.events]
+        replies = [Reply(reply.decode()) for reply in await self._run(_PUBLISH_SCRIPT, keys, arguments)]
+        for item, reply in zip(items, replies, strict=True):
+            if reply is Reply.BROKEN:
                 # Something that is not ours is at these keys; without them readers use PostgreSQL.
                 _log.warning("a live stream is broken and dropped", run_id=str(item.run_id))
                 await self._drop(item)
-                replies.append(Reply.BROKEN)
-            else:
-                replies.append(Reply(answer.decode()))
         return replies
 
     async def seed(self, fences: Mapping[UUID, int]) -> None:
         """Sets fences that PostgreSQL named, unless higher ones are there."""
-        await self._run(
-            _SEED_SCRIPT,
-            [((fence_key(session_id),), [fence, self._ttl]) for session_id, fence in fences.items()],
-        )
+        keys = [fence_key(session_id) for session_id in fences]
+        await self._run(_SEED_SCRIPT, keys, [self._ttl, *fences.values()])
 
-    async def _run(self, script: _Script, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+    async def _run(self, script: _Script, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        def call() -> Awaitable[Any]:
+            answer: Awaitable[Any] = self._client.execute_command(  # type: ignore[no-untyped-call]
+                "EVALSHA", script.sha, len(keys), *keys, *arguments
+            )
+            return answer
+
         try:
-            answers = await self._breaker.run(lambda: self._send("EVALSHA", script.sha, calls))
-            if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-                # Redis is new or was flushed. What ran is skipped by its seq when it comes again.
+            try:
+                return await self._breaker.run(call)
+            except redis.exceptions.NoScriptError:
+                # Redis is new or was flushed.
                 await self._breaker.run(lambda: self._client.script_load(script.text))
-                answers = await self._breaker.run(lambda: self._send("EVALSHA", script.sha, calls))
+                return await self._breaker.run(call)
         except (BreakerOpenError, *REDIS_ERRORS) as error:
             raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
-        return answers
-
-    async def _send(
-        self, command: str, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]
-    ) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for keys, arguments in calls:
-            pipeline.execute_command(command, script, len(keys), *keys, *arguments)
-        return list(await pipeline.execute(raise_on_error=False))
 
     async def _drop(self, item: Publication) -> None:
         try:
@@ -257,10 +264,5 @@ def _streams(answer: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, byt
 
 
 def _event(run_id: UUID, entry: bytes, fields: dict[bytes, bytes]) -> Event:
-    return Event(
-        run_id,
-        int(entry.partition(b"-")[0]),
-        fields[b"t"].decode(),
-        int(fields[b"m"]),
-        fields[b"d"].decode(),
-    )
+    kind, time_ms, data = fields[b"e"].decode().split(" ", 2)
+    return Event(run_id, int(entry.partition(b"-")[0]), kind, int(time_ms), data)

@@ -130,6 +130,10 @@ async def test_something_else_at_the_keys_is_dropped(live: Live) -> None:
     ]
     await live.streams.seed({SESSION: 1})
     assert await live.streams.publish([publication(3)]) == [Reply.OK]
+    await live.client.delete(fence_key(SESSION))
+    await live.client.rpush(fence_key(SESSION), "nonsense")
+    assert await live.streams.publish([publication(4)]) == [Reply.BROKEN]
+    assert await live.streams.publish([publication(5)]) == [Reply.MISSING]
 
 
 async def test_reads_go_on_from_positions(live: Live) -> None:

@@ -155,3 +155,13 @@ async def test_an_event_without_a_lease_gets_the_sessions_fence(
         publisher.offer_event(run, Event(run_id, 2, "run.cancelled", 1, "{}"))
         await until(lambda: streams.streams.get(run_id) == [2])
     assert streams.fences == {session.session_id: 4}
+
+
+async def test_appends_of_one_run_are_one_publication(streams: FakeStreams, store: FakeStore) -> None:
+    streams.fences[SESSION] = 1
+    async with running(streams, store) as publisher:
+        for seq in range(2, 30):
+            publisher.offer(append(seq))
+        publisher.offer(append(30, fence=2))
+        await until(lambda: streams.streams.get(RUN) == list(range(2, 31)))
+    assert streams.calls == [2]
