@@ -61,6 +61,11 @@ class Notifications:
         """True while notices arrive."""
         return self._listening.is_set()
 
+    @property
+    def overflowed(self) -> bool:
+        """True once notices were dropped, until the next one is taken."""
+        return self._overflow
+
     async def wait_listening(self) -> None:
         """Returns once notices arrive; the caller sets the deadline."""
         await self._listening.wait()

@@ -1,0 +1,207 @@
+"""Leases beside appends: renewing, re-attaching, releasing, cutting; cancels; and what is due."""
+
+from __future__ import annotations
+
+import asyncio
+
+from meshkit.ids import uuid7
+from services.session.domain import AppendOutcome, ClaimOutcome, LeaseRef, RunStatus
+from tests.integration.session.store.kit import Kit, event, ref
+
+
+async def until(kit: Kit, session_id: object) -> float:
+    """Milliseconds that a session's lease has left."""
+    left: float = await kit.pool.fetchval(
+        "SELECT extract(epoch FROM lease_until - clock_timestamp())::float8 * 1000 FROM session.lease"
+        " WHERE session_id = $1",
+        session_id,
+    )
+    return left
+
+
+async def test_a_lease_lasts_its_ttl_and_renewing_starts_it_anew(kit: Kit) -> None:
+    grant = await kit.started()
+    assert grant.ttl_ms == 10_000
+    assert 5_000 < await until(kit, grant.session_id) <= 10_000
+    await kit.expire(grant.session_id)
+    # Nobody took it meanwhile.
+    assert (await kit.store.renew([ref(grant)])).lost == []
+    assert 5_000 < await until(kit, grant.session_id) <= 10_000
+
+
+async def test_renewing_says_which_are_lost_and_which_to_cancel(kit: Kit) -> None:
+    kept, lost, cancelled, done = [await kit.started() for _ in range(4)]
+    await kit.expire(lost.session_id)
+    await kit.claimed(lost.run_id, "b")
+    await kit.store.cancel(kit.tenant, cancelled.run_id, "")
+    await kit.finish(done, 2)
+    unknown = LeaseRef(uuid7(), uuid7(), 1)
+    renewal = await kit.store.renew([ref(kept), ref(lost), ref(cancelled), ref(done), unknown])
+    assert set(renewal.lost) == {lost.run_id, done.run_id, unknown.run_id}
+    assert list(renewal.cancelled) == [cancelled.run_id]
+    assert (await kit.store.renew([])).lost == ()
+
+
+async def test_reattach_fences_what_was_sent_before(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.append(grant, 2)
+    again = await kit.store.reattach(ref(grant), "a")
+    assert again is not None
+    assert (again.fence, again.attach, again.next_seq) == (grant.fence + 1, 1, 3)
+    assert (await kit.append(grant, 3)).outcome is AppendOutcome.FENCED
+    assert (await kit.append(again, 3)).outcome is AppendOutcome.COMMITTED
+
+
+async def test_reattach_whose_answer_was_lost_is_asked_for_again_with_the_old_fence(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.store.reattach(ref(grant), "a")
+    again = await kit.store.reattach(ref(grant), "a")
+    assert again is not None
+    assert (again.fence, again.attach) == (grant.fence + 2, 2)
+    assert await kit.store.reattach(ref(grant), "another") is None
+
+
+async def test_reattach_after_a_takeover_or_the_end_is_lost(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.expire(grant.session_id)
+    newer = (await kit.claimed(grant.run_id, "a")).grant
+    assert newer is not None
+    assert await kit.store.reattach(ref(grant), "a") is None
+    await kit.finish(newer, 2)
+    assert await kit.store.reattach(ref(newer), "a") is None
+    assert await kit.store.reattach(LeaseRef(uuid7(), uuid7(), 1), "a") is None
+
+
+async def test_a_released_run_is_due_at_once_and_its_holder_fenced(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.append(grant, 2)
+    assert await kit.store.release(ref(grant))
+    assert not await kit.store.release(ref(grant))
+    assert (await kit.append(grant, 3)).outcome is AppendOutcome.FENCED
+    assert await kit.due() == {grant.run_id}
+    claim = await kit.claimed(grant.run_id, "b")
+    assert claim.grant is not None
+    assert claim.grant.next_seq == 3
+
+
+async def test_cutting_a_lease_needs_fence_and_attach_to_match(kit: Kit) -> None:
+    grant, moved = await kit.started(), await kit.started()
+    attached = await kit.store.reattach(ref(moved), "a")
+    assert attached is not None
+    assert await kit.store.shorten([ref(grant), ref(moved)], 500) == 1
+    assert await until(kit, grant.session_id) <= 500
+    assert await until(kit, moved.session_id) > 5_000
+    # Never longer than it was.
+    assert await kit.store.shorten([ref(grant)], 60_000) == 1
+    assert await until(kit, grant.session_id) <= 500
+    assert await kit.store.shorten([ref(attached)], 500) == 1
+    assert await kit.store.shorten([], 500) == 0
+
+
+async def test_fences_are_read_for_many_sessions(kit: Kit) -> None:
+    grant = await kit.started()
+    session = await kit.session()
+    assert await kit.store.fences([grant.session_id, session.session_id, uuid7()]) == {
+        grant.session_id: grant.fence,
+        session.session_id: 0,
+    }
+
+
+async def test_due_gives_each_run_to_one_sweeper_and_again_only_later(kit: Kit) -> None:
+    runs = {(await kit.submit((await kit.session()).session_id)).run.run_id for _ in range(40)}
+    found = await asyncio.gather(*(kit.store.due(8) for _ in range(8)))
+    taken = [run_id for batch in found for run_id in batch if run_id in runs]
+    assert len(taken) == len(set(taken))
+    taken += [run_id for run_id in await kit.store.due(10_000) if run_id in runs]
+    assert sorted(taken) == sorted(runs)
+    assert await kit.due() == set()
+    await kit.make_due()
+    assert await kit.due() == runs
+
+
+async def test_due_finds_queued_heads_and_orphans_and_nothing_else(kit: Kit) -> None:
+    held, orphan, waiting, done = [await kit.started() for _ in range(4)]
+    behind = await kit.submit(held.session_id)
+    queued = (await kit.submit((await kit.session()).session_id)).run
+    await kit.expire(orphan.session_id)
+    await kit.step(waiting, 2, event(), status=RunStatus.REQUIRES_ACTION)
+    await kit.finish(done, 2)
+    assert await kit.due() == {orphan.run_id, queued.run_id}
+    await kit.finish(held, 2)
+    assert await kit.due() == {behind.run.run_id}
+
+
+async def test_cancel_of_a_queued_run_ends_it_and_leaves_the_holder_alone(kit: Kit) -> None:
+    grant = await kit.started("a", "first")
+    queued = await kit.submit(grant.session_id, "never")
+    after = await kit.submit(grant.session_id, "after")
+    run, terminal = await kit.store.cancel(kit.tenant, queued.run.run_id, 'a "reason"')
+    assert run.status is RunStatus.CANCELLED
+    assert terminal is not None
+    assert (terminal.seq, terminal.type, terminal.data) == (2, "run.cancelled", '{"reason":"a \\"reason\\""}')
+    assert await kit.log(run.run_id) == [queued.created, terminal]
+    assert (await kit.append(grant, 2)).outcome is AppendOutcome.COMMITTED
+    await kit.finish(grant, 3)
+    await kit.claimed(after.run.run_id)
+    # What was never its turn never was said.
+    assert [text for _, _, text in await kit.messages(grant.session_id)] == ["first", "done", "after"]
+
+
+async def test_cancel_of_a_held_run_is_the_holders_to_carry_out(kit: Kit) -> None:
+    grant = await kit.started()
+    for _ in range(2):
+        run, terminal = await kit.store.cancel(kit.tenant, grant.run_id, "stop")
+        assert (run.status, run.cancel_requested, terminal) == (RunStatus.RUNNING, True, None)
+    assert run.cancel_reason == "stop"
+    assert (await kit.append(grant, 2)).outcome is AppendOutcome.COMMITTED
+
+
+async def test_cancel_of_an_orphan_ends_it_and_fences_its_writer(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.append(grant, 2)
+    await kit.expire(grant.session_id)
+    run, terminal = await kit.store.cancel(kit.tenant, grant.run_id, "")
+    assert run.status is RunStatus.CANCELLED
+    assert terminal is not None
+    assert terminal.seq == 3
+    assert (await kit.append(grant, 3)).outcome is AppendOutcome.FENCED
+    assert await kit.store.reattach(ref(grant), "a") is None
+    assert await kit.types(grant.run_id) == ["run.created", "text.delta", "run.cancelled"]
+
+
+async def test_cancel_too_late_changes_nothing(kit: Kit) -> None:
+    grant = await kit.started()
+    await kit.finish(grant, 2)
+    run, terminal = await kit.store.cancel(kit.tenant, grant.run_id, "late")
+    assert (run.status, run.cancel_requested, terminal) == (RunStatus.COMPLETED, False, None)
+
+
+async def test_cancels_and_claims_of_one_run_end_it_once(kit: Kit) -> None:
+    for _ in range(10):
+        session = await kit.session()
+        run_id = (await kit.submit(session.session_id)).run.run_id
+        cancels = [kit.store.cancel(kit.tenant, run_id, "x") for _ in range(3)]
+        *cancelled, claim = await asyncio.gather(*cancels, kit.store.claim(run_id, "a"))
+        if claim.outcome is ClaimOutcome.CLAIMED:
+            assert claim.grant is not None
+            assert all(terminal is None for _, terminal in cancelled)
+            assert (await kit.store.renew([ref(claim.grant)])).cancelled == [run_id]
+        else:
+            assert sum(terminal is not None for _, terminal in cancelled) == 1
+            assert await kit.types(run_id) == ["run.created", "run.cancelled"]
+
+
+async def test_lists_of_runs_page_newest_first(kit: Kit) -> None:
+    session = await kit.session()
+    ids = [(await kit.submit(session.session_id)).run.run_id for _ in range(5)]
+    seen, token = [], ""
+    while True:
+        page = await kit.store.list_runs(kit.tenant, session.session_id, page_size=2, page_token=token)
+        seen += [run.run_id for run in page.items]
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == ids[::-1]
+    runs = await kit.store.runs_from(kit.tenant, session.session_id, 2, 3)
+    assert [run.run_id for run in runs] == ids[1:4]
+    assert await kit.store.last_ordinals([session.session_id]) == {session.session_id: 5}

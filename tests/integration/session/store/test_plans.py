@@ -1,0 +1,175 @@
+"""Statements stay cheap when the tables are large: what PostgreSQL does for each is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from meshkit.ids import uuid7
+from meshkit.postgres import load_sql
+from tests.integration.session.store.kit import Kit
+
+SESSIONS = 5_000
+FINISHED = 100_000
+
+_FILL = f"""
+INSERT INTO session.session (session_id, tenant_id, title, metadata, agent, user_name, created_ms, updated_ms,
+                             run_count)
+SELECT gen_random_uuid(), $1, 't', '{{}}', '', 'u' || n % 100, n, n, {FINISHED // SESSIONS}
+FROM generate_series(1, {SESSIONS}) n;
+INSERT INTO session.lease (session_id, tenant_id, fence) SELECT session_id, tenant_id, 1 FROM session.session;
+INSERT INTO session.run (run_id, tenant_id, session_id, ordinal, status, model, options, last_seq, created_ms,
+                         finished_ms)
+SELECT gen_random_uuid(), tenant_id, session_id, o, 4, 'm', '', 2, 1, 2
+FROM session.session, generate_series(1, {FINISHED // SESSIONS}) o;
+INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content, tool_calls,
+                             tool_call_id, created_ms)
+SELECT session_id, gen_random_uuid(), tenant_id, run_id, ordinal, 'user', 'x', '', '', 1 FROM session.run;
+INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
+SELECT run_id, s, 1, tenant_id, session_id, 1, 't', '{{}}' FROM session.run, generate_series(1, 2) s
+WHERE ordinal <= 4;
+"""
+
+
+@pytest.fixture
+async def full(kit: Kit) -> Kit:
+    """A database with 100,000 finished runs, made once for the module."""
+    if not await kit.pool.fetchval("SELECT count(*) > 1000 FROM session.run"):
+        async with kit.pool.acquire() as connection:
+            await connection.execute("SET statement_timeout = '60s'")
+            for statement in _FILL.replace("$1", f"'{kit.tenant}'").split(";\n"):
+                if statement.strip():
+                    await connection.execute(statement, timeout=60)
+            await connection.execute("VACUUM ANALYZE", timeout=60)
+            await connection.execute("RESET statement_timeout")
+    return kit
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)
+
+
+async def explain(kit: Kit, statement: str, *args: Any) -> tuple[list[str], int]:
+    """What a statement scans as `<node> <index or table>`, and how many pages it touches."""
+    async with kit.pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            for _ in range(2):
+                text = await connection.fetchval(
+                    f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", *args
+                )
+        finally:
+            await transaction.rollback()
+    plan = json.loads(text)[0]["Plan"]
+    scans = [
+        f"{node['Node Type']} {node.get('Index Name') or node['Relation Name']}"
+        for node in nodes(plan)
+        if "Relation Name" in node and "Scan" in node["Node Type"]
+    ]
+    return scans, plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+def sql(file: str, name: str) -> str:
+    return load_sql("services.session.store.sql", f"{file}.sql")[name]
+
+
+async def test_the_sweep_costs_what_is_unfinished_and_not_what_is_stored(full: Kit) -> None:
+    statement = sql("runs", "due")
+    scans, pages = await explain(full, statement, 64, timedelta(seconds=2))
+    assert any("run_due" in scan for scan in scans), scans
+    assert not any(scan.startswith("Seq Scan") for scan in scans), scans
+    assert pages < 20
+    held = [await full.started() for _ in range(50)]
+    queued = [await full.submit((await full.session()).session_id) for _ in range(20)]
+    for submitted in queued:
+        for _ in range(5):
+            await full.submit(submitted.run.session_id)
+    scans, pages = await explain(full, statement, 64, timedelta(seconds=2))
+    assert any("run_due" in scan for scan in scans), scans
+    assert not any(scan.startswith("Seq Scan") for scan in scans), scans
+    # A few pages for each held or queued run; those behind them in their sessions cost nothing.
+    assert pages < 1_500, pages
+    assert await full.due() == {submitted.run.run_id for submitted in queued}
+    for grant in held:
+        await full.finish(grant, 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "rows"),
+    [
+        ("runs", "get_run", 1),
+        ("runs", "list_runs", 20),
+        ("runs", "runs_from", 20),
+        ("sessions", "get_session", 1),
+        ("sessions", "list_sessions", 50),
+        ("sessions", "list_sessions_of_user", 50),
+        ("sessions", "list_messages", 20),
+        ("sessions", "newest_messages", 20),
+        ("log", "events_after", 2),
+        ("log", "heads", 1),
+    ],
+)
+async def test_reads_go_by_an_index(full: Kit, file: str, name: str, rows: int) -> None:
+    row = await full.pool.fetchrow(
+        "SELECT tenant_id, session_id, run_id FROM session.run WHERE ordinal = 2 AND status = 4 LIMIT 1"
+    )
+    tenant, session, run = row["tenant_id"], row["session_id"], row["run_id"]
+    last = 2**62
+    args: dict[str, tuple[Any, ...]] = {
+        "get_run": (tenant, run),
+        "list_runs": (tenant, session, 2**31 - 1, 20),
+        "runs_from": (tenant, session, 1, 20),
+        "get_session": (tenant, session),
+        "list_sessions": (tenant, last, uuid7(), 50),
+        "list_sessions_of_user": (tenant, last, uuid7(), 50, "u7"),
+        "list_messages": (tenant, session, 0, 20),
+        "newest_messages": (tenant, session, 0, 20),
+        "events_after": (tenant, run, 0, 100),
+        "heads": ([run],),
+    }
+    statement = sql(file, name)
+    assert len(await full.pool.fetch(statement, *args[name])) == rows
+    scans, pages = await explain(full, statement, *args[name])
+    assert scans
+    assert not any(scan.startswith("Seq Scan") for scan in scans), scans
+    assert pages <= 20 + 12 * rows, (scans, pages)
+
+
+async def test_an_append_goes_by_an_index_and_stays_on_its_page(full: Kit) -> None:
+    grants = [await full.started() for _ in range(8)]
+    n = len(grants)
+    scans, pages = await explain(
+        full,
+        sql("log", "append"),
+        [grant.session_id for grant in grants],
+        [grant.run_id for grant in grants],
+        [grant.fence for grant in grants],
+        [2] * n,
+        [1] * n,
+        list(range(1, n + 1)),
+        [2] * n,
+        ["t"] * n,
+        [1] * n,
+        ["{}"] * n,
+    )
+    assert not any(scan.startswith("Seq Scan") for scan in scans), scans
+    assert pages < 400
+    for seq in range(2, 42):
+        for grant in grants:
+            await full.append(grant, seq)
+    async with full.pool.acquire() as connection:
+        await connection.fetchval("SELECT pg_stat_force_next_flush()")
+        await connection.fetchval("SELECT 1")
+        updates = await connection.fetchrow(
+            "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables"
+            " WHERE schemaname = 'session' AND relname = 'lease'"
+        )
+    # HOT: the row's indexes are not touched.
+    assert updates["n_tup_hot_upd"] >= 0.9 * updates["n_tup_upd"] > 0

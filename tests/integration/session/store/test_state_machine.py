@@ -1,0 +1,280 @@
+"""Random histories of one session on real PostgreSQL, against a model of what the store promises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from meshkit.errors import FailedPreconditionError
+from meshkit.ids import uuid7
+from meshkit.postgres import open_pool
+from services.session.domain import (
+    AppendOutcome,
+    ClaimOutcome,
+    ConcurrencyPolicy,
+    Grant,
+    LeaseRef,
+    NewMessage,
+    RunStatus,
+)
+from services.session.store.postgres import PostgresStore
+from tests.integration.session.store.kit import Kit, event, intent
+from tests.integration.session.store.model import Handle, Model, ModelRun
+
+T = TypeVar("T")
+OWNERS = st.sampled_from(["a", "b"])
+# Where a writer writes relative to the log's end: mostly right, at times again or too far.
+SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
+KINDS = st.lists(st.sampled_from(["text.delta", "run.started", "step.started"]), min_size=1, max_size=3)
+ENDS = {
+    RunStatus.COMPLETED: "run.completed",
+    RunStatus.FAILED: "run.failed",
+    RunStatus.CANCELLED: "run.cancelled",
+    RunStatus.REQUIRES_ACTION: "action.required",
+}
+
+
+def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedStateMachine]:
+    """Makes the state machine over a store; `run` runs a coroutine to its end."""
+
+    class StoreMachine(RuleBasedStateMachine):
+        runs = Bundle("runs")
+        handles = Bundle("handles")
+
+        @initialize()
+        def begin(self) -> None:
+            self.model = Model()
+            self.session_id = run(kit.session()).session_id
+            self.fences: list[int] = []
+            self.count = 0
+
+        def text(self) -> str:
+            self.count += 1
+            return f"t{self.count}"
+
+        def grant(self, handle: Handle) -> Grant:
+            return Grant(self.session_id, handle.run.run_id, handle.fence, 0, 0, 0)
+
+        @rule(target=runs, policy=st.sampled_from(ConcurrencyPolicy))
+        def submit(self, policy: ConcurrencyPolicy) -> Any:
+            text = self.text()
+            try:
+                submitted = run(kit.submit(self.session_id, text, policy=policy))
+            except FailedPreconditionError:
+                assert self.model.submit(uuid7(), text, policy) is None
+                return multiple()
+            made = self.model.submit(submitted.run.run_id, text, policy)
+            assert made is not None
+            assert submitted.run.ordinal == len(self.model.runs)
+            return made
+
+        @rule(target=handles, owner=OWNERS)
+        def submit_and_claim(self, owner: str) -> Any:
+            text = self.text()
+            submitted = run(kit.submit(self.session_id, text, owner=owner))
+            made = self.model.submit(submitted.run.run_id, text, ConcurrencyPolicy.ENQUEUE)
+            assert made is not None
+            outcome = self.model.claim(made, owner)
+            if submitted.claim is None:
+                assert outcome is ClaimOutcome.ALREADY_CLAIMED
+                return multiple()
+            assert outcome is ClaimOutcome.CLAIMED
+            return self.check_claim(made, submitted.claim, owner)
+
+        @rule(target=handles, made=runs, owner=OWNERS)
+        def claim(self, made: ModelRun, owner: str) -> Any:
+            claim = run(kit.store.claim(made.run_id, owner))
+            assert claim.outcome is self.model.claim(made, owner)
+            if claim.outcome is not ClaimOutcome.CLAIMED:
+                return multiple()
+            return self.check_claim(made, claim, owner)
+
+        @rule(target=handles, owner=OWNERS)
+        def claim_head(self, owner: str) -> Any:
+            head = self.model.head
+            return multiple() if head is None else self.claim(head, owner)
+
+        def check_claim(self, made: ModelRun, claim: Any, owner: str) -> Handle:
+            assert claim.grant.fence == self.model.fence
+            assert claim.grant.next_seq == made.next_seq
+            assert [m.content for m in claim.context.messages] == [text for _, text in self.model.messages]
+            assert claim.run.attempt == made.attempt
+            return Handle(made, claim.grant.fence, owner)
+
+        @rule(handle=handles, shift=SHIFTS, kinds=KINDS)
+        def append(self, handle: Handle, shift: int, kinds: list[str]) -> None:
+            seq = max(1, handle.run.next_seq + shift)
+            result = run(kit.append(self.grant(handle), seq, *(event(kind) for kind in kinds)))
+            assert result.outcome is self.model.append(handle, seq, kinds, [])
+            if result.outcome is not AppendOutcome.FENCED:
+                assert result.next_seq == handle.run.next_seq
+
+        @rule(
+            handle=handles,
+            shift=SHIFTS,
+            texts=st.integers(0, 2),
+            status=st.none() | st.sampled_from(list(ENDS)),
+        )
+        def step(self, handle: Handle, shift: int, texts: int, status: RunStatus | None) -> None:
+            seq = max(1, handle.run.next_seq + shift)
+            kind = ENDS[status] if status else "text.delta"
+            words = [self.text() for _ in range(texts)]
+            result = run(
+                kit.step(
+                    self.grant(handle),
+                    seq,
+                    event(kind),
+                    messages=tuple(NewMessage(uuid7(), "assistant", word) for word in words),
+                    status=status,
+                )
+            )
+            assert result.outcome is self.model.append(handle, seq, [kind], words, status)
+
+        @rule(handle=handles)
+        def send_the_end_again(self, handle: Handle) -> None:
+            last = handle.run.log[-1]
+            status = {kind: status for status, kind in ENDS.items()}.get(last)
+            if status is not None:
+                seq = len(handle.run.log)
+                result = run(kit.step(self.grant(handle), seq, event(last), status=status))
+                assert result.outcome is self.model.append(handle, seq, [last], [], status)
+                assert result.outcome is not AppendOutcome.COMMITTED
+
+        @rule()
+        def expire(self) -> None:
+            run(kit.expire(self.session_id))
+            self.model.expired = True
+
+        @rule(target=handles, handle=consumes(handles), owner=OWNERS, keep=st.booleans())
+        def reattach(self, handle: Handle, owner: str, keep: bool) -> Any:
+            grant = run(kit.store.reattach(self.ref(handle), owner))
+            assert (grant is not None) == self.model.reattach(handle, owner)
+            if grant is None:
+                return handle
+            assert (grant.fence, grant.attach) == (self.model.fence, self.model.attach)
+            assert grant.next_seq == handle.run.next_seq
+            newer = Handle(handle.run, grant.fence, owner)
+            return multiple(handle, newer) if keep else newer
+
+        @rule(handle=handles)
+        def renew(self, handle: Handle) -> None:
+            renewal = run(kit.store.renew([self.ref(handle)]))
+            kept = self.model.holds(handle)
+            assert list(renewal.lost) == ([] if kept else [handle.run.run_id])
+            assert list(renewal.cancelled) == ([handle.run.run_id] if kept and handle.run.cancel else [])
+            if kept:
+                self.model.expired = False
+
+        @rule(handle=handles)
+        def release(self, handle: Handle) -> None:
+            assert run(kit.store.release(self.ref(handle))) == self.model.release(handle)
+
+        @rule(made=runs)
+        def cancel(self, made: ModelRun) -> None:
+            _, terminal = run(kit.store.cancel(kit.tenant, made.run_id, "x"))
+            assert (terminal is not None) == self.model.cancel(made)
+
+        @rule()
+        def resolve(self) -> None:
+            head = self.model.head
+            if head is None or head.status is not RunStatus.REQUIRES_ACTION:
+                return
+            call = intent(head.run_id)
+            run(
+                kit.pool.execute(
+                    "INSERT INTO session.tool_call (call_id, tenant_id, session_id, run_id, name, arguments,"
+                    " effect, state, idempotency_key, created_ms)"
+                    " VALUES ($1, $2, $3, $4, 't', '{}', 3, 5, 'k', 0)"
+                    " ON CONFLICT (call_id) DO UPDATE SET state = 5",
+                    call.call_id,
+                    kit.tenant,
+                    self.session_id,
+                    head.run_id,
+                )
+            )
+            run(
+                kit.store.resolve(
+                    kit.tenant, head.run_id, call.call_id, 1, self.text(), [event("action.resolved")]
+                )
+            )
+            self.model.resolve(head)
+
+        @rule()
+        def sweep(self) -> None:
+            run(kit.make_due())
+            mine = {made.run_id for made in self.model.runs}
+            assert run(kit.due()) & mine == self.model.due()
+
+        def ref(self, handle: Handle) -> Any:
+            return LeaseRef(self.session_id, handle.run.run_id, handle.fence)
+
+        @invariant()
+        def stored_is_what_the_model_says(self) -> None:
+            if not hasattr(self, "model"):
+                return
+            run(self.compare())
+
+        async def compare(self) -> None:
+            model = self.model
+            rows = await kit.pool.fetch(
+                "SELECT run_id, array_agg(seq ORDER BY seq) seqs, array_agg(type ORDER BY seq) types,"
+                " array_agg(fence ORDER BY seq) fences FROM session.event WHERE run_id = ANY($1) GROUP BY 1",
+                [made.run_id for made in model.runs],
+            )
+            logs = {row["run_id"]: row for row in rows}
+            runs = await kit.store.runs_from(kit.tenant, self.session_id, 1, 1000)
+            assert [r.run_id for r in runs] == [made.run_id for made in model.runs]
+            for made, stored in zip(model.runs, runs, strict=True):
+                log = logs[made.run_id]
+                assert log["seqs"] == list(range(1, len(made.log) + 1))
+                assert log["types"] == made.log
+                assert log["fences"] == made.fences
+                assert (stored.status, stored.last_seq) == (made.status, len(made.log))
+            contents = [(m[0], m[2]) for m in await kit.messages(self.session_id)]
+            assert contents == [(n, text) for n, (_, text) in enumerate(model.messages, start=1)]
+            session = await kit.store.get_session(kit.tenant, self.session_id)
+            assert session.message_count == len(model.messages)
+            assert session.active_run_id == (model.head.run_id if model.head else None)
+            fence = (await kit.store.fences([self.session_id]))[self.session_id]
+            assert fence == model.fence >= max(self.fences, default=0)
+            self.fences.append(fence)
+
+    return StoreMachine
+
+
+@pytest.mark.timeout(300)
+def test_random_histories_keep_every_promise(database: str) -> None:
+    with asyncio.Runner() as runner:
+        pool = runner.run(open_pool(database, min_size=1, max_size=2, name="test-machine"))
+        try:
+            store = PostgresStore(pool)
+            tenant = runner.run(store.ensure_key("machine", uuid7().hex * 2, "k"))
+            made = machine(runner.run, Kit(store, tenant, pool))
+            run_state_machine_as_test(
+                made,
+                settings=settings(
+                    max_examples=25,
+                    stateful_step_count=40,
+                    deadline=None,
+                    database=None,
+                    derandomize=True,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            runner.run(pool.close())
