@@ -128,6 +128,8 @@ class StreamParser:
             raise ModelProtocolError("the model's stream has a line without end")
         out: list[ModelEvent] = []
         for line in data[:end].split(b"\n"):
+            if not line:
+                continue
             if line.startswith(b"data:"):
                 payload = line[5:].strip()
                 if payload == b"[DONE]":
@@ -147,10 +149,17 @@ class StreamParser:
             if chunk.get("error"):
                 raise error_of_body(chunk)
             for choice in chunk.get("choices") or ():
-                self._delta(choice.get("delta") or {}, out)
-                if choice.get("finish_reason"):
-                    reason = str(choice["finish_reason"])
-                    self._finish = _FINISH.get(reason, reason)
+                delta = choice.get("delta") or {}
+                if len(delta) == 1 and type(content := delta.get("content")) is str and not self._reasoning:
+                    # A token of text and nothing else, as nearly all chunks are.
+                    if content:
+                        self._text.append(content)
+                        self.said_anything = True
+                else:
+                    self._delta(delta, out)
+                reason = choice.get("finish_reason")
+                if reason:
+                    self._finish = _FINISH.get(reason, str(reason))
             if chunk.get("usage"):
                 self._flush(out)
                 out.append(usage_of(chunk["usage"]))
