@@ -101,12 +101,10 @@ def _by_npm() -> str | None:
     node, npm = tools
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hermesh" / "chromium"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "node_modules" / "@sparticuz" / "chromium").is_dir():
-        if (
-            _run(npm, "install", "--no-audit", "--no-fund", "--silent", "@sparticuz/chromium", cwd=folder)
-            is None
-        ):
-            return None
+    package = folder / "node_modules" / "@sparticuz" / "chromium"
+    install = (npm, "install", "--no-audit", "--no-fund", "--silent", "@sparticuz/chromium")
+    if not package.is_dir() and _run(*install, cwd=folder) is None:
+        return None
     # It unpacks itself into the temporary folder and says where.
     script = "import('@sparticuz/chromium').then(async (m) => console.log(await m.default.executablePath()))"
     path = (_run(node, "--input-type=module", "-e", script, cwd=folder) or "").strip()

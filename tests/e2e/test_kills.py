@@ -9,7 +9,7 @@ from bench.mesh import Mesh
 from tests.e2e.client import Frame, assert_whole, http, new_session, submit, text_of, watch, watch_to_end
 
 LEASE_TTL_SECONDS = 10.0
-TEXT = "[[tokens=120 rate=40]]"
+TEXT = "[[tokens=120 rate=30]]"
 
 
 def expected_text(frames: list[Frame]) -> None:
@@ -33,18 +33,17 @@ async def start(mesh: Mesh) -> tuple[str, asyncio.Task[list[Frame]], Frame]:
     return run, asyncio.create_task(follow()), seen[-1]
 
 
-async def holder(mesh: Mesh, run: str) -> int:
-    """The pid of the agent that works on the run."""
+async def holder(mesh: Mesh, run: str) -> str:
+    """The name of the agent that works on the run."""
     async with http(mesh) as client:
         log = await watch(client, run, 0, lambda frame: frame.event == "run.started")
-    name = log[-1].data["data"]["replica"]
-    return next(row.pid for row in mesh.of("agent") if row.replica == name)
+    return str(log[-1].data["data"]["replica"])
 
 
 async def test_a_killed_agents_run_is_finished_by_another(mesh: Mesh) -> None:
+    pids = {row.replica: row.pid for row in mesh.of("agent")}
     run, follower, _ = await start(mesh)
-    pid = await holder(mesh, run)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pids[await holder(mesh, run)], signal.SIGKILL)
     killed = time.time()
     frames = await asyncio.wait_for(follower, 60)
     assert_whole(frames)
@@ -58,8 +57,9 @@ async def test_a_killed_agents_run_is_finished_by_another(mesh: Mesh) -> None:
 
 
 async def test_a_killed_session_replica_costs_no_run(mesh: Mesh) -> None:
+    pid = mesh.of("session")[0].pid
     runs = [await start(mesh) for _ in range(4)]
-    os.kill(mesh.of("session")[0].pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     for _, follower, _ in runs:
         frames = await asyncio.wait_for(follower, 60)
         assert_whole(frames)
@@ -68,8 +68,9 @@ async def test_a_killed_session_replica_costs_no_run(mesh: Mesh) -> None:
 
 
 async def test_a_killed_gateway_costs_a_reconnect(mesh: Mesh) -> None:
+    pid = mesh.of("gateway")[0].pid
     runs = [await start(mesh) for _ in range(4)]
-    os.kill(mesh.of("gateway")[0].pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     for _, follower, _ in runs:
         frames = await asyncio.wait_for(follower, 60)
         assert_whole(frames)
@@ -78,8 +79,9 @@ async def test_a_killed_gateway_costs_a_reconnect(mesh: Mesh) -> None:
 
 
 async def test_a_killed_valkey_costs_nothing(mesh: Mesh) -> None:
+    pid = mesh.of("valkey")[0].pid
     _, follower, _ = await start(mesh)
-    os.kill(mesh.of("valkey")[0].pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     frames = await asyncio.wait_for(follower, 60)
     assert_whole(frames)
     assert frames[-1].event == "run.completed"
@@ -87,8 +89,8 @@ async def test_a_killed_valkey_costs_nothing(mesh: Mesh) -> None:
 
 
 async def test_a_killed_postgresql_comes_back_and_the_run_goes_on(mesh: Mesh) -> None:
-    _, follower, _ = await start(mesh)
     before = mesh.of("postgresql")[0]
+    _, follower, _ = await start(mesh)
     os.kill(before.pid, signal.SIGKILL)
     frames = await asyncio.wait_for(follower, 90)
     assert_whole(frames)
