@@ -41,10 +41,10 @@ class WordLlamaEmbedder:
             embedder = cls(await asyncio.to_thread(_load))
             vector = await embedder.embed("ready")
         except ImportError as error:
-            raise StartupError("the embedder is not installed; install hermesh[embedded]") from error
+            raise StartupError("the embedder wordllama is not installed; install Hermesh again") from error
         except Exception as error:
             raise StartupError(
-                f"the embedder cannot be loaded ({type(error).__name__}); install hermesh[embedded] again"
+                f"the embedder wordllama cannot be loaded ({type(error).__name__}); install Hermesh again"
             ) from error
         if len(vector) != DIMENSIONS:
             raise StartupError(

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import count
 from typing import Protocol
-from uuid import UUID
 
 import pytest
 
-from hermesh.session.v1 import resources_pb2 as resources
-from hermesh.session.v1 import session_internal_service_pb2 as internal
 from meshkit.channel import open_channel
 from meshkit.errors import NotFoundError, UnavailableError
 from services.tool.domain import BeginOutcome, CallRequest, CallState, Outcome
 from services.tool.journal import Journal, MeshJournal
 from services.tool.registry import Effect
-from tests.integration.session.process import (
-    KEY,
-    MESH_TOKEN,
-    Client,
-    SessionProcess,
-    connect,
-    environment,
-    run_command,
-)
+from tests.integration.session.process import MESH_TOKEN, SessionProcess, connect
 from tests.integration.tool.journal_server import mesh_settings, serve_journal
-from tests.unit.session.calls import Writer, append_stream, claim, new_writer
+from tests.integration.tool.session_bench import SessionBench
+from tests.unit.session.calls import new_writer
 from tests.unit.tool.fakes import FakeJournal, call
 
 
@@ -63,57 +52,6 @@ class FakeBench:
     async def take_over(self, request: CallRequest) -> CallRequest:
         self._memory.fence += 1
         return replace(request, fence=self._memory.fence)
-
-
-class SessionBench:
-    """Over a session process on PostgreSQL."""
-
-    def __init__(self, journal: Journal, client: Client, writer: Writer) -> None:
-        self.journal = journal
-        self._client = client
-        self._writer = writer
-        self._numbers = count()
-
-    async def intend(self, effect: Effect = Effect.PURE) -> CallRequest:
-        writer = self._writer
-        call_id = f"{writer.run_id}:1:{next(self._numbers)}"
-        write = writer.append("tool.call")
-        write.commit.intents.append(
-            resources.ToolCall(
-                call_id=call_id,
-                name="lever",
-                arguments="{}",
-                effect=resources.EffectClass.ValueType(effect),
-                idempotency_key=f"key-{call_id}",
-            )
-        )
-        async with append_stream(self._client) as stream:
-            [result] = await stream.write(write)
-        assert result.outcome == internal.APPEND_OUTCOME_COMMITTED
-        made = call(call_id, fence=writer.fence)
-        return replace(made, session_id=UUID(writer.session_id), run_id=UUID(writer.run_id))
-
-    async def take_over(self, request: CallRequest) -> CallRequest:
-        writer = self._writer
-        lease = internal.LeaseRef(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
-        released = await self._client.mesh.ReleaseLease(internal.ReleaseLeaseRequest(lease=lease))
-        assert released.released
-        self._writer = await claim(self._client, writer.run_id, "agent-2")
-        return replace(request, fence=self._writer.fence)
-
-
-@pytest.fixture(scope="module")
-def session_process(database: str) -> Iterator[SessionProcess]:
-    values = environment(database)
-    done = run_command("bootstrap", "--api-key-env", "HERMESH_API_KEY", **values, HERMESH_API_KEY=KEY)
-    assert done.returncode == 0, done.stderr
-    process = SessionProcess("session-1", values)
-    try:
-        process.wait_ready()
-        yield process
-    finally:
-        process.kill()
-        shutil.rmtree(process.folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["memory", "grpc", "session"])
