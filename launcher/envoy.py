@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-import httpx
-
 from launcher.embedded import package_folder
 from launcher.errors import LaunchError
 
@@ -25,7 +23,12 @@ _GRPC = """\
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {connection_keepalive: {interval: 10s, timeout: 5s}}}
+        explicit_http_config:
+          http2_protocol_options:
+            connection_keepalive: {interval: 10s, timeout: 5s}
+            # What one slow reader may leave unread in Envoy, and what all those of one replica may.
+            initial_stream_window_size: 262144
+            initial_connection_window_size: 67108864
 """
 
 
@@ -156,6 +159,8 @@ class Admin:
     socket: Path
 
     async def _get(self, path: str) -> str | None:
+        import httpx
+
         transport = httpx.AsyncHTTPTransport(uds=os.fspath(self.socket))
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://envoy", timeout=2) as client:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
-import asyncpg
-import httpx
-import redis.asyncio
-from redis.exceptions import RedisError
-
 SECONDS = 2.0
+
+# The drivers are imported where they are used: most commands of `hermesh` ask nothing of them.
 
 
 async def postgres(url: str) -> bool:
     """Whether PostgreSQL takes connections with these credentials."""
+    import asyncpg
+
     try:
         async with asyncio.timeout(SECONDS):
             connection = await asyncpg.connect(url)
@@ -28,6 +27,9 @@ async def postgres(url: str) -> bool:
 
 async def valkey(url: str) -> bool:
     """Whether Valkey or Redis answers a PING with these credentials."""
+    import redis.asyncio
+    from redis.exceptions import RedisError
+
     client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
     try:
         return bool(await client.ping())
@@ -39,6 +41,8 @@ async def valkey(url: str) -> bool:
 
 async def model(base_url: str, api_key: str) -> bool:
     """Whether the model API lists models with this key."""
+    import httpx
+
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         async with httpx.AsyncClient(timeout=SECONDS) as client:
