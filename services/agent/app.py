@@ -76,6 +76,7 @@ async def main(settings: AgentSettings) -> None:
             catalog=catalog,
             tools=tools,
             memory=MemoryClient(channel, settings),
+            reasons=session,
             tool_mode=settings.llm_tool_mode,
             can_prefill=settings.llm_prefill,
             context_tokens=settings.llm_context_tokens,

@@ -98,6 +98,7 @@ def run_to_proto(run: Run) -> resources.Run:
         create_time_ms=run.create_time_ms,
         finish_time_ms=run.finish_time_ms,
         cancel_requested=run.cancel_requested,
+        cancel_reason=run.cancel_reason,
     )
 
 

@@ -20,7 +20,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     RenewLeasesRequest,
 )
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
-from hermesh.session.v1.session_service_pb2 import SubmitRunRequest, SubmitRunResponse
+from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunRequest, SubmitRunResponse
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit.channel import mesh_metadata
 from meshkit.errors import HermeshError, UnavailableError, from_rpc_error
@@ -31,6 +31,7 @@ from services.agent.runs.leases import Renewal
 from services.agent.runs.link import AppendCall
 
 SUBMIT_TRIES = 4
+REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
 
 
@@ -152,6 +153,18 @@ class SessionClient:
             response.tenant_id,
             asked_at + response.grant.ttl_ms / 1000,
         )
+
+    async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
+        """Return why somebody asked to cancel a run, "" when that cannot be said in a moment."""
+        try:
+            response = await self._sessions.GetRun(
+                GetRunRequest(run_id=run_id),
+                metadata=mesh_metadata(self._settings, tenant_id),
+                timeout=REASON_TIMEOUT,
+            )
+        except grpc.aio.AioRpcError:
+            return ""
+        return response.run.cancel_reason
 
     def open_append(self) -> AppendCall:
         """Start an append stream."""

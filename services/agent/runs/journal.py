@@ -170,8 +170,15 @@ class RunJournal:
         events = [_usage_event(usage, ttft_ms)] if usage != Usage() else []
         self._writer.events([*events, ("run.failed", data)], commit)
 
-    def cancelled(self, text: str, usage: Usage, ttft_ms: int) -> None:
-        """The run was cancelled; `text` is what the turn had written, kept as a message."""
+    def cancelled(self, text: str, reason: str, usage: Usage, ttft_ms: int) -> None:
+        """The run was cancelled.
+
+        Args:
+            text: what the turn had written; it is kept as a message.
+            reason: why, as whoever asked said.
+            usage: tokens of the run.
+            ttft_ms: from the claim to the first token, 0 when there was none.
+        """
         commit = self._carry(StepCommit(status=RUN_STATUS_CANCELLED, usage=_usage(usage)))
         events: list[tuple[str, dict[str, Any]]] = []
         if text:
@@ -180,7 +187,7 @@ class RunJournal:
             events.append(_completed(message_id, text, []))
         if usage != Usage():
             events.append(_usage_event(usage, ttft_ms))
-        self._writer.events([*events, ("run.cancelled", {"reason": "requested"})], commit)
+        self._writer.events([*events, ("run.cancelled", {"reason": reason})], commit)
 
     def _carry(self, commit: StepCommit) -> StepCommit:
         """Put carried messages before a commit's own."""

@@ -50,6 +50,14 @@ class MemoryPort(Protocol):
         ...
 
 
+class ReasonPort(Protocol):
+    """See `SessionClient`."""
+
+    async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
+        """Return why somebody asked to cancel a run."""
+        ...
+
+
 class CatalogPort(Protocol):
     """See `ModelCatalog`."""
 
@@ -78,6 +86,7 @@ class World:
     catalog: CatalogPort
     tools: ToolPort
     memory: MemoryPort
+    reasons: ReasonPort
     tool_mode: ToolMode
     can_prefill: bool
     context_tokens: int

@@ -145,7 +145,8 @@ class Runner:
         try:
             if kind == "cancelled":
                 await self._cancel_calls()
-                self._journal.cancelled(self._turn_text, self._usage, self._ttft_ms)
+                reason = await self._world.reasons.cancel_reason(self.spec.run_id, self.spec.tenant_id)
+                self._journal.cancelled(self._turn_text, reason or "requested", self._usage, self._ttft_ms)
             elif kind == "rejected":
                 _log.error("the store refused a write", run_id=self.spec.run_id)
                 self._writer.discard()

@@ -296,6 +296,9 @@ class FakeStore:
         self._notify()
         return held
 
+    async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
+        return "no longer needed"
+
     async def renew(self, leases: Sequence[tuple[str, str, int]], timeout: float) -> Renewal:
         self.renewals.append(leases)
         lost = [run_id for _, run_id, fence in leases if self.runs[run_id].fence != fence]
@@ -418,6 +421,7 @@ class Bench:
             catalog=FakeCatalog(),
             tools=self.tools,
             memory=self.memory,
+            reasons=self.store,
             tool_mode=self.settings.llm_tool_mode,
             can_prefill=self.settings.llm_prefill,
             context_tokens=self.settings.llm_context_tokens,

@@ -132,6 +132,7 @@ async def test_cancelling_closes_the_model_at_once_and_keeps_the_partial_text(ma
     assert bench.model.closed == 1
     assert run.status == RUN_STATUS_CANCELLED
     assert run.types()[-1] == "run.cancelled"
+    assert run.data("run.cancelled") == [{"reason": "no longer needed"}]
     assert run.messages[-1].content == "Hel"
 
 

@@ -1,4 +1,5 @@
 import asyncio
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -78,7 +79,8 @@ def test_whatever_happens_to_the_stream_the_log_has_every_event_once_and_in_orde
             assert_whole(run, "".join(texts))
             assert got == run.events[1:]
 
-    asyncio.run(scenario())
+    with patch.multiple("services.agent.runs.link", BACKOFF=(0.0, 0.001), RETRY_DELAY=0.001):
+        asyncio.run(scenario())
 
 
 async def test_the_first_event_goes_out_at_once_and_the_rest_waits_for_its_answer():

@@ -356,6 +356,7 @@ class Run(message.Message):
     CREATE_TIME_MS_FIELD_NUMBER: builtins.int
     FINISH_TIME_MS_FIELD_NUMBER: builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: builtins.int
+    CANCEL_REASON_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """A UUIDv7 in canonical text."""
     session_id: builtins.str
@@ -376,6 +377,8 @@ class Run(message.Message):
     """Finished, Unix time in milliseconds; 0 while it is not."""
     cancel_requested: builtins.bool
     """Set once somebody asked to cancel it."""
+    cancel_reason: builtins.str
+    """Why, as whoever asked said; empty when nobody did."""
     @builtins.property
     def error(self) -> RunError:
         """Set when it failed."""
@@ -399,10 +402,11 @@ class Run(message.Message):
         create_time_ms: builtins.int = ...,
         finish_time_ms: builtins.int = ...,
         cancel_requested: builtins.bool = ...,
+        cancel_reason: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "create_time_ms", b"create_time_ms", "error", b"error", "finish_time_ms", b"finish_time_ms", "last_seq", b"last_seq", "model", b"model", "ordinal", b"ordinal", "run_id", b"run_id", "session_id", b"session_id", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancel_reason", b"cancel_reason", "cancel_requested", b"cancel_requested", "create_time_ms", b"create_time_ms", "error", b"error", "finish_time_ms", b"finish_time_ms", "last_seq", b"last_seq", "model", b"model", "ordinal", b"ordinal", "run_id", b"run_id", "session_id", b"session_id", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
