@@ -168,7 +168,8 @@ def page(spec: dict[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Hermesh HTTP API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="/favicon.svg"><link rel="stylesheet" href="/app.css"></head><body class="docs"><main>'
+        '<link rel="icon" href="/favicon.svg"><link rel="stylesheet" href="/app.css"></head>'
+        '<body class="docs"><main>'
         "<h1>Hermesh HTTP API</h1><p>The same as <a href='/openapi.json'>openapi.json</a>. "
         "Send <code>Authorization: Bearer &lt;key&gt;</code>.</p>"
         + "".join(sections)

