@@ -1,32 +1,38 @@
-"""`python -m services.memory`: runs the memory service; `... migrate` brings its tables up to date."""
+"""Runs the memory service.
+
+python -m services.memory            serves until it is told to stop
+python -m services.memory migrate    brings the tables up to date
+python -m services.memory reembed    renews the vectors after a change of embedder
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
 
 from meshkit.server import run
 from meshkit.settings import load
-from services.memory.app import apply_migrations, serve
+from services.memory.app import apply_migrations, apply_reembed, serve
 from services.memory.settings import MemorySettings
 
 
 def main() -> None:
     """Runs what the command line asks for."""
-    arguments = sys.argv[1:]
-    if arguments not in ([], ["migrate"]):
-        sys.stderr.write("usage: python -m services.memory [migrate]\n")
+    command = sys.argv[1] if len(sys.argv) == 2 else "serve" if len(sys.argv) == 1 else ""
+    if command not in ("serve", "migrate", "reembed"):
+        sys.stderr.write("usage: python -m services.memory [migrate | reembed]\n")
         raise SystemExit(2)
     settings = load(MemorySettings)
-    run(_migrate(settings) if arguments else lambda: serve(settings))
 
-
-def _migrate(settings: MemorySettings) -> Callable[[], Awaitable[None]]:
     async def body() -> None:
-        applied = await apply_migrations(settings)
-        sys.stdout.write("".join(f"applied {name}\n" for name in applied) or "nothing to apply\n")
+        if command == "migrate":
+            applied = await apply_migrations(settings)
+            sys.stdout.write("".join(f"applied {name}\n" for name in applied) or "nothing to apply\n")
+        elif command == "reembed":
+            sys.stdout.write(f"{await apply_reembed(settings)} memories have new vectors\n")
+        else:
+            await serve(settings)
 
-    return body
+    run(body)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from meshkit.server import Server
 from meshkit.tasks import TaskOwner
 from services.memory.embedding.wordllama import WordLlamaEmbedder
 from services.memory.operations.recall import Ranking
+from services.memory.operations.reembed import reembed
 from services.memory.operations.sweep import sweep_forever
 from services.memory.servicer import MemoryServicer
 from services.memory.settings import MemorySettings
@@ -31,6 +32,22 @@ async def apply_migrations(settings: MemorySettings) -> list[str]:
     if not settings.database_url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
     return await migrate(settings.database_url, MIGRATIONS, schema=SCHEMA)
+
+
+async def apply_reembed(settings: MemorySettings) -> int:
+    """Gives every memory a vector of the present embedder; returns how many changed.
+
+    Raises:
+        StartupError: The database or the embedder cannot be used.
+    """
+    async with await open_pool(settings.database_url, max_size=1, name=settings.replica) as pool:
+        store = PostgresStore(pool, max_per_scope=settings.memory_max_per_scope)
+        await _require(store)
+        embedder = await WordLlamaEmbedder.load()
+        try:
+            return await reembed(store, embedder)
+        except HermeshError as error:
+            raise StartupError(f"the vectors are not all replaced ({error.message}); run it again") from error
 
 
 async def serve(settings: MemorySettings) -> None:

@@ -16,10 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-import grpc
 import structlog
 
-from meshkit.errors import AbortedError, HermeshError, ResourceExhaustedError, UnavailableError
+from meshkit.errors import (
+    AbortedError,
+    CancelledCallError,
+    DeadlineError,
+    HermeshError,
+    InternalError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from meshkit.tasks import Backoff, TaskOwner
 from services.tool import metrics
 from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
@@ -43,16 +50,7 @@ _KEPT_PROGRESS = 64
 _MAX_PROGRESS = 2_000
 _RETRY_AFTER_MS = 500
 # The journal may answer these and still take the record a moment later.
-_PASSING = frozenset(
-    {
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.CANCELLED,
-    }
-)
+_PASSING = (UnavailableError, DeadlineError, ResourceExhaustedError, InternalError, CancelledCallError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +323,7 @@ class Executor:
                 entry = await self._journal.complete(request, outcome)
             except HermeshError as error:
                 wait = backoff.next()
-                if error.code not in _PASSING or time.monotonic() + wait > end:
+                if not isinstance(error, _PASSING) or time.monotonic() + wait > end:
                     _log.error(
                         "the outcome of a tool call was not recorded",
                         call_id=request.call_id,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
-from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope
+from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope, Vector
 
 
 class MemoryStore(Protocol):
@@ -44,6 +44,18 @@ class MemoryStore(Protocol):
         ...
 
 
+class VectorStore(Protocol):
+    """The vectors of all tenants, for a change of embedder."""
+
+    async def other_models(self, model: str, after: UUID | None, size: int) -> Sequence[tuple[UUID, str]]:
+        """Returns id and text of memories whose vector is of another model, by id from `after` on."""
+        ...
+
+    async def set_vector(self, memory_id: UUID, text: str, model: str, vector: Vector) -> bool:
+        """Replaces the vector of a memory that still has this text; returns False if there is none."""
+        ...
+
+
 class PreferenceStore(Protocol):
     """Preferences of users."""
 
@@ -62,7 +74,7 @@ class PreferenceStore(Protocol):
         ...
 
 
-class Store(MemoryStore, PreferenceStore, Protocol):
+class Store(MemoryStore, VectorStore, PreferenceStore, Protocol):
     """All of it."""
 
     async def ping(self) -> str | None:

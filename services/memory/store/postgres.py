@@ -17,7 +17,7 @@ import structlog
 from meshkit.context import remaining
 from meshkit.errors import AlreadyExistsError, DeadlineError, ResourceExhaustedError
 from meshkit.postgres import load_sql, map_pg_error
-from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope, ScopeKind
+from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope, ScopeKind, Vector
 
 _log = structlog.get_logger("memory.store")
 
@@ -124,6 +124,18 @@ class PostgresStore:
         """Removes what has expired."""
         async with _bounded():
             return int(await self._pool.fetchval(_MEMORY["sweep"], limit))
+
+    async def other_models(self, model: str, after: UUID | None, size: int) -> Sequence[tuple[UUID, str]]:
+        """Reads a batch of all tenants' memories."""
+        async with _bounded():
+            rows = await self._pool.fetch(_MEMORY["other_models"], model, after, size)
+        return [(UUID(int=row["memory_id"].int), row["text"]) for row in rows]
+
+    async def set_vector(self, memory_id: UUID, text: str, model: str, vector: Vector) -> bool:
+        """Changes one row."""
+        async with _bounded():
+            found = await self._pool.fetchval(_MEMORY["set_vector"], memory_id, text, model, list(vector))
+        return found is not None
 
     async def get_preferences(self, tenant_id: UUID, user: str) -> Mapping[str, str]:
         """Reads one row."""

@@ -62,6 +62,7 @@ def test_migrate_says_what_it_did(tmp_path: Path, empty_database: str) -> None:
     env = environment(tmp_path, HERMESH_DATABASE_URL=empty_database)
     assert "0001_pre_memory.sql" in run(env, "migrate").stdout
     assert run(env, "migrate").stdout == "nothing to apply\n"
+    assert run(env, "reembed").stdout == "0 memories have new vectors\n"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_migrate_says_what_it_did(tmp_path: Path, empty_database: str) -> None:
         ({"HERMESH_MEMORY_MIN_SCORE": "2"}, "HERMESH_MEMORY_MIN_SCORE"),
     ],
 )
-@pytest.mark.parametrize("arguments", [(), ("migrate",)])
+@pytest.mark.parametrize("arguments", [(), ("migrate",), ("reembed",)])
 def test_what_is_wrong_at_the_start_is_one_line(
     tmp_path: Path, more: dict[str, str], word: str, arguments: tuple[str, ...]
 ) -> None:

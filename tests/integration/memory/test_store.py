@@ -107,6 +107,25 @@ async def test_vectors_of_two_embedders_are_not_compared(store: Store) -> None:
     assert await texts(store, TENANT, ANN, query(model="now")) == ["now"]
 
 
+async def test_vectors_can_be_replaced_by_another_embedders(store: Store) -> None:
+    first = await store.remember(TENANT, new("first", model="old", angle=1.0))
+    second = await store.remember(OTHER, new("second", model="old"))
+    await store.remember(TENANT, new("third", model="now"))
+    assert await store.other_models("now", None, 9) == [
+        (first.memory_id, "first"),
+        (second.memory_id, "second"),
+    ]
+    assert await store.other_models("now", first.memory_id, 9) == [(second.memory_id, "second")]
+    assert await store.other_models("now", None, 1) == [(first.memory_id, "first")]
+    assert not await store.set_vector(first.memory_id, "another text", "now", vector(0.0))
+    assert not await store.set_vector(uuid7(), "first", "now", vector(0.0))
+    assert await store.set_vector(first.memory_id, "first", "now", vector(0.0))
+    (found, _) = sorted(
+        await store.recall(TENANT, ANN, query(model="now")), key=lambda item: item.memory.text
+    )
+    assert (found.memory, found.score) == (first, pytest.approx(1.0))
+
+
 async def test_a_vector_of_zeros_is_near_to_nothing(store: Store) -> None:
     await store.remember(TENANT, new())
     zeros = Query("m", [0.0] * DIMENSIONS, 5, -1.0, 0.1)

@@ -107,6 +107,17 @@ class FakeStore:
             del self.rows[key]
         return len(due)
 
+    async def other_models(self, model: str, after: UUID | None, size: int) -> Sequence[tuple[UUID, str]]:
+        found = sorted(key for key, row in self.rows.items() if row.new.model != model)
+        return [(key, self.rows[key].memory.text) for key in found if after is None or key > after][:size]
+
+    async def set_vector(self, memory_id: UUID, text: str, model: str, vector: Vector) -> bool:
+        row = self.rows.get(memory_id)
+        if row is None or row.memory.text != text:
+            return False
+        row.new = replace(row.new, model=model, vector=vector)
+        return True
+
     def expire(self, memory_id: UUID) -> None:
         row = self.rows[memory_id]
         row.memory = replace(row.memory, expire_time_ms=1)

@@ -10,6 +10,7 @@ from services.memory.domain import NewMemory, Scope, ScopeKind
 from services.memory.operations.forget import forget
 from services.memory.operations.list_memories import list_memories
 from services.memory.operations.recall import MAX_QUERY_BYTES, Ranking, recall
+from services.memory.operations.reembed import reembed
 from services.memory.operations.remember import MAX_TTL_MS, remember
 from services.memory.operations.sweep import BATCH, sweep_forever, sweep_once
 from tests.unit.memory.fakes import FakeStore, LetterEmbedder
@@ -173,6 +174,17 @@ async def test_sweeping_goes_on_after_a_failure(store: FakeStore, embedder: Lett
     await asyncio.wait({task}, timeout=5)
     assert store.rows == {}
     assert store.errors == []
+
+
+async def test_a_change_of_embedder_is_made_good(store: FakeStore) -> None:
+    old, now = LetterEmbedder("old"), LetterEmbedder("now")
+    for number in range(450):
+        await remember(store, old, TENANT if number % 2 else OTHER, ANN, "cat")
+    await remember(store, now, TENANT, BOB, "dog")
+    assert await recall(store, now, RANKING, TENANT, ANN, "cat") == []
+    assert await reembed(store, now) == 450
+    assert len(await recall(store, now, RANKING, TENANT, ANN, "cat")) == 5
+    assert await reembed(store, now) == 0
 
 
 def new(**more: object) -> NewMemory:

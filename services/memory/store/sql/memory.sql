@@ -93,6 +93,21 @@ gone AS (
 )
 SELECT count(*) FROM gone;
 
+-- name: other_models
+-- Memories of all tenants whose vector is of another model. $1 model, $2 id to go on after or null, $3 limit.
+SELECT memory_id, text
+FROM memory.item
+WHERE model <> $1 AND ($2::uuid IS NULL OR memory_id > $2)
+ORDER BY memory_id
+LIMIT $3::bigint;
+
+-- name: set_vector
+-- Replaces a vector. $1 id, $2 the text it is of, $3 model, $4 vector.
+UPDATE memory.item
+SET model = $3, embedding = $4::real[]::vector
+WHERE memory_id = $1 AND text = $2
+RETURNING true;
+
 -- name: ready
 -- Whether the tables are there.
 SELECT to_regclass('memory.item') IS NOT NULL;
