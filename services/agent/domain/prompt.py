@@ -96,6 +96,7 @@ def build_prompt(
     choice = spec.tool_choice if first_turn or spec.tool_choice == "none" else "auto"
     schema: Mapping[str, Any] | None = None
     offered: Sequence[ToolOffer] = ()
+    wanted: Sequence[ToolOffer] = ()
     if mode == "native" and choice != "none":
         offered = tools
     elif mode == "json" and choice not in ("auto", "none"):
@@ -105,7 +106,7 @@ def build_prompt(
     chat = list(messages) if mode == "native" else [plain(message) for message in messages]
     if mode == "native":
         chat = _answered_only(chat)
-    system = system_prompt(spec.instructions, background, tools if schema is not None else ())
+    system = system_prompt(spec.instructions, background, wanted)
     room = context_tokens - max_tokens - estimate(prefix) if context_tokens else 0
     chat = fit(system, chat, room) if context_tokens else chat
     if system:
@@ -138,8 +139,10 @@ def system_prompt(instructions: str, background: Background, tools: Sequence[Too
         lines = [f"- {memory}" for memory in background.memories]
         parts.append("From earlier conversations, if it helps:\n" + "\n".join(lines))
     if tools:
+        # A model that needs a grammar to call tools is a small one: a whole schema in its prompt confuses it,
+        # and the grammar holds the schema anyway.
         lines = [
-            f"- {tool.name}: {tool.description} Arguments: {orjson.dumps(tool.schema).decode()}"
+            f"- {tool.name}({', '.join(tool.schema.get('properties', {}))}): {tool.description.split('. ')[0]}"
             for tool in tools
         ]
         parts.append("Answer with one tool call as JSON. The tools:\n" + "\n".join(lines))

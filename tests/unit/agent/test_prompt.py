@@ -69,7 +69,7 @@ def test_a_tool_that_is_asked_for_becomes_a_grammar():
     assert made.constrained
     assert made.request.tools == ()
     assert made.request.response_schema["properties"]["name"] == {"const": "add"}
-    assert "add: Adds." in made.request.messages[0].content
+    assert "add(a): Adds." in made.request.messages[0].content
     any_of = prompt(spec(tool_choice="required"), mode="json").request.response_schema["anyOf"]
     assert [one["properties"]["name"]["const"] for one in any_of] == ["add", "mul"]
     assert not prompt(spec(tool_choice="add"), mode="json", first_turn=False).constrained
