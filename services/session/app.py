@@ -35,9 +35,11 @@ from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
 from services.session.settings import SessionSettings
+from services.session.store.cached import CachedContexts, Contexts
 from services.session.store.notifications import CANCEL, Notifications
 from services.session.store.port import Store
 from services.session.store.postgres import PostgresStore
+from services.session.store.redis_conversations import RedisConversations
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
 from services.session.storm import StormGuard
 from services.session.sweeper import Sweeper
@@ -97,6 +99,7 @@ class Replica:
 class _Redis:
     publisher: RedisPublisher
     reader: RedisReader
+    conversations: RedisConversations
 
 
 async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: Store) -> _Redis | None:
@@ -113,7 +116,12 @@ async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: S
         ttl_seconds=settings.stream_ttl_seconds,
         max_events=settings.stream_max_events,
     )
-    return _Redis(RedisPublisher(streams, store), RedisReader(reading, client, settings.replica))
+    conversations = RedisConversations(
+        client, Breaker("session-conversations"), ttl_seconds=settings.conversation_ttl_seconds
+    )
+    return _Redis(
+        RedisPublisher(streams, store), RedisReader(reading, client, settings.replica), conversations
+    )
 
 
 async def _close_redis(client: redis.asyncio.Redis) -> None:
@@ -160,7 +168,9 @@ async def assemble(
             poll_seconds=settings.watch_poll_seconds,
             degraded_seconds=settings.watch_poll_degraded_seconds,
         )
-        commits = Commits(tail, live.publisher if live else None, sweeper.wake)
+        cached = CachedContexts(store, live.conversations, tasks=work) if live else None
+        contexts: Contexts = cached or store
+        commits = Commits(tail, live.publisher if live else None, cached, sweeper.wake)
         flusher = Flusher(
             store,
             tasks=work,
@@ -172,13 +182,13 @@ async def assemble(
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
-            SessionServicer(store, commits, lambda tenant_id: Watcher(store, tail, tenant_id)),
+            SessionServicer(store, contexts, commits, lambda tenant_id: Watcher(store, tail, tenant_id)),
             PUBLIC,
         )
         server.reflect(*ELSEWHERE)
         server.add(
             internal_grpc.add_SessionInternalServiceServicer_to_server,
-            SessionInternalServicer(store, hub, commits, keys),
+            SessionInternalServicer(store, contexts, hub, commits, keys),
             INTERNAL,
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from services.session.domain import Event, Run, RunAppend, RunStatus, Submitted
+from services.session.store.cached import CachedContexts
 from services.session.tail import Tail
 
 
@@ -22,16 +23,24 @@ class Publisher(Protocol):
 class Commits:
     """Tells everyone concerned; PostgreSQL has the truth before any of these methods is called."""
 
-    def __init__(self, tail: Tail, publisher: Publisher | None, dispatch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        tail: Tail,
+        publisher: Publisher | None,
+        contexts: CachedContexts | None,
+        dispatch: Callable[[], None],
+    ) -> None:
         """Makes the place that commits are reported to.
 
         Args:
             tail: The watchers of this replica.
             publisher: The way to those of other replicas, if there is Redis.
+            contexts: The cache of conversations, if there is Redis.
             dispatch: Wakes the dispatcher.
         """
         self._tail = tail
         self._publisher = publisher
+        self._contexts = contexts
         self._dispatch = dispatch
 
     def appended(self, append: RunAppend) -> None:
@@ -39,6 +48,8 @@ class Commits:
         self._tail.deliver(append.run_id, append.first_seq, append.events)
         if self._publisher is not None and append.events:
             self._publisher.offer(append)
+        if self._contexts is not None and append.commit is not None:
+            self._contexts.committed(append)
 
     def submitted(self, submitted: Submitted) -> None:
         """Input was accepted."""

@@ -25,6 +25,11 @@ watchers = Gauge("hermesh_session_watchers", "Open watches.", ["kind"])
 watch_catch_up = Counter(
     "hermesh_session_watch_catch_up_total", "Times a watcher went back to PostgreSQL.", ["cause"]
 )
+cached_contexts = Counter(
+    "hermesh_session_cached_contexts_total",
+    "Contexts whose history the cache had (hit) or not (miss).",
+    ["result"],
+)
 redis_up = Gauge("hermesh_session_redis_up", "1 while Redis answers, 0 while it does not or is not used.")
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])

@@ -17,6 +17,7 @@ from services.session.domain import ConcurrencyPolicy, RunStatus, ToolCallState
 from services.session.operations.options import check_options
 from services.session.operations.resolve import resolve
 from services.session.operations.submit import check_text, fingerprint, submit
+from services.session.store.cached import Contexts
 from services.session.store.port import Store
 from services.session.watch import Moved, Watcher
 
@@ -26,15 +27,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SessionServicer(grpc_pb.SessionServiceServicer):
     """Serves the public RPCs; each is scoped by the caller's tenant."""
 
-    def __init__(self, store: Store, commits: Commits, watcher_for: Callable[[UUID], Watcher]) -> None:
+    def __init__(
+        self, store: Store, contexts: Contexts, commits: Commits, watcher_for: Callable[[UUID], Watcher]
+    ) -> None:
         """Makes a servicer.
 
         Args:
             store: What is durable.
+            contexts: The store, or a cache before it, for accepting input.
             commits: Told of what is committed outside of the append streams.
             watcher_for: Makes a watcher for a tenant.
         """
         self._store = store
+        self._contexts = contexts
         self._commits = commits
         self._watcher_for = watcher_for
 
@@ -124,7 +129,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
         tenant_id = require_tenant()
         check_options(request.options)
         submitted = await submit(
-            self._store,
+            self._contexts,
             current_identity(),
             tenant_id,
             session_id=_id(request.session_id, "session_id"),

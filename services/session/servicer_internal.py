@@ -14,6 +14,7 @@ from services.session import convert
 from services.session.append_hub import AppendHub
 from services.session.commits import Commits
 from services.session.domain import BeginOutcome, ClaimOutcome, ToolCallState
+from services.session.store.cached import Contexts
 from services.session.store.port import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -24,16 +25,20 @@ LEASE_TTL_MS = 10_000
 class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     """Serves the mesh; every method refuses callers from outside."""
 
-    def __init__(self, store: Store, hub: AppendHub, commits: Commits, keys: Authenticator) -> None:
+    def __init__(
+        self, store: Store, contexts: Contexts, hub: AppendHub, commits: Commits, keys: Authenticator
+    ) -> None:
         """Makes a servicer.
 
         Args:
             store: What is durable.
+            contexts: The store, or a cache before it, for claims.
             hub: The append streams.
             commits: Told of what is committed outside of the append streams.
             keys: Looks API keys up, without a cache: the callers have one.
         """
         self._store = store
+        self._contexts = contexts
         self._hub = hub
         self._commits = commits
         self._keys = keys
@@ -48,7 +53,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     async def ClaimRun(self, request: pb.ClaimRunRequest, context: Context) -> pb.ClaimRunResponse:
         """See the proto."""
         require_mesh()
-        claim = await self._store.claim(convert.uuid_of(request.run_id, "run_id"), request.owner)
+        claim = await self._contexts.claim(convert.uuid_of(request.run_id, "run_id"), request.owner)
         response = pb.ClaimRunResponse(
             outcome=int(claim.outcome),  # type: ignore[arg-type]  # the numbers are the wire's by definition
             run=convert.run_to_proto(claim.run),

@@ -7,7 +7,7 @@ from uuid import UUID
 from meshkit.errors import FieldViolation, InvalidArgumentError, PermissionDeniedError
 from meshkit.identity import Identity
 from services.session.domain import ConcurrencyPolicy, Submission, Submitted
-from services.session.store.port import Runs
+from services.session.store.cached import Contexts
 
 MAX_INPUT_BYTES = 1024 * 1024
 _ROLES = frozenset({"user", "system", "assistant"})
@@ -52,7 +52,9 @@ def check_input(messages: Sequence[tuple[str, str]]) -> None:
             violations.append(FieldViolation(f"input[{index}].content", "must not be empty"))
         check_text(f"input[{index}].content", content, violations)
     if messages and messages[-1][0] == "assistant":
-        violations.append(FieldViolation(f"input[{len(messages) - 1}].role", "the last message is the user's"))
+        violations.append(
+            FieldViolation(f"input[{len(messages) - 1}].role", "the last message is the user's")
+        )
     if size > MAX_INPUT_BYTES:
         raise InvalidArgumentError(
             "INPUT_TOO_LARGE",
@@ -65,7 +67,7 @@ def check_input(messages: Sequence[tuple[str, str]]) -> None:
 
 
 async def submit(
-    store: Runs,
+    store: Contexts,
     identity: Identity,
     tenant_id: UUID,
     *,

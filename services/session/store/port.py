@@ -28,6 +28,10 @@ from services.session.domain import (
     ToolCallState,
 )
 
+# What a claim returns of the conversation's history: the newest messages within both limits.
+MAX_CONTEXT_MESSAGES = 200
+MAX_CONTEXT_BYTES = 512 * 1024
+
 
 class Tenants(Protocol):
     """Tenants and their API keys; a key is stored as the SHA-256 of its text, in hex."""
@@ -94,14 +98,14 @@ class Conversations(Protocol):
 class Runs(Protocol):
     """Runs: accepting, claiming, finding what to dispatch."""
 
-    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+    async def submit(self, tenant_id: UUID, submission: Submission, *, history: bool = True) -> Submitted:
         """Accepts input in one transaction: idempotency key, messages, run, first event and, if asked and
         free, the lease. Raises NotFoundError, AlreadyExistsError(REQUEST_ID_REUSED),
         FailedPreconditionError(SESSION_BUSY).
         """
         ...
 
-    async def claim(self, run_id: UUID, owner: str) -> Claim:
+    async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
         asked for, or that was claimed five times without a new durable event, is finished here.
         """

@@ -13,6 +13,7 @@ from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
 from services.session.domain import Claim, ClaimOutcome, Event, Page, Run, Submission, Submitted
+from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 from services.session.store.postgres_base import PostgresPart, Record, not_found
 from services.session.store.postgres_sessions import ordinal_at
 from services.session.store.rows import context_of, grant_of, run_of, title_of
@@ -22,9 +23,6 @@ _SESSIONS = load_sql("services.session.store.sql", "sessions.sql")
 
 # After so many claims in a row that moved nothing a run fails: no run poisons the mesh.
 MAX_IDLE_CLAIMS = 5
-# What a claim returns of the conversation.
-MAX_CONTEXT_MESSAGES = 200
-MAX_CONTEXT_BYTES = 512 * 1024
 # A run that was handed out for dispatch is due again after this.
 DISPATCH_AGAIN = timedelta(seconds=2)
 
@@ -34,7 +32,7 @@ _LAST_ORDINAL = 2**31 - 1
 class PostgresRuns(PostgresPart):
     """See `port.Runs`."""
 
-    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+    async def submit(self, tenant_id: UUID, submission: Submission, *, history: bool = True) -> Submitted:
         """See the port. One round trip: `session.submit_run`."""
         session_id = submission.session_id
         head = b'{"session_id":"%s","ordinal":' % str(session_id).encode()
@@ -61,7 +59,7 @@ class PostgresRuns(PostgresPart):
             submission.claim_owner,
             timedelta(milliseconds=self._ttl_ms),
             MAX_IDLE_CLAIMS,
-            MAX_CONTEXT_MESSAGES,
+            MAX_CONTEXT_MESSAGES if history else 0,
             MAX_CONTEXT_BYTES,
             session_id=session_id,
         )
@@ -72,7 +70,7 @@ class PostgresRuns(PostgresPart):
             claim = self._claim_of(row, run)
         return Submitted(run, created, row["duplicate"], claim)
 
-    async def claim(self, run_id: UUID, owner: str) -> Claim:
+    async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """See the port. One round trip: `session.claim_run`.
 
         Raises:
@@ -84,7 +82,7 @@ class PostgresRuns(PostgresPart):
             owner,
             timedelta(milliseconds=self._ttl_ms),
             MAX_IDLE_CLAIMS,
-            MAX_CONTEXT_MESSAGES,
+            MAX_CONTEXT_MESSAGES if history else 0,
             MAX_CONTEXT_BYTES,
             run_id=run_id,
         )

@@ -10,19 +10,18 @@ than an event does. That asks for one Redis (or one with replicas), not for a Re
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 import redis.asyncio
-import redis.exceptions
 import structlog
 
 from meshkit.errors import UnavailableError
-from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError
+from meshkit.redis import REDIS_ERRORS, Breaker
 from services.session.domain import Event
 from services.session.publisher import Publication, Reply
+from services.session.store.redis_scripts import Script, run_script
 from services.session.tail import Position
 
 _log = structlog.get_logger("session.redis")
@@ -98,14 +97,8 @@ def stream_key(session_id: UUID, run_id: UUID) -> str:
     return f"hermesh:{{{session_id}}}:run:{run_id}:events"
 
 
-class _Script:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-_PUBLISH_SCRIPT = _Script(_PUBLISH)
-_SEED_SCRIPT = _Script(_SEED)
+_PUBLISH_SCRIPT = Script(_PUBLISH)
+_SEED_SCRIPT = Script(_SEED)
 
 
 class RedisStreams:
@@ -140,7 +133,10 @@ class RedisStreams:
             keys += (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
             arguments += (item.fence, item.first_seq, len(item.events))
             arguments += [f"{event.type} {event.time_ms} {event.data}" for event in item.events]
-        replies = [Reply(reply.decode()) for reply in await self._run(_PUBLISH_SCRIPT, keys, arguments)]
+        replies = [
+            Reply(reply.decode())
+            for reply in await run_script(self._client, self._breaker, _PUBLISH_SCRIPT, keys, arguments)
+        ]
         for item, reply in zip(items, replies, strict=True):
             if reply is Reply.BROKEN:
                 # Something that is not ours is at these keys; without them readers use PostgreSQL.
@@ -151,24 +147,7 @@ class RedisStreams:
     async def seed(self, fences: Mapping[UUID, int]) -> None:
         """Sets fences that PostgreSQL named, unless higher ones are there."""
         keys = [fence_key(session_id) for session_id in fences]
-        await self._run(_SEED_SCRIPT, keys, [self._ttl, *fences.values()])
-
-    async def _run(self, script: _Script, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        def call() -> Awaitable[Any]:
-            answer: Awaitable[Any] = self._client.execute_command(  # type: ignore[no-untyped-call]
-                "EVALSHA", script.sha, len(keys), *keys, *arguments
-            )
-            return answer
-
-        try:
-            try:
-                return await self._breaker.run(call)
-            except redis.exceptions.NoScriptError:
-                # Redis is new or was flushed.
-                await self._breaker.run(lambda: self._client.script_load(script.text))
-                return await self._breaker.run(call)
-        except (BreakerOpenError, *REDIS_ERRORS) as error:
-            raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
+        await run_script(self._client, self._breaker, _SEED_SCRIPT, keys, [self._ttl, *fences.values()])
 
     async def _drop(self, item: Publication) -> None:
         try:

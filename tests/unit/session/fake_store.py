@@ -129,7 +129,7 @@ class FakeStore:
 
     # Runs
 
-    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+    async def submit(self, tenant_id: UUID, submission: Submission, *, history: bool = True) -> Submitted:
         await self.get_session(tenant_id, submission.session_id)
         key = (tenant_id, submission.request_id)
         known = self.requests.get(key) if submission.request_id else None
@@ -168,7 +168,7 @@ class FakeStore:
                 claim = None
         return Submitted(self.runs[run.run_id], created, False, claim)
 
-    async def claim(self, run_id: UUID, owner: str) -> Claim:
+    async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         run = self.runs[run_id]
         if run.status.terminal:
             return Claim(ClaimOutcome.FINISHED, run)

@@ -1,0 +1,186 @@
+"""Contexts whose history comes from a cache of conversations, proved against PostgreSQL or not used.
+
+A conversation only grows and shrinks at its end: a run's messages are added while it holds the session, and
+taken back, if at all, when it ends. So if a cached conversation ends with the very message (place and id)
+that PostgreSQL names as the one before the run's own, everything before that is the same, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+from uuid import UUID
+
+import structlog
+
+from meshkit.errors import HermeshError
+from meshkit.tasks import TaskOwner
+from services.session import metrics
+from services.session.domain import Claim, Message, NewMessage, Run, RunAppend, Submission, Submitted
+from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
+
+_log = structlog.get_logger("session.cache")
+
+# Writes to the cache that may be under way; beyond them a write is left out, and the next claim repairs it.
+_MAX_WRITES = 256
+
+
+class Contexts(Protocol):
+    """Accepting and claiming, as the store does it."""
+
+    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+        """See `port.Runs`."""
+        ...
+
+    async def claim(self, run_id: UUID, owner: str) -> Claim:
+        """See `port.Runs`."""
+        ...
+
+
+class ContextStore(Protocol):
+    """The part of the store that this decorates; see `port`."""
+
+    async def submit(self, tenant_id: UUID, submission: Submission, *, history: bool = True) -> Submitted:
+        """Accepts input."""
+        ...
+
+    async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
+        """Takes a lease."""
+        ...
+
+    async def messages_after(
+        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
+    ) -> list[Message]:
+        """Returns the newest messages past an ordinal."""
+        ...
+
+
+class Conversations(Protocol):
+    """The cache; it may forget anything and fail at any time. Methods raise HermeshError."""
+
+    @property
+    def refuses(self) -> bool:
+        """True while it is known to be down."""
+        ...
+
+    async def load(self, session_id: UUID) -> Sequence[Message]:
+        """Returns what is cached, oldest first and with consecutive ordinals; renews its life."""
+        ...
+
+    async def replace(self, session_id: UUID, messages: Sequence[Message]) -> None:
+        """Stores a conversation's newest messages in place of what was there."""
+        ...
+
+    async def extend(self, after: Message, messages: Sequence[Message]) -> None:
+        """Adds messages if `after` is the last one there, else does nothing."""
+        ...
+
+    async def add(self, session_id: UUID, run_id: UUID, seq: int, messages: Sequence[NewMessage]) -> None:
+        """Adds what a run committed at `seq` if the last one there is the same run's, of an earlier commit;
+        else forgets the conversation, if it is there at all.
+        """
+        ...
+
+
+class CachedContexts:
+    """Decorates the store's `submit` and `claim`, and keeps the cache up to date behind them."""
+
+    def __init__(self, store: ContextStore, cache: Conversations, *, tasks: TaskOwner) -> None:
+        """Makes a decorator; `tasks` owns its background writes."""
+        self._store = store
+        self._cache = cache
+        self._tasks = tasks
+        self._writes = 0
+
+    async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
+        """See `port.Runs`. The cache is read while PostgreSQL works."""
+        if not submission.claim_owner or self._cache.refuses:
+            return await self._store.submit(tenant_id, submission)
+        loading = self._tasks.start(self._load(submission.session_id), name="load")
+        submitted = await self._store.submit(tenant_id, submission, history=False)
+        if submitted.claim is None or submitted.claim.context is None:
+            return submitted
+        return replace(submitted, claim=await self._complete(submitted.claim, await loading))
+
+    async def claim(self, run_id: UUID, owner: str) -> Claim:
+        """See `port.Runs`."""
+        if self._cache.refuses:
+            return await self._store.claim(run_id, owner)
+        claim = await self._store.claim(run_id, owner, history=False)
+        if claim.context is None:
+            return claim
+        return await self._complete(claim, await self._load(claim.run.session_id))
+
+    def committed(self, append: RunAppend) -> None:
+        """Takes a committed step whose messages belong to a conversation; does not wait."""
+        commit = append.commit
+        if commit is not None and commit.messages:
+            self._write(self._cache.add(append.session_id, append.run_id, append.first_seq, commit.messages))
+
+    async def _load(self, session_id: UUID) -> Sequence[Message]:
+        try:
+            return await self._cache.load(session_id)
+        except HermeshError:
+            return ()
+
+    async def _complete(self, claim: Claim, cached: Sequence[Message]) -> Claim:
+        """Puts the history into a claim's context, from the cache if that is proved right."""
+        context, run = claim.context, claim.run
+        assert context is not None
+        own = [message for message in context.messages if message.run_id == run.run_id]
+        before = context.messages[0] if len(own) < len(context.messages) else None
+        history: Sequence[Message]
+        if before is None:
+            history = ()
+        elif cached and (cached[-1].ordinal, cached[-1].message_id) == (before.ordinal, before.message_id):
+            metrics.cached_contexts.labels("hit").inc()
+            history = cached
+            if run.attempt == 1:
+                self._write(self._cache.extend(before, own))
+        else:
+            metrics.cached_contexts.labels("miss").inc()
+            history = await self._history(run, before)
+        if before is None or history is not cached or run.attempt > 1:
+            self._write(self._cache.replace(run.session_id, within_limits([*history, *own], run.run_id)))
+        messages = within_limits([*history, *own], run.run_id)
+        omitted = messages[-1].ordinal - len(messages) if messages else 0
+        return replace(claim, context=replace(context, messages=messages, omitted_messages=omitted))
+
+    async def _history(self, run: Run, before: Message) -> list[Message]:
+        """Reads what precedes a run from PostgreSQL; its lease is held, so nobody else changes it."""
+        after = max(0, before.ordinal - MAX_CONTEXT_MESSAGES)
+        messages = await self._store.messages_after(
+            run.tenant_id, run.session_id, after, MAX_CONTEXT_MESSAGES * 2
+        )
+        return [message for message in messages if message.ordinal <= before.ordinal]
+
+    def _write(self, writing: Coroutine[Any, Any, None]) -> None:
+        if self._writes >= _MAX_WRITES or self._cache.refuses:
+            writing.close()
+            return
+        self._writes += 1
+        self._tasks.start(self._finish(writing), name="cache")
+
+    async def _finish(self, writing: Coroutine[Any, Any, None]) -> None:
+        try:
+            await writing
+        except HermeshError as error:
+            _log.debug("the conversation cache was not written", error=str(error))
+        finally:
+            self._writes -= 1
+
+
+def within_limits(messages: Sequence[Message], run_id: UUID) -> list[Message]:
+    """Returns what a context holds of a conversation: the run's own messages, the newest one, and before them
+    the newest within the limits of number and size.
+    """
+    kept: list[Message] = []
+    size = 0
+    for place, message in enumerate(reversed(messages), start=1):
+        size += len(message.content.encode()) + len(message.tool_calls.encode())
+        fits = place <= MAX_CONTEXT_MESSAGES and size <= MAX_CONTEXT_BYTES
+        if fits or place == 1 or message.run_id == run_id:
+            kept.append(message)
+    kept.reverse()
+    return kept
