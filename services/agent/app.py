@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from hermesh.agent.v1 import agent_service_pb2_grpc
 from meshkit.auth import MeshAuthenticator
@@ -41,6 +42,21 @@ async def main(settings: AgentSettings) -> None:
     Raises:
         StartupError: a setting is missing, or an address cannot be bound.
     """
+    async with assemble(settings) as server:
+        await server.serve()
+
+
+@asynccontextmanager
+async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -> AsyncIterator[Server]:
+    """Connect an agent's parts, and run them for the time of the block.
+
+    Args:
+        settings: the replica's settings.
+        configure_logging: False in tests that keep their own logging.
+
+    Raises:
+        StartupError: a setting is missing.
+    """
     if not settings.llm_base_url:
         raise StartupError("HERMESH_LLM_BASE_URL is not set: name an OpenAI-compatible model server")
     monotonic = asyncio.get_running_loop().time
@@ -49,7 +65,12 @@ async def main(settings: AgentSettings) -> None:
         # The append stream has a connection of its own: its small messages never wait behind others.
         append_channel = await stack.enter_async_context(open_channel(settings))
         server = await stack.enter_async_context(
-            Server(settings, service="agent", authenticator=MeshAuthenticator(channel, settings))
+            Server(
+                settings,
+                service="agent",
+                authenticator=MeshAuthenticator(channel, settings),
+                configure_logging=configure_logging,
+            )
         )
         model = OpenAIModel(
             settings.llm_base_url,
@@ -103,4 +124,4 @@ async def main(settings: AgentSettings) -> None:
         servicer = AgentServicer(settings, supervisor, session, catalog, tools)
         server.add(agent_service_pb2_grpc.add_AgentServiceServicer_to_server, servicer, SERVICE_NAME)
         server.on_drain(supervisor.drain)
-        await server.serve()
+        yield server

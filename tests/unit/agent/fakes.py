@@ -142,7 +142,7 @@ class FakeStore:
     def received(self, call: FakeCall, request: AppendRequest) -> None:
         if self.hold:
             self.held.append((call, request))
-            self._notify()
+            self.notify()
             return
         self.process(call, request)
 
@@ -178,7 +178,7 @@ class FakeStore:
                 response.results.append(self._result(append, self._commit(append)))
         if not call.closed:
             call.respond(response)
-        self._notify()
+        self.notify()
 
     def _result(self, append: RunAppend, outcome: int) -> AppendResult:
         return AppendResult(
@@ -235,7 +235,7 @@ class FakeStore:
     def say_draining(self) -> None:
         self.streams[-1].respond(AppendResponse(draining=True))
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -293,7 +293,7 @@ class FakeStore:
         held = self.runs[run_id].fence == fence
         if held:
             self.released.append(run_id)
-        self._notify()
+        self.notify()
         return held
 
     async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
