@@ -1,4 +1,4 @@
-"""Streams that break, clients that leave or stop reading, drains. The mesh is the FAKE of tests/fakes/mesh.py."""
+"""Streams that break, clients that leave or stop reading. The mesh is the FAKE of tests/fakes/mesh.py."""
 
 from __future__ import annotations
 
@@ -278,9 +278,13 @@ async def test_a_client_that_stops_reading_is_dropped_and_can_come_back(start: C
     # Its run goes on, and is whole for whoever comes back.
     assert await hub.owner.wait_idle(20)
     assert session.runs[0].log.finished
-    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+
+    async def read_out() -> None:
         while True:
             await reader.readexactly(1 << 16)
+
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await read_out()
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()
@@ -324,10 +328,14 @@ async def test_a_feed_that_finds_nobody_gives_up_in_time() -> None:
     settings_ = GatewaySettings(mesh_address="127.0.0.1:1", mesh_token="x")
     async with open_channel(settings_) as channel:
         feed = RunFeed(MeshClients(channel), RunCursor("01890000-0000-7000-8000-00000000000a", 3), 0.3)
-        with pytest.raises(FeedLost):
+
+        async def read_out() -> None:
             async with asyncio.timeout(5):
                 async for _ in feed.batches():
                     pass
+
+        with pytest.raises(FeedLost):
+            await read_out()
 
 
 async def test_an_unknown_run_is_not_looked_for_twice(mesh: FakeMesh) -> None:
