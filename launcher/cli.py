@@ -8,22 +8,25 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from launcher import control
-from launcher.api import Api
-from launcher.doctor import findings, port_in_use
+from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
-from launcher.plan import Plan, parse_replicas
+from launcher.plan import Plan, fingerprint, parse_replicas
+from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from launcher.talk import show
 from meshkit.settings import load
+
+if TYPE_CHECKING:
+    from launcher.api import Api
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +53,9 @@ def _require_running(folder: Folder) -> None:
 
 def _api(folder: Folder, settings: LauncherSettings) -> Api:
     _require_running(folder)
+    # Only what talks to the mesh pays for an HTTP client.
+    from launcher.api import Api
+
     key = settings.api_key.get_secret_value() or folder.secret("api-key", "hm_")
     return Api(f"http://{State.load(folder.state_file).addresses['http']}", key)
 
@@ -58,6 +64,7 @@ def _progress(text: str) -> Any:
     """A spinner on a terminal, and one line elsewhere."""
     if console.is_terminal:
         return console.status(text)
+    typer.echo(text, err=True)
     return nullcontext()
 
 
@@ -76,7 +83,9 @@ def up(
         _check_ports(settings, folder)
         plan = Plan(settings, folder, {"mesh": 0, "model": 0})
         if plan.postgres:
+            # What is wrong with the data is said at once, before anything runs.
             plan.postgres.initialize()
+            link_data(folder.postgres, plan.postgres)
         control.start_supervisor(folder)
     with _progress("starting the mesh") as status:
 
@@ -86,9 +95,9 @@ def up(
             else:
                 typer.echo(text)
 
-        request = {"command": "up", "replicas": wanted}
+        request = {"command": "up", "replicas": wanted, "settings": fingerprint()}
         try:
-            control.ask(folder, request, said)
+            answer = control.ask(folder, request, said)
         except LaunchError:
             # What cannot start is not left half there, retrying for nobody.
             if fresh:
@@ -100,6 +109,9 @@ def up(
     console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
     key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
     console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
+    if answer["settings_changed"]:
+        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
+        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
     if reply:
         question = "What is the capital of France?"
         console.print(f"\n> {question}", highlight=False)
@@ -108,14 +120,16 @@ def up(
 
 
 def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
-    """Says which port is taken, unless Envoy of an earlier supervisor is what listens there."""
-    if any(c.service == "envoy" and c.identity.alive for c in State.load(folder.state_file).children):
-        return
+    """Says which port cannot be had, unless Envoy of an earlier supervisor is what listens there."""
+    if settings.http_port == settings.grpc_port:
+        raise LaunchError("HERMESH_HTTP_PORT and HERMESH_GRPC_PORT are the same; set one to another port")
+    state = State.load(folder.state_file)
+    ours = any(c.service == "envoy" and c.identity.alive for c in state.children)
     for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
-        if port_in_use(port):
-            raise LaunchError(
-                f"port {port} is in use; stop what listens there, or set {name} to another port"
-            )
+        if ours and f"127.0.0.1:{port}" in state.addresses.values():
+            continue
+        if problem := port_problem(port):
+            raise LaunchError(f"port {port} {problem}; free it, or set {name} to another port")
 
 
 @app.command()
@@ -181,11 +195,7 @@ def logs(
     """Show what the processes log."""
     _, folder = _settings()
     files = sorted(folder.logs.glob("*.log")) if folder.logs.is_dir() else []
-    files = [
-        path
-        for path in files
-        if not service or (path.stem in (service, path.stem) and path.stem.startswith(service))
-    ]
+    files = [path for path in files if service in ("", path.stem, path.stem.rpartition("-")[0])]
     if not files:
         raise LaunchError(f"there is no log of {service or 'anything'} in {folder.logs}")
     command = ["tail", "-q" if len(files) == 1 else "-v", "-n", str(lines)]
@@ -316,6 +326,8 @@ def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.
 @app.command()
 def doctor() -> None:
     """Look for what would keep the mesh from running, and say what to do."""
+    from launcher.doctor import findings
+
     settings = load(LauncherSettings)
     wrong = 0
     for finding in findings(settings):

@@ -12,8 +12,9 @@ from typing import Any
 
 from launcher.errors import LaunchError
 from launcher.folder import Folder
+from launcher.leftovers import end_leftovers
 from launcher.processes import Identity, end_all, identify, spawn
-from launcher.state import State
+from launcher.state import Remembered, State
 
 START_SECONDS = 15.0
 ANSWER_SECONDS = 240.0
@@ -57,13 +58,15 @@ def start_supervisor(folder: Folder) -> None:
     """Starts a supervisor in the background and returns when it listens."""
     log = folder.logs / "supervisor.log"
     before = log.stat().st_size if log.exists() else 0
-    folder.control_socket.unlink(missing_ok=True)
     # Its own bytecode, and the services', make the next start faster.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     process = spawn([sys.executable, "-m", "launcher.supervisor"], environment, log)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
+            if supervisor_of(folder) is not None:
+                # Another `up` was quicker; its supervisor does for both.
+                return
             said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
             raise LaunchError(said[-1].removeprefix("hermesh: ") if said else "the supervisor ended at once")
         if folder.control_socket.exists() and identify(process.pid) == supervisor_of(folder):
@@ -75,10 +78,8 @@ def start_supervisor(folder: Folder) -> None:
 
 def stop(folder: Folder) -> int:
     """Ends the supervisor and everything it started; returns how many processes there were."""
-    state = State.load(folder.state_file)
-    running = [child.identity for child in state.children if child.identity.alive]
     supervisor = supervisor_of(folder)
-    count = len(running) + (supervisor is not None)
+    count = len(_living(folder)) + (supervisor is not None)
     if supervisor is not None:
         try:
             ask(folder, {"command": "down"})
@@ -89,7 +90,11 @@ def stop(folder: Folder) -> int:
             # It does not answer: what it started is known all the same.
             pass
         end_all([supervisor], grace=1)
-    end_all([process for process in running if process.alive], grace=10)
+    end_leftovers(_living(folder))
     folder.state_file.unlink(missing_ok=True)
     folder.control_socket.unlink(missing_ok=True)
     return count
+
+
+def _living(folder: Folder) -> list[Remembered]:
+    return [child for child in State.load(folder.state_file).children if child.identity.alive]

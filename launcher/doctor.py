@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +13,13 @@ from pathlib import Path
 
 from launcher import envoy, model
 from launcher.control import supervisor_of
-from launcher.embedded.postgres import BIN, as_ordinary_user
-from launcher.errors import LaunchError
+from launcher.embedded import package_folder
+from launcher.embedded.postgres import BIN, USER, namespace_works
+from launcher.embedded.valkey import binary as valkey_binary
+from launcher.errors import LaunchError, library_remedy
 from launcher.folder import NEEDED_BYTES, Folder
 from launcher.plan import PARTS
+from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
 
 IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
@@ -31,17 +33,6 @@ class Finding:
     what: str
     found: str
     remedy: str = ""
-
-
-def port_in_use(port: int) -> bool:
-    """Whether somebody listens on this port of loopback."""
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 def missing_libraries(binary: Path) -> list[str]:
@@ -66,9 +57,11 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
             importlib.import_module(name)
         except ImportError as error:
             yield Finding(f"package {name}", str(error), "run make up again: it installs what the lock names")
-    for name, binary in (("PostgreSQL", BIN / "postgres"), ("Envoy", envoy.BINARY)):
+    binaries = [("PostgreSQL", BIN / "postgres"), ("Envoy", envoy.BINARY), ("Valkey", valkey_binary())]
+    binaries += [("the model server", path) for path in package_folder("xllamacpp").glob("*.so")]
+    for name, binary in binaries:
         lacking = missing_libraries(binary)
-        remedy = f"install the packages that carry {', '.join(lacking)}" if lacking else ""
+        remedy = "; ".join(library_remedy(library) for library in lacking)
         yield Finding(f"{name}'s libraries", ", ".join(lacking) or "all there", remedy)
     there = model.weights().exists()
     yield Finding(
@@ -89,12 +82,11 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
     )
     files = os.sysconf("SC_OPEN_MAX")
     yield Finding("open files", str(files), "" if files >= NEEDED_FILES else f"ulimit -n {NEEDED_FILES}")
-    if as_ordinary_user():
-        done = subprocess.run([*as_ordinary_user(), "true"], capture_output=True, timeout=10, check=False)
-        remedy = "" if done.returncode == 0 else "run as an ordinary user, or set HERMESH_DATABASE_URL"
-        yield Finding("user namespace for PostgreSQL", "works" if not remedy else "refused", remedy)
+    if os.geteuid() == 0:
+        how = "a user namespace" if namespace_works() else f"the system user {USER}"
+        yield Finding("PostgreSQL beside root", how)
     running = supervisor_of(folder) is not None
     for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
-        used = not running and port_in_use(port)
-        yield Finding(name, str(port), f"in use; set {name} to another port" if used else "")
+        problem = "" if running else port_problem(port)
+        yield Finding(name, str(port), f"{problem}; set {name} to another port" if problem else "")
     yield Finding("the mesh", "runs" if running else f"does not run; {', '.join(PARTS)} come with hermesh up")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from launcher.errors import LaunchError
 from launcher.folder import Folder, write_private
-from launcher.settings import LauncherSettings
+from launcher.settings import CHECKOUT, LauncherSettings
 
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 PARTS = ("postgresql", "valkey", "model", "envoy")
+# In which order processes end: what others need outlives them.
+STAGES: tuple[tuple[str, ...], ...] = (SERVICES, ("envoy", "model", "valkey"), ("postgresql",))
 DEFAULT_REPLICAS = {"gateway": 1, "agent": 2, "session": 2, "tool": 1, "memory": 1}
 MAX_REPLICAS = 64
 
@@ -48,6 +49,7 @@ class Spec:
         probe: asks whether it serves.
         address: where it serves, where that is known beforehand.
         prepare: done right before each start.
+        explain: finds in the end of its log what starting it again cannot mend; empty for nothing.
     """
 
     service: str
@@ -58,6 +60,18 @@ class Spec:
     probe: Callable[[], Awaitable[bool]] | None = None
     address: str = ""
     prepare: Callable[[], None] | None = None
+    explain: Callable[[str], str] | None = None
+
+    @property
+    def number(self) -> int:
+        """Which of its service's replicas it is, from 1."""
+        return int(self.replica.rpartition("-")[2])
+
+
+def fingerprint() -> str:
+    """Changes when a setting does that a running mesh would not notice."""
+    passed = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("HERMESH_"))
+    return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
 
 
 def parse_replicas(text: str) -> dict[str, int]:
@@ -72,13 +86,6 @@ def parse_replicas(text: str) -> dict[str, int]:
             )
         wanted[found[1]] = int(found[2])
     return wanted
-
-
-def free_port() -> int:
-    """Returns a port of loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Plan:
@@ -99,7 +106,8 @@ class Plan:
         self.postgres: Postgres | None = None
         self.valkey: Valkey | None = None
         if not settings.database_url.get_secret_value():
-            self.postgres = Postgres(folder.postgres, folder.sockets, folder.secret("postgresql-password"))
+            password = folder.secret("postgresql-password")
+            self.postgres = Postgres.in_folder(folder.postgres, folder.sockets, password)
         if not settings.redis_url.get_secret_value():
             password = folder.secret("valkey-password")
             self.valkey = Valkey(folder.sockets, folder.root / "valkey.conf", password)
@@ -141,13 +149,6 @@ class Plan:
         """Envoy's admin interface."""
         return envoy.Admin(self.folder.sockets / "envoy.sock")
 
-    def fingerprint(self) -> str:
-        """Changes when a setting does that a running mesh would not notice."""
-        passed = sorted(
-            f"{name}={value}" for name, value in os.environ.items() if name.startswith("HERMESH_")
-        )
-        return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
-
     def parts(self) -> list[Spec]:
         """The embedded parts and Envoy."""
         specs = []
@@ -160,8 +161,9 @@ class Plan:
                     self.postgres.command(),
                     _base_environment(),
                     probe=lambda: probes.postgres(url),
-                    address=f"unix:{self.folder.sockets}/.s.PGSQL.5432",
-                    prepare=self.postgres.initialize,
+                    address=f"unix:{self.postgres.socket}",
+                    prepare=self.postgres.prepare,
+                    explain=self.postgres.explain,
                 )
             )
         if self.valkey:
@@ -259,6 +261,18 @@ class Plan:
             prepare=lambda: ready.unlink(missing_ok=True),
         )
 
+    def schema_fingerprint(self) -> str:
+        """Changes when the database has to be prepared again."""
+        digest = hashlib.sha256(self.api_key.encode())
+        for file in sorted((CHECKOUT / "services").glob("*/store/migrations/*.sql")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def drain_seconds(self) -> float:
+        """How long a service may take to end: its own drain and a little."""
+        return sum(map(_seconds, (("HERMESH_DRAIN_SECONDS", 10.0), ("HERMESH_DRAIN_DELAY_SECONDS", 2.5)))) + 3
+
     def setup_commands(self) -> list[tuple[str, list[str], dict[str, str]]]:
         """What is run once before services start: a name for people, the command, its environment."""
         session = self._service_environment("session") | {"HERMESH_API_KEY": self.api_key}
@@ -302,6 +316,14 @@ def _base_environment() -> dict[str, str]:
     # Without bytecode every start would compile each module anew: three times the work, for every process.
     hidden = _GUARDED | {"PYTHONDONTWRITEBYTECODE"}
     return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+def _seconds(setting: tuple[str, float]) -> float:
+    name, default = setting
+    try:
+        return float(os.environ.get(name, default))
+    except ValueError:
+        return default
 
 
 def _place(url: str) -> str:

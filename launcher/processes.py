@@ -73,10 +73,10 @@ def spawn(command: list[str], environment: dict[str, str], log: Path) -> subproc
         )
 
 
-def end_all(processes: list[Identity], grace: float) -> None:
-    """Ends processes: SIGTERM, and SIGKILL for what is still there after `grace` seconds."""
+def end_all(processes: list[Identity], grace: float, polite: signal.Signals = signal.SIGTERM) -> None:
+    """Ends processes: `polite`, and SIGKILL for what is still there after `grace` seconds."""
     for process in processes:
-        process.send(signal.SIGTERM)
+        process.send(polite)
     deadline = time.monotonic() + grace
     while any(process.alive for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)

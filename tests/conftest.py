@@ -42,7 +42,7 @@ def wait_for(answers: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
 def postgres_url() -> Iterator[str]:
     """A PostgreSQL of this test run; the URL of its `postgres` database."""
     folder = Path(tempfile.mkdtemp(prefix="hm-pg-"))
-    server = Postgres(folder / "data", folder, "test-password")
+    server = Postgres.in_folder(folder / "data", folder, "test-password")
     try:
         server.initialize()
         with (folder / "log").open("wb") as log:

