@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
+from typing import Any
 
 import grpc.aio
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -68,9 +70,7 @@ def api_endpoints() -> list[Endpoint]:
 
 def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> ASGIApp:
     """Makes the ASGI application. The caller enters `gateway.hub` around its serving."""
-    api = api_endpoints()
-    spec = openapi.document(api, version())
-    served = [*api, *web.docs_endpoints(spec, openapi.page(spec)), *web.page_endpoints()]
+    served = [*api_endpoints(), *web.docs_endpoints(*_documents()), *web.page_endpoints()]
 
     async def websocket(scope: Scope, receive: Receive, send: Send) -> None:
         scope["hermesh.route"] = WEBSOCKET_PATH
@@ -82,6 +82,13 @@ def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> ASG
         default=no_such_path,
     )
     return Edge(router, HttpMetrics(registry))
+
+
+@functools.cache
+def _documents() -> tuple[dict[str, Any], str]:
+    """Returns the OpenAPI document and its page: the same for the life of the process, and slow to make."""
+    spec = openapi.document(api_endpoints(), version())
+    return spec, openapi.page(spec)
 
 
 class _WebSocketApp:
