@@ -55,7 +55,9 @@ def main() -> None:
     # Defaults for requests that set none: so small a model stays on the subject only when it does not gamble.
     params.sampling.temp = 0.0
     params.n_predict = TOKENS_A_REPLY
-    params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
+    # Half of the cores: its threads wait for each other at every layer, and a core that the mesh is using
+    # holds up all of them. On a busy machine two threads on two cores are many times slower than one.
+    params.cpuparams.n_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
     server = xllamacpp.Server(params)
     if arguments.ready_file is not None:
         address = urlsplit(server.listening_address).netloc
