@@ -141,12 +141,14 @@ def system_prompt(instructions: str, background: Background, tools: Sequence[Too
     if tools:
         # A model that needs a grammar to call tools is a small one: a whole schema in its prompt confuses it,
         # and the grammar holds the schema anyway.
-        lines = [
-            f"- {tool.name}({', '.join(tool.schema.get('properties', {}))}): {tool.description.split('. ')[0]}"
-            for tool in tools
-        ]
+        lines = [_signature(tool) for tool in tools]
         parts.append("Answer with one tool call as JSON. The tools:\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _signature(tool: ToolOffer) -> str:
+    names = ", ".join(tool.schema.get("properties", {}))
+    return f"- {tool.name}({names}): {tool.description.split('. ')[0]}"
 
 
 def plain(message: ChatMessage) -> ChatMessage:

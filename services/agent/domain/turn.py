@@ -18,6 +18,8 @@ from services.agent.model.port import (
 )
 
 MAX_CALLS = 64
+# Characters of one turn's text, and of one call's arguments: what one write to the store can surely hold.
+MAX_TEXT = 1024 * 1024
 BAD_ARGUMENTS = "The arguments are not a JSON object. Call the tool again with valid arguments."
 
 
@@ -42,6 +44,8 @@ class TurnBuilder:
         self._text = [prefix] if prefix else []
         self._names: dict[int, str] = {}
         self._arguments: dict[int, list[str]] = {}
+        self._size = len(prefix)
+        self._calls_size = 0
         self._usage = Usage()
         self._finish = ""
 
@@ -64,13 +68,26 @@ class TurnBuilder:
                 self._usage = event
             elif isinstance(event, Finished):
                 self._finish = event.reason
-        self._text += text
-        return ("" if self._constrained else "".join(text)), "".join(reasoning)
+        said = storable("".join(text))
+        self._text.append(said)
+        self._size += len(said)
+        if self.full:
+            self._finish = "length"
+        return ("" if self._constrained else said), storable("".join(reasoning))
+
+    @property
+    def full(self) -> bool:
+        """Whether the turn has as much text as a turn may have: the reply ends here."""
+        return self._size > MAX_TEXT
 
     def _add_call(self, delta: ToolCallDelta) -> None:
         if delta.index not in self._arguments and len(self._arguments) >= MAX_CALLS:
             raise ModelProtocolError(f"the model made more than {MAX_CALLS} tool calls at once")
-        self._arguments.setdefault(delta.index, []).append(delta.arguments)
+        pieces = self._arguments.setdefault(delta.index, [])
+        pieces.append(delta.arguments)
+        self._calls_size += len(delta.arguments)
+        if self._calls_size > MAX_TEXT:
+            raise ModelProtocolError(f"the arguments of a turn's tool calls are longer than {MAX_TEXT}")
         if delta.name:
             self._names[delta.index] = delta.name
 
@@ -94,10 +111,15 @@ class TurnBuilder:
     def _call(self, place: int, name: str, arguments: str) -> Call:
         """Make a call; one that cannot be made at all is already failed, so that the model may repair it."""
         identity = call_id(self._run_id, self._step, place)
-        name = name or "unnamed"
+        name = storable(name) or "unnamed"
         if not is_json_object(arguments or "{}"):
             return Call(identity, name[:200], "{}", CallState.FAILED, BAD_ARGUMENTS)
         return Call(identity, name[:200], arguments or "{}")
+
+
+def storable(text: str) -> str:
+    """Return a text without the one character that PostgreSQL cannot store."""
+    return text.replace("\x00", "") if "\x00" in text else text
 
 
 def is_json_object(text: str) -> bool:

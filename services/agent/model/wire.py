@@ -260,7 +260,7 @@ def message_of_body(body: bytes) -> str:
 
 def _message_of(error: object) -> str:
     message = error.get("message") if isinstance(error, dict) else error
-    return " ".join(message.split())[:300] if isinstance(message, str) else ""
+    return " ".join(message.replace("\x00", "").split())[:300] if isinstance(message, str) else ""
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:

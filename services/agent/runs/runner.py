@@ -306,6 +306,8 @@ class Runner:
                         pieces.append(text)
                     if not self._ttft_ms and (text or reasoning):
                         self._first_token()
+                    if builder.full:
+                        break
                     if writer.full:
                         await writer.room()
             turn = builder.build()

@@ -175,7 +175,7 @@ class Supervisor:
             if not self._active:
                 self._idle.set()
             metrics.active_runs.set(len(self._active))
-            over = active.outcome in ("completed", "failed", "cancelled", "requires_action")
+            over = active.outcome in ("completed", "failed", "cancelled")
             writer.close_subscriptions("" if over else "drain" if self.draining else "moved")
             active.done.set()
         if active.outcome == "released":

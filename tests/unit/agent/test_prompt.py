@@ -180,6 +180,18 @@ def test_a_constrained_reply_that_is_no_call_is_an_error(text):
         build(TextDelta(text), constrained=True)
 
 
+def test_what_cannot_be_stored_is_left_out():
+    turn, text, thought = build(
+        TextDelta("a\x00b"), ReasoningDelta("\x00"), ToolCallDelta(0, "ad\x00d", "{}")
+    )
+    assert (turn.text, text, thought, turn.calls[0].name) == ("ab", "ab", "", "add")
+
+
+def test_endless_arguments_are_an_error():
+    with pytest.raises(ModelProtocolError):
+        build(*[ToolCallDelta(0, "add", "x" * 100_000)] * 20)
+
+
 def test_a_flood_of_calls_is_an_error():
     with pytest.raises(ModelProtocolError):
         build(*(ToolCallDelta(index, "add", "{}") for index in range(1000)))

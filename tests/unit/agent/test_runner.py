@@ -195,6 +195,15 @@ async def test_a_stream_that_always_breaks_fails_the_run(make_bench):
     assert run.data("run.failed")[0]["reason"] == "MODEL_STREAM_TRUNCATED"
 
 
+async def test_an_endless_reply_is_cut_off(make_bench):
+    bench = make_bench(FakeModel([[TextDelta("x" * 100_000)]] * 100))
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert run.data("run.completed")[0]["finish_reason"] == "length"
+    assert run.messages[-1].content == run.text()
+    assert 1024 * 1024 < len(run.text()) < 1_200_000
+    assert bench.model.closed == 1
+
+
 async def test_the_turn_limit_fails_the_run(make_bench):
     turn = [[call(0, "add")], [Finished("tool_calls")]]
     bench = make_bench(FakeModel(turn, turn, turn))
