@@ -1,0 +1,75 @@
+"""The chat page in a real Chromium on a whole, real mesh (with the scripted model)."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+from playwright.async_api import Page, async_playwright, expect
+
+from bench.mesh import Mesh
+from tests.e2e.browser import LEFT_OUT, find_or_install
+
+
+@pytest.fixture
+async def page(mesh: Mesh) -> AsyncIterator[Page]:
+    browser = await asyncio.to_thread(find_or_install)
+    if browser is None:
+        pytest.skip(LEFT_OUT)
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(
+            executable_path=browser.path, args=list(browser.flags), timeout=60_000
+        )
+        opened = await chromium.new_page()
+        opened.set_default_timeout(30_000)
+        await opened.goto(f"{mesh.url}/#key={mesh.api_key}")
+        await expect(opened.locator("#chat")).to_be_visible(timeout=30_000)
+        yield opened
+        await chromium.close()
+
+
+async def words(page: Page) -> list[str]:
+    return (await page.locator(".message.assistant .text").first.text_content() or "").split()
+
+
+async def send(page: Page, text: str) -> None:
+    await page.fill("#input", text)
+    await page.keyboard.press("Enter")
+
+
+async def test_a_reply_streams_survives_a_reload_and_is_kept(page: Page, mesh: Mesh) -> None:
+    await send(page, "[[tokens=120 rate=30]]")
+    await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
+    await page.reload()
+    await expect(page.locator("#stop")).to_be_visible(timeout=30_000)
+    before = await words(page)
+    assert len(before) < 120
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    streamed = await words(page)
+    assert len(streamed) == 120
+    assert streamed[: max(0, len(before) - 1)] == before[: max(0, len(before) - 1)]
+    await page.reload()
+    await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
+    assert await words(page) == streamed
+
+
+async def test_a_killed_gateway_is_hardly_noticed(page: Page, mesh: Mesh) -> None:
+    gateways = await asyncio.to_thread(mesh.of, "gateway")
+    await send(page, "[[tokens=90 rate=30]]")
+    await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
+    # Whichever of them serves the page: both, one after the other.
+    for row in gateways:
+        os.kill(row.pid, signal.SIGKILL)
+        await asyncio.to_thread(mesh.wait_healthy)
+    await expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    assert len(await words(page)) == 90
+    await expect(page.locator(".notice.bad")).to_have_count(0)
+
+
+async def test_the_stop_button_stops_the_model(page: Page, mesh: Mesh) -> None:
+    await send(page, "[[tokens=2000 rate=20]]")
+    await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".message.assistant .notice").last).to_have_text("Stopped.", timeout=30_000)
+    await expect(page.locator("#stop")).to_be_hidden()
