@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import grpc.aio
 
@@ -28,6 +29,7 @@ from services.agent.runs.supervisor import Supervisor
 from services.agent.settings import AgentSettings
 
 BEAT_SECONDS = 2.0
+FRAME_BEAT_SECONDS = 10.0
 RECONNECT_MS = {"slow_reader": 0, "drain": 0, "moved": 100, "not_claimed": 0}
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -71,8 +73,9 @@ class AgentServicer(AgentServiceServicer):
             if submitted.claim is None:
                 yield _reconnect("not_claimed")
                 return
-            while events := await subscription.next():
-                yield RunResponse(frame=Frame(events=events))
+            with _beats(subscription):
+                while (events := await subscription.next()) is not None:
+                    yield RunResponse(frame=Frame(events=events))
             if subscription.reconnect:
                 yield _reconnect(subscription.reconnect)
         finally:
@@ -132,6 +135,23 @@ class AgentServicer(AgentServiceServicer):
         return ListModelsResponse(
             models=[Model(name=one.name, owned_by=one.owned_by, tool_mode=mode) for one in models]
         )
+
+
+@contextmanager
+def _beats(subscription: Subscription) -> Iterator[None]:
+    """Send an empty frame now and then: a caller tells a silent model from a dead replica by it."""
+    loop = asyncio.get_running_loop()
+
+    def beat() -> None:
+        nonlocal timer
+        subscription.beat()
+        timer = loop.call_later(FRAME_BEAT_SECONDS, beat)
+
+    timer = loop.call_later(FRAME_BEAT_SECONDS, beat)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reconnect(reason: str) -> RunResponse:

@@ -25,6 +25,7 @@ class Subscription:
         self._bytes = 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._beat = False
         self.reconnect = ""
 
     @property
@@ -54,12 +55,20 @@ class Subscription:
             self.reconnect = reconnect
             self._changed.set()
 
-    async def next(self) -> list[Event]:
-        """Return everything queued, waiting for some; [] at the end."""
+    def beat(self) -> None:
+        """Let whoever waits in `next` have an empty answer, as a sign of life for its caller."""
+        self._beat = True
+        self._changed.set()
+
+    async def next(self) -> list[Event] | None:
+        """Return everything queued, waiting for some; [] on a beat, None at the end."""
         while not self._queue:
             if self._closed:
-                return []
+                return None
+            if self._beat:
+                break
             self._changed.clear()
             await self._changed.wait()
+        self._beat = False
         events, self._queue, self._bytes = self._queue, [], 0
         return events

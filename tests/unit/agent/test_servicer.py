@@ -99,6 +99,17 @@ async def test_an_exchange_is_remembered_under_the_runs_id(agent, mesh):
     assert mesh.remembered[0].text == "User: hi [[tokens=1]]\nAssistant: t0"
 
 
+async def test_a_caller_of_a_silent_model_gets_signs_of_life(agent, mesh, monkeypatch):
+    monkeypatch.setattr("services.agent.servicer.FRAME_BEAT_SECONDS", 0.02)
+    call = agent.Run(asked("hi [[silent]]"), metadata=agent.metadata)
+    empty = 0
+    async with asyncio.timeout(5):
+        while empty < 3:
+            response = await call.read()
+            empty += not response.frame.events
+    call.cancel()
+
+
 async def test_a_busy_session_gets_its_created_event_and_a_reconnect(agent, mesh):
     mesh.busy = True
     events, reconnect = await read(agent, asked("hi"))
