@@ -141,6 +141,7 @@ class AgentServicer(AgentServiceServicer):
 def _beats(subscription: Subscription) -> Iterator[None]:
     """Send an empty frame now and then: a caller tells a silent model from a dead replica by it."""
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
 
     def beat() -> None:
         nonlocal timer
@@ -151,7 +152,8 @@ def _beats(subscription: Subscription) -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 def _reconnect(reason: str) -> RunResponse:

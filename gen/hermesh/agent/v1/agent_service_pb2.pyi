@@ -69,7 +69,7 @@ class RunResponse(message.Message):
     FRAME_FIELD_NUMBER: builtins.int
     @builtins.property
     def frame(self) -> event_pb2.Frame:
-        """The events, or the notice to reconnect."""
+        """The events, or the notice to reconnect; empty as a sign of life."""
 
     def __init__(
         self,
