@@ -83,5 +83,6 @@ async def serve(settings: MeshSettings, servicer: Servicer, **more: Any) -> Asyn
             settings, service="test", configure_logging=False, **({"authenticator": Keys()} | more)
         ) as server:
             server.add(pb_grpc.add_SessionInternalServiceServicer_to_server, servicer, SERVICE)
+            server.reflect("hermesh.tool.v1.ToolService")
             await server.start()
             yield server

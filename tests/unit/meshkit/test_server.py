@@ -102,7 +102,9 @@ async def test_reflection_by_either_name_needs_a_key(server: Server) -> None:
                 response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
             )
             answer = await _first(stub(iter([ask]), metadata=(("authorization", f"bearer {KEY}"),)))
-            assert SERVICE in {service.name for service in answer.list_services_response.service}
+            listed = {service.name for service in answer.list_services_response.service}
+            assert "hermesh.tool.v1.ToolService" in listed
+            assert SERVICE not in listed, "what is for the mesh only is not shown"
             error = await failure(_first(stub(iter([ask]))))
             assert error.reason == "API_KEY_MISSING"
 
