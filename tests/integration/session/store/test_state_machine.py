@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
     multiple,
@@ -40,6 +39,8 @@ T = TypeVar("T")
 OWNERS = st.sampled_from(["a", "b"])
 # Where a writer writes relative to the log's end: mostly right, at times again or too far.
 SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
+# Mostly those that queue.
+POLICIES = st.sampled_from([ConcurrencyPolicy.ENQUEUE] * 3 + list(ConcurrencyPolicy))
 KINDS = st.lists(st.sampled_from(["text.delta", "run.started", "step.started"]), min_size=1, max_size=3)
 ENDS = {
     RunStatus.COMPLETED: "run.completed",
@@ -62,6 +63,9 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             self.session_id = run(kit.session()).session_id
             self.fences: list[int] = []
             self.count = 0
+            # The grant that is good now, if one is: without it most random writes would be stale ones.
+            self.current: Handle | None = None
+            self.former: Handle | None = None
 
         def text(self) -> str:
             self.count += 1
@@ -70,7 +74,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
         def grant(self, handle: Handle) -> Grant:
             return Grant(self.session_id, handle.run.run_id, handle.fence, 0, 0, 0)
 
-        @rule(target=runs, policy=st.sampled_from(ConcurrencyPolicy))
+        @rule(target=runs, policy=POLICIES)
         def submit(self, policy: ConcurrencyPolicy) -> Any:
             text = self.text()
             try:
@@ -114,7 +118,8 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             assert claim.grant.next_seq == made.next_seq
             assert [m.content for m in claim.context.messages] == [text for _, text in self.model.messages]
             assert claim.run.attempt == made.attempt
-            return Handle(made, claim.grant.fence, owner)
+            self.former, self.current = self.current, Handle(made, claim.grant.fence, owner)
+            return self.current
 
         @rule(handle=handles, shift=SHIFTS, kinds=KINDS)
         def append(self, handle: Handle, shift: int, kinds: list[str]) -> None:
@@ -145,6 +150,33 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             )
             assert result.outcome is self.model.append(handle, seq, [kind], words, status)
 
+        @rule(target=handles, owner=OWNERS)
+        def take(self, owner: str) -> Any:
+            self.expire()
+            return self.claim_head(owner)
+
+        @rule(shift=SHIFTS, kinds=KINDS)
+        def holder_appends(self, shift: int, kinds: list[str]) -> None:
+            if self.current is not None:
+                self.append(self.current, shift, kinds)
+
+        @rule(texts=st.integers(0, 2))
+        def holder_steps(self, texts: int) -> None:
+            if self.current is not None:
+                self.step(self.current, 0, texts, None)
+
+        @rule(texts=st.integers(0, 1), plain=st.booleans())
+        def former_holder_writes(self, texts: int, plain: bool) -> None:
+            if self.former is not None and plain:
+                self.append(self.former, 0, ["text.delta"])
+            elif self.former is not None:
+                self.step(self.former, 0, texts, None)
+
+        @rule(texts=st.integers(0, 2), status=st.sampled_from(list(ENDS)))
+        def holder_ends(self, texts: int, status: RunStatus) -> None:
+            if self.current is not None:
+                self.step(self.current, 0, texts, status)
+
         @rule(handle=handles)
         def send_the_end_again(self, handle: Handle) -> None:
             last = handle.run.log[-1]
@@ -160,16 +192,20 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             run(kit.expire(self.session_id))
             self.model.expired = True
 
-        @rule(target=handles, handle=consumes(handles), owner=OWNERS, keep=st.booleans())
-        def reattach(self, handle: Handle, owner: str, keep: bool) -> Any:
+        @rule(target=handles, handle=handles, owner=OWNERS)
+        def reattach(self, handle: Handle, owner: str) -> Any:
             grant = run(kit.store.reattach(self.ref(handle), owner))
             assert (grant is not None) == self.model.reattach(handle, owner)
             if grant is None:
-                return handle
+                return multiple()
             assert (grant.fence, grant.attach) == (self.model.fence, self.model.attach)
             assert grant.next_seq == handle.run.next_seq
-            newer = Handle(handle.run, grant.fence, owner)
-            return multiple(handle, newer) if keep else newer
+            self.former, self.current = self.current, Handle(handle.run, grant.fence, owner)
+            return self.current
+
+        @rule(target=handles, owner=OWNERS)
+        def holder_reattaches(self, owner: str) -> Any:
+            return multiple() if self.current is None else self.reattach(self.current, owner)
 
         @rule(handle=handles)
         def renew(self, handle: Handle) -> None:
@@ -268,8 +304,8 @@ def test_random_histories_keep_every_promise(database: str) -> None:
             run_state_machine_as_test(
                 made,
                 settings=settings(
-                    max_examples=25,
-                    stateful_step_count=40,
+                    max_examples=30,
+                    stateful_step_count=80,
                     deadline=None,
                     database=None,
                     derandomize=True,

@@ -1,0 +1,885 @@
+-- The schema that migrations/ build, as pg_dump shows it; for reading and for a test, never applied.
+-- After a new migration: HERMESH_WRITE_SCHEMA=1 make test ARGS=tests/migration
+
+CREATE SCHEMA session;
+
+CREATE FUNCTION session.append_step(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_types text[], p_times bigint[], p_data text[], p_messages json, p_intents json, p_status smallint, p_error json, p_input_tokens integer, p_output_tokens integer, p_cached_tokens integer, OUT outcome smallint, OUT next_seq integer) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_lease session.lease%ROWTYPE;
+    v_count integer;
+    v_added integer := 0;
+    v_now bigint := session.now_ms();
+BEGIN
+    UPDATE session.lease l SET next_seq = l.next_seq + cardinality(p_types)
+    WHERE l.session_id = p_session AND l.run_id = p_run AND l.fence = p_fence AND l.next_seq = p_first_seq
+      AND l.owner IS NOT NULL
+    RETURNING * INTO v_lease;
+    IF NOT FOUND THEN
+        SELECT r.outcome, r.next_seq INTO append_step.outcome, append_step.next_seq
+        FROM session.refusal(p_session, p_run, p_fence, p_first_seq, cardinality(p_types)) r;
+        RETURN;
+    END IF;
+    INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
+    SELECT p_run, p_first_seq + c.i::integer - 1, c.time_ms, v_lease.tenant_id, p_session, p_fence, c.type, c.data
+    FROM unnest(p_types, p_times, p_data) WITH ORDINALITY c(type, time_ms, data, i);
+    IF p_messages IS NOT NULL THEN
+        SELECT s.message_count INTO STRICT v_count FROM session.session s WHERE s.session_id = p_session;
+        -- A message that is there already came with a step without events, which was sent again.
+        INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content,
+                                     tool_calls, tool_call_id, created_ms)
+        SELECT p_session, (m.value ->> 0)::uuid, v_lease.tenant_id, p_run,
+               v_count + row_number() OVER (ORDER BY m.place), m.value ->> 1, m.value ->> 2, m.value ->> 3,
+               m.value ->> 4, v_now
+        FROM json_array_elements(p_messages) WITH ORDINALITY m(value, place)
+        WHERE NOT EXISTS (SELECT FROM session.message o
+                          WHERE o.session_id = p_session AND o.message_id = (m.value ->> 0)::uuid);
+        GET DIAGNOSTICS v_added = ROW_COUNT;
+        UPDATE session.session s SET message_count = s.message_count + v_added
+        WHERE s.session_id = p_session;
+    END IF;
+    IF p_input_tokens IS NOT NULL THEN
+        UPDATE session.run r SET input_tokens = p_input_tokens, output_tokens = p_output_tokens,
+               cached_tokens = p_cached_tokens
+        WHERE r.run_id = p_run;
+    END IF;
+    IF p_intents IS NOT NULL THEN
+        -- An intent that was never acted on may be made anew, with other arguments.
+        INSERT INTO session.tool_call AS t (call_id, tenant_id, session_id, run_id, name, arguments, effect,
+                                            idempotency_key, created_ms)
+        SELECT c.value ->> 0, v_lease.tenant_id, p_session, p_run, c.value ->> 1, c.value ->> 2,
+               (c.value ->> 3)::smallint, c.value ->> 4, v_now
+        FROM json_array_elements(p_intents) WITH ORDINALITY c(value, place)
+        ORDER BY c.place
+        ON CONFLICT (call_id) DO UPDATE SET name = excluded.name, arguments = excluded.arguments,
+            effect = excluded.effect, idempotency_key = excluded.idempotency_key
+        WHERE t.state = 1 AND t.run_id = excluded.run_id;
+    END IF;
+    outcome := 1;
+    next_seq := v_lease.next_seq;
+    IF p_status >= 4 THEN
+        PERFORM session.finish_run(p_run, p_status, v_lease.next_seq - 1, p_error);
+    ELSIF p_status = 3 THEN
+        -- The run keeps the session's place: later runs wait for the person, too.
+        UPDATE session.lease l SET owner = NULL, lease_until = NULL WHERE l.session_id = p_session;
+        UPDATE session.run r SET status = 3, last_seq = v_lease.next_seq - 1, dispatch_after = NULL
+        WHERE r.run_id = p_run;
+        UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
+        WHERE s.session_id = p_session;
+    END IF;
+END $$;
+
+CREATE TABLE session.tool_call (
+    call_id text NOT NULL,
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    run_id uuid NOT NULL,
+    "position" integer NOT NULL,
+    name text NOT NULL,
+    arguments text NOT NULL,
+    effect smallint NOT NULL,
+    state smallint DEFAULT 1 NOT NULL,
+    content text DEFAULT ''::text NOT NULL,
+    content_ref text DEFAULT ''::text NOT NULL,
+    idempotency_key text NOT NULL,
+    fence bigint DEFAULT 0 NOT NULL,
+    created_ms bigint NOT NULL,
+    CONSTRAINT tool_call_effect_check CHECK (((effect >= 1) AND (effect <= 3))),
+    CONSTRAINT tool_call_state_check CHECK (((state >= 1) AND (state <= 5)))
+);
+
+COMMENT ON COLUMN session.tool_call.fence IS 'under which it was begun last';
+
+CREATE FUNCTION session.begin_tool_call(p_call text, p_session uuid, p_fence bigint) RETURNS TABLE(outcome smallint, call session.tool_call)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_lease session.lease%ROWTYPE;
+    v_call session.tool_call%ROWTYPE;
+    v_outcome smallint;
+BEGIN
+    -- A takeover that raises the fence waits for this row, so it sees the call either as intended or as running.
+    SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = p_session FOR NO KEY UPDATE;
+    SELECT * INTO v_call FROM session.tool_call t
+    WHERE t.call_id = p_call AND t.session_id = p_session FOR NO KEY UPDATE;
+    IF v_call.call_id IS NULL THEN
+        RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    v_outcome := CASE
+        WHEN v_lease.owner IS NULL OR v_lease.run_id <> v_call.run_id
+             OR p_fence NOT BETWEEN v_lease.fence - v_lease.attach AND v_lease.fence THEN 4
+        WHEN v_call.state IN (3, 4) THEN 2
+        WHEN v_call.state = 5 OR (v_call.state = 2 AND v_call.effect = 3) THEN 3
+        ELSE 1 END;
+    IF v_outcome = 1 THEN
+        UPDATE session.tool_call t SET state = 2, fence = p_fence WHERE t.call_id = p_call RETURNING * INTO v_call;
+    ELSIF v_outcome = 3 AND v_call.state = 2 THEN
+        UPDATE session.tool_call t SET state = 5 WHERE t.call_id = p_call RETURNING * INTO v_call;
+    END IF;
+    RETURN QUERY SELECT v_outcome, v_call;
+END $$;
+
+CREATE TABLE session.lease (
+    session_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    run_id uuid,
+    fence bigint DEFAULT 0 NOT NULL,
+    next_seq integer DEFAULT 1 NOT NULL,
+    owner text,
+    attach integer DEFAULT 0 NOT NULL,
+    lease_until timestamp with time zone
+)
+WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='200');
+
+COMMENT ON COLUMN session.lease.run_id IS 'the run that held it last; next_seq is of that run';
+
+COMMENT ON COLUMN session.lease.owner IS 'the replica that holds it, NULL when it is free';
+
+CREATE TABLE session.run (
+    run_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    ordinal integer NOT NULL,
+    status smallint NOT NULL,
+    model text NOT NULL,
+    options bytea NOT NULL,
+    input json,
+    attempt integer DEFAULT 0 NOT NULL,
+    idle_claims smallint DEFAULT 0 NOT NULL,
+    claim_seq integer DEFAULT 1 NOT NULL,
+    last_seq integer NOT NULL,
+    error json,
+    input_tokens integer,
+    output_tokens integer,
+    cached_tokens integer,
+    created_ms bigint NOT NULL,
+    finished_ms bigint DEFAULT 0 NOT NULL,
+    cancel_requested boolean DEFAULT false NOT NULL,
+    cancel_reason text DEFAULT ''::text NOT NULL,
+    rollback boolean DEFAULT false NOT NULL,
+    dispatch_after timestamp with time zone,
+    CONSTRAINT run_status_check CHECK (((status >= 1) AND (status <= 6)))
+)
+WITH (fillfactor='80');
+
+COMMENT ON COLUMN session.run.input IS 'NULL once its messages are in the conversation: at the first claim';
+
+COMMENT ON COLUMN session.run.idle_claims IS 'claims in a row that moved nothing';
+
+COMMENT ON COLUMN session.run.claim_seq IS 'the next_seq of the last claim';
+
+COMMENT ON COLUMN session.run.last_seq IS 'as of the last change of this row; while the run is held, lease.next_seq knows better';
+
+COMMENT ON COLUMN session.run.rollback IS 'drop its messages from the conversation once it ends';
+
+COMMENT ON COLUMN session.run.dispatch_after IS 'NULL while another run of the session goes first';
+
+CREATE VIEW session.run_view AS
+ SELECT r.run_id,
+    r.session_id,
+    r.tenant_id,
+    r.ordinal,
+    r.status,
+    r.model,
+    r.attempt,
+        CASE
+            WHEN (l.run_id = r.run_id) THEN GREATEST(r.last_seq, (l.next_seq - 1))
+            ELSE r.last_seq
+        END AS last_seq,
+    r.error,
+    r.input_tokens,
+    r.output_tokens,
+    r.cached_tokens,
+    r.created_ms,
+    r.finished_ms,
+    r.cancel_requested,
+    r.cancel_reason,
+    r.options
+   FROM (session.run r
+     JOIN session.lease l USING (session_id));
+
+CREATE FUNCTION session.cancel_run(p_tenant uuid, p_run uuid, p_reason text) RETURNS TABLE(run session.run_view, event_seq integer, event_time_ms bigint, event_data text)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_session uuid;
+    v_lease session.lease%ROWTYPE;
+    v_run session.run%ROWTYPE;
+    v_seq integer;
+BEGIN
+    SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant;
+    SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
+    SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant FOR NO KEY UPDATE;
+    IF v_run.run_id IS NULL OR v_lease.session_id IS NULL THEN
+        RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    IF v_run.status < 4 THEN
+        IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN
+            UPDATE session.run r SET cancel_requested = true,
+                   cancel_reason = CASE WHEN r.cancel_requested THEN r.cancel_reason ELSE p_reason END
+            WHERE r.run_id = p_run;
+            PERFORM pg_notify('hermesh_cancel', p_run::text);
+        ELSE
+            v_seq := session.cancel_unheld(p_run, p_reason);
+        END IF;
+    END IF;
+    RETURN QUERY SELECT v, e.seq, e.time_ms, e.data
+    FROM session.run_view v LEFT JOIN session.event e ON e.run_id = p_run AND e.seq = v_seq
+    WHERE v.run_id = p_run;
+END $$;
+
+CREATE FUNCTION session.cancel_unheld(p_run uuid, p_reason text) RETURNS integer
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_seq integer;
+BEGIN
+    v_seq := session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
+                                  ARRAY['{"reason":' || to_json(p_reason)::text || '}']);
+    UPDATE session.run SET cancel_requested = true, cancel_reason = p_reason WHERE run_id = p_run;
+    PERFORM session.finish_run(p_run, 6::smallint, v_seq, NULL);
+    RETURN v_seq;
+END $$;
+
+CREATE FUNCTION session.claim_run(p_run uuid, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint) RETURNS TABLE(outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_session uuid;
+    v_lease session.lease%ROWTYPE;
+    v_run session.run%ROWTYPE;
+    v_next integer;
+    v_idle integer;
+    v_count integer;
+    v_error json;
+    v_outcome smallint;
+BEGIN
+    SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run;
+    SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
+    SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run FOR NO KEY UPDATE;
+    IF v_run.run_id IS NULL OR v_lease.session_id IS NULL THEN
+        RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    v_outcome := CASE
+        WHEN v_run.status >= 4 THEN 3
+        WHEN v_run.status = 3 THEN 4
+        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN 2
+        WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
+                     AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
+        ELSE 1 END;
+    IF v_outcome = 1 AND v_run.cancel_requested THEN
+        PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+        v_outcome := 3;
+    END IF;
+    IF v_outcome = 1 THEN
+        -- What every attempt writes before it gets anywhere is no progress.
+        v_idle := CASE WHEN EXISTS (
+            SELECT FROM session.event e WHERE e.run_id = p_run AND e.seq >= v_run.claim_seq
+            AND e.type NOT IN ('run.created', 'run.started', 'step.started', 'attempt.reset',
+                               'context.degraded', 'memory.recalled'))
+            THEN 0 ELSE v_run.idle_claims END;
+        IF v_idle >= p_max_idle_claims THEN
+            v_error := json_build_object('code', 'INTERNAL', 'reason', 'ATTEMPTS_EXHAUSTED', 'message',
+                format('the run lost its agent %s times without any progress', v_idle), 'retryable', true);
+            v_next := session.write_unheld(p_run, ARRAY['run.failed'], ARRAY[session.now_ms()],
+                ARRAY['{"code":"INTERNAL","reason":"ATTEMPTS_EXHAUSTED","message":'
+                      || (v_error -> 'message')::text || ',"retryable":true}']);
+            PERFORM session.finish_run(p_run, 5::smallint, v_next, v_error);
+            v_outcome := 3;
+        END IF;
+    END IF;
+    IF v_outcome <> 1 THEN
+        RETURN QUERY SELECT v_outcome, v, NULL::bigint, NULL::integer, NULL::integer, NULL::json
+        FROM session.run_view v WHERE v.run_id = p_run;
+        RETURN;
+    END IF;
+    v_next := CASE WHEN v_run.attempt = 0 THEN v_run.last_seq + 1 ELSE session.next_seq(p_run) END;
+    UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,
+           owner = p_owner, lease_until = clock_timestamp() + p_ttl
+    WHERE l.session_id = v_session
+    RETURNING * INTO v_lease;
+    UPDATE session.run r SET status = 2, attempt = r.attempt + 1, idle_claims = v_idle + 1,
+           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp()
+    WHERE r.run_id = p_run;
+    IF v_run.input IS NOT NULL THEN
+        UPDATE session.session s SET message_count = s.message_count + json_array_length(v_run.input)
+        WHERE s.session_id = v_session
+        RETURNING s.message_count - json_array_length(v_run.input) INTO v_count;
+        INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content,
+                                     tool_calls, tool_call_id, created_ms)
+        SELECT v_session, (m.value ->> 0)::uuid, v_run.tenant_id, p_run, v_count + m.place, m.value ->> 1,
+               m.value ->> 2, '', '', v_run.created_ms
+        FROM json_array_elements(v_run.input) WITH ORDINALITY m(value, place);
+    END IF;
+    IF v_run.attempt > 0 THEN
+        -- Its former agent may have acted and not said so.
+        UPDATE session.tool_call t SET state = 5
+        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;
+    END IF;
+    RETURN QUERY SELECT 1::smallint, v, v_lease.fence, v_lease.attach, v_lease.next_seq,
+                        session.run_context(p_run, p_max_messages, p_max_bytes)
+    FROM session.run_view v WHERE v.run_id = p_run;
+END $$;
+
+CREATE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state smallint, p_content text, p_ref text) RETURNS SETOF session.tool_call
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
+    WHERE t.call_id = p_call AND t.state = 2 AND t.fence = p_fence;
+    IF NOT FOUND AND EXISTS (SELECT FROM session.tool_call t
+                             WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence) THEN
+        RETURN QUERY SELECT * FROM session.settle_tool_call(p_call, p_state, p_content, p_ref);
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+END $$;
+
+CREATE FUNCTION session.finish_run(p_run uuid, p_status smallint, p_last_seq integer, p_error json) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_session uuid;
+    v_rollback boolean;
+    v_next uuid;
+    v_count integer := 0;
+BEGIN
+    UPDATE session.run SET status = p_status, last_seq = p_last_seq, error = p_error, input = NULL,
+           finished_ms = session.now_ms(), dispatch_after = NULL
+    WHERE run_id = p_run
+    RETURNING session_id, rollback INTO v_session, v_rollback;
+    IF v_rollback THEN
+        UPDATE session.message SET rolled_back = true
+        WHERE session_id = v_session AND run_id = p_run AND NOT rolled_back;
+        GET DIAGNOSTICS v_count = ROW_COUNT;
+    END IF;
+    UPDATE session.session SET message_count = message_count - v_count,
+           updated_ms = greatest(updated_ms, session.now_ms())
+    WHERE session_id = v_session;
+    UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;
+    SELECT r.run_id INTO v_next FROM session.run r
+    WHERE r.session_id = v_session AND r.status < 4 ORDER BY r.ordinal LIMIT 1;
+    IF v_next IS NOT NULL THEN
+        UPDATE session.run SET dispatch_after = clock_timestamp()
+        WHERE run_id = v_next AND status = 1 AND dispatch_after IS NULL;
+        IF FOUND THEN
+            PERFORM pg_notify('hermesh_due', v_session::text);
+        END IF;
+    END IF;
+END $$;
+
+CREATE FUNCTION session.maintain_partitions(p_ahead integer, p_retention interval, OUT made integer, OUT dropped integer) RETURNS record
+    LANGUAGE plpgsql
+    AS $_$
+DECLARE
+    v_today date := (clock_timestamp() AT TIME ZONE 'UTC')::date;
+    v_day date;
+    v_name text;
+    v_from uuid;
+    v_to uuid;
+    v_oldest uuid := session.uuid7_floor(clock_timestamp() - p_retention);
+BEGIN
+    made := 0;
+    dropped := 0;
+    BEGIN
+        -- Conflicts with itself and with no reader or writer.
+        LOCK TABLE session.event_default IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN;
+    END;
+    FOR v_day IN SELECT d::date FROM generate_series(v_today - 1, v_today + p_ahead, interval '1 day') d LOOP
+        v_name := 'event_p' || to_char(v_day, 'YYYYMMDD');
+        CONTINUE WHEN to_regclass('session.' || v_name) IS NOT NULL;
+        v_from := session.uuid7_floor(v_day::timestamp AT TIME ZONE 'UTC');
+        v_to := session.uuid7_floor((v_day + 1)::timestamp AT TIME ZONE 'UTC');
+        -- LIKE and ATTACH lock less than PARTITION OF, which would stop every append for a moment.
+        EXECUTE format('CREATE TABLE session.%I (LIKE session.event INCLUDING ALL)', v_name);
+        -- Rows that came while the partition was missing move over, or ATTACH would refuse.
+        IF EXISTS (SELECT FROM session.event_default WHERE run_id >= v_from AND run_id < v_to) THEN
+            LOCK TABLE session.event_default IN ACCESS EXCLUSIVE MODE;
+            EXECUTE format('WITH moved AS (DELETE FROM session.event_default WHERE run_id >= $1 AND run_id < $2 '
+                           'RETURNING *) INSERT INTO session.%I SELECT * FROM moved', v_name)
+            USING v_from, v_to;
+        END IF;
+        EXECUTE format('ALTER TABLE session.event ATTACH PARTITION session.%I FOR VALUES FROM (%L) TO (%L)',
+                       v_name, v_from, v_to);
+        made := made + 1;
+    END LOOP;
+    FOR v_name IN
+        SELECT c.relname FROM pg_inherits i
+        JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent = 'session.event'::regclass AND c.relname ~ '^event_p[0-9]{8}$'
+          AND session.uuid7_floor((to_date(substr(c.relname, 8), 'YYYYMMDD') + 1)::timestamp
+                                  AT TIME ZONE 'UTC') <= v_oldest
+        ORDER BY c.relname
+    LOOP
+        EXECUTE format('DROP TABLE session.%I', v_name);
+        dropped := dropped + 1;
+    END LOOP;
+    DELETE FROM session.event_default WHERE run_id < v_oldest;
+END $_$;
+
+CREATE TABLE session.event (
+    run_id uuid NOT NULL,
+    seq integer NOT NULL,
+    time_ms bigint NOT NULL,
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    fence bigint NOT NULL,
+    type text NOT NULL,
+    data text NOT NULL
+)
+PARTITION BY RANGE (run_id);
+
+CREATE FUNCTION session.next_seq(p_run uuid) RETURNS integer
+    LANGUAGE sql STABLE
+    RETURN (SELECT (1 + GREATEST(v.last_seq, (SELECT max(e.seq) AS max FROM session.event e WHERE (e.run_id = next_seq.p_run)))) FROM session.run_view v WHERE (v.run_id = next_seq.p_run));
+
+CREATE FUNCTION session.now_ms() RETURNS bigint
+    LANGUAGE sql PARALLEL SAFE
+    RETURN ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint;
+
+CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_n integer, OUT outcome smallint, OUT next_seq integer) RETURNS record
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT CASE WHEN l.run_id = p_run AND l.fence = p_fence AND l.next_seq <> p_first_seq THEN 3
+                WHEN r.status >= 4 AND r.last_seq = p_first_seq + p_n - 1
+                     AND EXISTS (SELECT FROM session.event e WHERE e.run_id = p_run
+                                 AND e.seq = p_first_seq + p_n - 1 AND e.fence = p_fence) THEN 3
+                ELSE 2 END::smallint,
+           CASE WHEN l.run_id = p_run THEN l.next_seq ELSE coalesce(r.last_seq, 0) + 1 END
+    FROM (SELECT p_session AS session_id) p
+    LEFT JOIN session.lease l USING (session_id)
+    LEFT JOIN session.run r ON r.run_id = p_run AND r.session_id = p_session
+$$;
+
+CREATE FUNCTION session.requeue_run(p_run uuid) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_session uuid;
+BEGIN
+    UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp()
+    WHERE run_id = p_run AND status = 3
+    RETURNING session_id INTO v_session;
+    IF FOUND THEN
+        PERFORM pg_notify('hermesh_due', v_session::text);
+    END IF;
+END $$;
+
+CREATE FUNCTION session.resolve_action(p_tenant uuid, p_run uuid, p_call text, p_decision integer, p_content text, p_types text[], p_times bigint[], p_data text[]) RETURNS TABLE(run session.run_view, call session.tool_call)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_session uuid;
+    v_status smallint;
+    v_call session.tool_call%ROWTYPE;
+    v_state smallint;
+BEGIN
+    SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant;
+    PERFORM FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
+    SELECT r.status INTO v_status FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant
+    FOR NO KEY UPDATE;
+    IF v_status IS NULL THEN
+        RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    SELECT * INTO v_call FROM session.tool_call t
+    WHERE t.call_id = p_call AND t.run_id = p_run AND t.tenant_id = p_tenant FOR NO KEY UPDATE;
+    IF v_call.call_id IS NULL THEN
+        RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    v_state := CASE p_decision WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 1 ELSE v_call.state END;
+    IF v_status = 3 AND v_call.state IN (1, 5) THEN
+        UPDATE session.tool_call t SET state = v_state,
+               content = CASE WHEN p_decision IN (1, 2) THEN p_content ELSE t.content END
+        WHERE t.call_id = p_call;
+        PERFORM session.write_unheld(p_run, p_types, p_times, p_data);
+        IF p_decision = 4 THEN
+            PERFORM session.cancel_unheld(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+        ELSIF NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state = 5) THEN
+            PERFORM session.requeue_run(p_run);
+        END IF;
+    ELSIF NOT (p_decision IN (1, 2) AND v_call.state = v_state AND v_call.content = p_content) THEN
+        -- The same word again changes nothing; another one comes too late.
+        RAISE EXCEPTION 'ACTION_NOT_REQUIRED' USING ERRCODE = 'HM412';
+    END IF;
+    RETURN QUERY SELECT v, t FROM session.run_view v, session.tool_call t
+    WHERE v.run_id = p_run AND t.call_id = p_call;
+END $$;
+
+CREATE FUNCTION session.run_context(p_run uuid, p_max_messages integer, p_max_bytes bigint) RETURNS json
+    LANGUAGE plpgsql STABLE
+    AS $$
+DECLARE
+    v_session session.session%ROWTYPE;
+    v_attempt integer;
+    v_messages json;
+    v_kept integer;
+    v_events json;
+    v_calls json;
+    v_step integer;
+    v_before integer;
+BEGIN
+    SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
+    WHERE r.run_id = p_run;
+    SELECT attempt INTO STRICT v_attempt FROM session.run WHERE run_id = p_run;
+    IF p_max_messages = 0 THEN
+        SELECT m.ordinal INTO v_before FROM session.message m
+        WHERE m.session_id = v_session.session_id AND NOT m.rolled_back AND m.run_id <> p_run
+        ORDER BY m.ordinal DESC LIMIT 1;
+        SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
+                                         created_ms) ORDER BY ordinal), count(*)
+        INTO v_messages, v_kept
+        FROM session.message
+        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal >= coalesce(v_before, 0);
+    ELSE
+        WITH newest AS (
+            SELECT m.*, row_number() OVER later AS place,
+                   sum(octet_length(content) + octet_length(tool_calls)) OVER later AS bytes
+            FROM (SELECT * FROM session.message
+                  WHERE session_id = v_session.session_id AND NOT rolled_back
+                  ORDER BY ordinal DESC LIMIT greatest(p_max_messages, 1000)) m
+            WINDOW later AS (ORDER BY ordinal DESC)
+        )
+        SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
+                                         created_ms) ORDER BY ordinal), count(*)
+        INTO v_messages, v_kept
+        FROM newest
+        WHERE run_id = p_run OR place = 1 OR (place <= p_max_messages AND bytes <= p_max_bytes);
+    END IF;
+    -- Before its first claim a run has nothing but run.created.
+    IF v_attempt > 1 THEN
+        SELECT seq INTO v_step FROM session.event WHERE run_id = p_run AND type = 'step.started'
+        ORDER BY seq DESC LIMIT 1;
+        SELECT json_agg(json_build_array(seq, type, time_ms, data) ORDER BY seq) INTO v_events
+        FROM session.event WHERE run_id = p_run AND seq >= coalesce(v_step, 2);
+        SELECT json_agg(json_build_array(call_id, name, arguments, effect, state, content, content_ref,
+                                         idempotency_key, fence) ORDER BY position) INTO v_calls
+        FROM session.tool_call WHERE run_id = p_run;
+    END IF;
+    RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
+                             'user', v_session.user_name, 'agent', v_session.agent,
+                             'omitted', v_session.message_count - v_kept);
+END $$;
+
+CREATE FUNCTION session.settle_tool_call(p_call text, p_state smallint, p_content text, p_ref text) RETURNS SETOF session.tool_call
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_session uuid;
+    v_run uuid;
+    v_status smallint;
+BEGIN
+    SELECT t.session_id, t.run_id INTO v_session, v_run FROM session.tool_call t WHERE t.call_id = p_call;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    PERFORM FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
+    SELECT r.status INTO v_status FROM session.run r WHERE r.run_id = v_run FOR NO KEY UPDATE;
+    UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
+    WHERE t.call_id = p_call AND t.state = 5 AND p_state IN (3, 4);
+    IF FOUND AND v_status = 3
+       AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = v_run AND t.state = 5) THEN
+        PERFORM session.write_unheld(v_run, ARRAY['action.resolved'], ARRAY[session.now_ms()],
+            ARRAY['{"call_id":' || to_json(p_call)::text || ',"decision":"'
+                  || CASE p_state WHEN 3 THEN 'completed' ELSE 'failed' END || '"}']);
+        PERFORM session.requeue_run(v_run);
+    END IF;
+    RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
+END $$;
+
+CREATE FUNCTION session.submit_run(p_tenant uuid, p_session uuid, p_run uuid, p_request_id text, p_fingerprint bytea, p_policy integer, p_input json, p_options bytea, p_model text, p_title text, p_data_head text, p_data_mid text, p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint) RETURNS TABLE(duplicate boolean, created_ms bigint, created_data text, outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    v_known session.idempotency%ROWTYPE;
+    v_lease session.lease%ROWTYPE;
+    v_other session.run%ROWTYPE;
+    v_busy boolean := false;
+    v_ordinal integer;
+    v_agent text;
+    v_data text;
+    v_now bigint := session.now_ms();
+BEGIN
+    IF p_request_id <> '' THEN
+        -- Waits for another call with the same key that is under way.
+        INSERT INTO session.idempotency (tenant_id, scope, key, fingerprint, result_id)
+        VALUES (p_tenant, 'run', p_request_id, p_fingerprint, p_run)
+        ON CONFLICT (tenant_id, scope, key) DO NOTHING;
+        IF NOT FOUND THEN
+            SELECT * INTO v_known FROM session.idempotency i
+            WHERE i.tenant_id = p_tenant AND i.scope = 'run' AND i.key = p_request_id;
+            IF v_known.fingerprint IS DISTINCT FROM p_fingerprint THEN
+                RAISE EXCEPTION 'REQUEST_ID_REUSED' USING ERRCODE = 'HM409';
+            END IF;
+            RETURN QUERY
+            SELECT true, coalesce(e.time_ms, v.created_ms), coalesce(e.data, '{}'), NULL::smallint, v,
+                   NULL::bigint, NULL::integer, NULL::integer, NULL::json
+            FROM session.run_view v
+            LEFT JOIN session.event e ON e.run_id = v_known.result_id AND e.seq = 1
+            WHERE v.run_id = v_known.result_id AND v.tenant_id = p_tenant;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'SESSION_NOT_FOUND' USING ERRCODE = 'HM404';
+            END IF;
+            RETURN;
+        END IF;
+    END IF;
+    SELECT * INTO v_lease FROM session.lease l
+    WHERE l.session_id = p_session AND l.tenant_id = p_tenant FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'SESSION_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+    FOR v_other IN SELECT * FROM session.run r WHERE r.session_id = p_session AND r.status < 4
+                   ORDER BY r.ordinal DESC LOOP
+        IF p_policy = 2 THEN
+            RAISE EXCEPTION 'SESSION_BUSY' USING ERRCODE = 'HM412';
+        ELSIF p_policy IN (3, 4) THEN
+            UPDATE session.run r SET cancel_requested = true, cancel_reason = 'interrupted by new input',
+                   rollback = r.rollback OR p_policy = 4
+            WHERE r.run_id = v_other.run_id;
+            IF v_lease.run_id = v_other.run_id AND v_lease.owner IS NOT NULL
+               AND v_lease.lease_until >= clock_timestamp() THEN
+                PERFORM pg_notify('hermesh_cancel', v_other.run_id::text);
+                v_busy := true;
+            ELSE
+                PERFORM session.cancel_unheld(v_other.run_id, 'interrupted by new input');
+            END IF;
+        ELSE
+            v_busy := true;
+            EXIT;
+        END IF;
+    END LOOP;
+    UPDATE session.session s SET run_count = s.run_count + 1, updated_ms = greatest(s.updated_ms, v_now),
+           title = CASE WHEN s.title = '' THEN p_title ELSE s.title END
+    WHERE s.session_id = p_session
+    RETURNING s.run_count, s.agent INTO v_ordinal, v_agent;
+    INSERT INTO session.run (run_id, tenant_id, session_id, ordinal, status, model, options, input, last_seq,
+                             created_ms, dispatch_after)
+    VALUES (p_run, p_tenant, p_session, v_ordinal, 1, p_model, p_options, p_input, 1, v_now,
+            CASE WHEN v_busy THEN NULL ELSE clock_timestamp() END);
+    v_data := p_data_head || v_ordinal::text || p_data_mid || to_json(v_agent)::text || p_data_tail;
+    INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
+    VALUES (p_run, 1, p_time_ms, p_tenant, p_session, 0, 'run.created', v_data);
+    IF p_owner <> '' AND NOT v_busy THEN
+        RETURN QUERY SELECT false, p_time_ms, v_data, c.outcome, c.run, c.fence, c.attach, c.next_seq, c.context
+        FROM session.claim_run(p_run, p_owner, p_ttl, p_max_idle_claims, p_max_messages, p_max_bytes) c;
+        RETURN;
+    END IF;
+    IF NOT v_busy THEN
+        PERFORM pg_notify('hermesh_due', p_session::text);
+    END IF;
+    RETURN QUERY SELECT false, p_time_ms, v_data, NULL::smallint, v, NULL::bigint, NULL::integer,
+                        NULL::integer, NULL::json
+    FROM session.run_view v WHERE v.run_id = p_run;
+END $$;
+
+CREATE FUNCTION session.uuid7_floor(p_time timestamp with time zone) RETURNS uuid
+    LANGUAGE sql STABLE
+    RETURN ((lpad(to_hex(((EXTRACT(epoch FROM p_time) * (1000)::numeric))::bigint), 12, '0'::text) || repeat('0'::text, 20)))::uuid;
+
+CREATE FUNCTION session.write_unheld(p_run uuid, p_types text[], p_times bigint[], p_data text[]) RETURNS integer
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_run session.run%ROWTYPE;
+    v_seq integer := session.next_seq(p_run);
+    v_fence bigint;
+BEGIN
+    SELECT * INTO STRICT v_run FROM session.run WHERE run_id = p_run;
+    -- The lease may be another run's: a queued run that is cancelled leaves it alone.
+    UPDATE session.lease SET fence = fence + 1, attach = 0, run_id = p_run, owner = NULL, lease_until = NULL,
+           next_seq = v_seq + cardinality(p_types)
+    WHERE session_id = v_run.session_id
+      AND (run_id = p_run OR run_id IS NULL
+           OR NOT EXISTS (SELECT FROM session.run o WHERE o.run_id = lease.run_id AND o.status < 4));
+    SELECT fence INTO STRICT v_fence FROM session.lease WHERE session_id = v_run.session_id;
+    INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
+    SELECT p_run, v_seq + c.i::integer - 1, c.time_ms, v_run.tenant_id, v_run.session_id, v_fence, c.type, c.data
+    FROM unnest(p_types, p_times, p_data) WITH ORDINALITY c(type, time_ms, data, i);
+    UPDATE session.run SET last_seq = v_seq + cardinality(p_types) - 1 WHERE run_id = p_run;
+    RETURN v_seq + cardinality(p_types) - 1;
+END $$;
+
+CREATE TABLE session.api_key (
+    key_hash text NOT NULL,
+    tenant_id uuid NOT NULL,
+    name text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    revoked_at timestamp with time zone,
+    CONSTRAINT api_key_key_hash_check CHECK ((key_hash ~ '^[0-9a-f]{64}$'::text))
+);
+
+COMMENT ON COLUMN session.api_key.key_hash IS 'SHA-256 of the key, in hex; the key itself is not kept';
+
+CREATE TABLE session.event_default (
+    run_id uuid CONSTRAINT event_run_id_not_null NOT NULL,
+    seq integer CONSTRAINT event_seq_not_null NOT NULL,
+    time_ms bigint CONSTRAINT event_time_ms_not_null NOT NULL,
+    tenant_id uuid CONSTRAINT event_tenant_id_not_null NOT NULL,
+    session_id uuid CONSTRAINT event_session_id_not_null NOT NULL,
+    fence bigint CONSTRAINT event_fence_not_null NOT NULL,
+    type text CONSTRAINT event_type_not_null NOT NULL,
+    data text CONSTRAINT event_data_not_null NOT NULL
+);
+
+CREATE TABLE session.hermesh_migration (
+    version integer NOT NULL,
+    name text NOT NULL,
+    checksum text NOT NULL,
+    applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+CREATE TABLE session.idempotency (
+    tenant_id uuid NOT NULL,
+    scope text NOT NULL,
+    key text NOT NULL,
+    fingerprint bytea NOT NULL,
+    result_id uuid NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+CREATE TABLE session.message (
+    session_id uuid NOT NULL,
+    message_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    run_id uuid NOT NULL,
+    ordinal integer NOT NULL,
+    role text NOT NULL,
+    content text NOT NULL,
+    tool_calls text NOT NULL,
+    tool_call_id text NOT NULL,
+    created_ms bigint NOT NULL,
+    rolled_back boolean DEFAULT false NOT NULL
+);
+
+CREATE TABLE session.session (
+    session_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    title text NOT NULL,
+    metadata jsonb NOT NULL,
+    agent text NOT NULL,
+    user_name text NOT NULL,
+    created_ms bigint NOT NULL,
+    updated_ms bigint NOT NULL,
+    run_count integer DEFAULT 0 NOT NULL,
+    message_count integer DEFAULT 0 NOT NULL
+);
+
+CREATE VIEW session.session_view AS
+ SELECT session_id,
+    tenant_id,
+    title,
+    metadata,
+    agent,
+    user_name,
+    created_ms,
+    updated_ms,
+    message_count,
+    ( SELECT r.run_id
+           FROM session.run r
+          WHERE ((r.session_id = s.session_id) AND (r.status < 4))
+          ORDER BY r.ordinal
+         LIMIT 1) AS active_run_id
+   FROM session.session s;
+
+CREATE TABLE session.tenant (
+    tenant_id uuid NOT NULL,
+    name text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+ALTER TABLE session.tool_call ALTER COLUMN "position" ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME session.tool_call_position_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+ALTER TABLE ONLY session.event ATTACH PARTITION session.event_default DEFAULT;
+
+ALTER TABLE ONLY session.api_key
+    ADD CONSTRAINT api_key_pkey PRIMARY KEY (key_hash);
+
+ALTER TABLE ONLY session.event
+    ADD CONSTRAINT event_pkey PRIMARY KEY (run_id, seq);
+
+ALTER TABLE ONLY session.event_default
+    ADD CONSTRAINT event_default_pkey PRIMARY KEY (run_id, seq);
+
+ALTER TABLE ONLY session.hermesh_migration
+    ADD CONSTRAINT hermesh_migration_pkey PRIMARY KEY (version);
+
+ALTER TABLE ONLY session.idempotency
+    ADD CONSTRAINT idempotency_pkey PRIMARY KEY (tenant_id, scope, key);
+
+ALTER TABLE ONLY session.lease
+    ADD CONSTRAINT lease_pkey PRIMARY KEY (session_id);
+
+ALTER TABLE ONLY session.message
+    ADD CONSTRAINT message_pkey PRIMARY KEY (session_id, message_id);
+
+ALTER TABLE ONLY session.run
+    ADD CONSTRAINT run_pkey PRIMARY KEY (run_id);
+
+ALTER TABLE ONLY session.run
+    ADD CONSTRAINT run_session_id_ordinal_key UNIQUE (session_id, ordinal);
+
+ALTER TABLE ONLY session.session
+    ADD CONSTRAINT session_pkey PRIMARY KEY (session_id);
+
+ALTER TABLE ONLY session.tenant
+    ADD CONSTRAINT tenant_name_key UNIQUE (name);
+
+ALTER TABLE ONLY session.tenant
+    ADD CONSTRAINT tenant_pkey PRIMARY KEY (tenant_id);
+
+ALTER TABLE ONLY session.tool_call
+    ADD CONSTRAINT tool_call_pkey PRIMARY KEY (call_id);
+
+CREATE INDEX idempotency_by_age ON session.idempotency USING btree (created_at);
+
+CREATE UNIQUE INDEX message_by_ordinal ON session.message USING btree (session_id, ordinal) WHERE (NOT rolled_back);
+
+CREATE INDEX run_due ON session.run USING btree (dispatch_after) WHERE (status = ANY (ARRAY[1, 2]));
+
+CREATE INDEX run_unfinished ON session.run USING btree (session_id, ordinal) WHERE (status < 4);
+
+CREATE INDEX session_by_update ON session.session USING btree (tenant_id, updated_ms DESC, session_id DESC);
+
+CREATE INDEX session_by_user ON session.session USING btree (tenant_id, user_name, updated_ms DESC, session_id DESC);
+
+CREATE INDEX tool_call_by_run ON session.tool_call USING btree (run_id);
+
+CREATE INDEX tool_call_by_session ON session.tool_call USING btree (session_id);
+
+ALTER INDEX session.event_pkey ATTACH PARTITION session.event_default_pkey;
+
+ALTER TABLE ONLY session.api_key
+    ADD CONSTRAINT api_key_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES session.tenant(tenant_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY session.lease
+    ADD CONSTRAINT lease_session_id_fkey FOREIGN KEY (session_id) REFERENCES session.session(session_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY session.message
+    ADD CONSTRAINT message_session_id_fkey FOREIGN KEY (session_id) REFERENCES session.session(session_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY session.run
+    ADD CONSTRAINT run_session_id_fkey FOREIGN KEY (session_id) REFERENCES session.session(session_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY session.session
+    ADD CONSTRAINT session_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES session.tenant(tenant_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY session.tool_call
+    ADD CONSTRAINT tool_call_session_id_fkey FOREIGN KEY (session_id) REFERENCES session.session(session_id) ON DELETE CASCADE;
