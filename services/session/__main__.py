@@ -7,6 +7,7 @@ from functools import partial
 from meshkit.server import run
 from meshkit.settings import load
 from services.session import app
+from services.session.operations.bootstrap import TENANT
 from services.session.settings import SessionSettings
 
 
@@ -16,7 +17,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("serve", help="serve until SIGTERM (the default)")
     commands.add_parser("migrate", help="bring the database's schema up to date")
-    bootstrap = commands.add_parser("bootstrap", help="make the default tenant and its key")
+    bootstrap = commands.add_parser("bootstrap", help="make a tenant and its key, unless they are there")
+    bootstrap.add_argument("--tenant", default=TENANT, help="the tenant's name (%(default)s)")
     bootstrap.add_argument(
         "--api-key-env", default="HERMESH_API_KEY", help="the variable that holds the key (%(default)s)"
     )
@@ -25,7 +27,7 @@ def main() -> None:
     if arguments.command == "migrate":
         run(partial(app.migrate, settings, sys.stdout))
     elif arguments.command == "bootstrap":
-        run(partial(app.bootstrap, settings, arguments.api_key_env, sys.stdout))
+        run(partial(app.bootstrap, settings, arguments.tenant, arguments.api_key_env, sys.stdout))
     else:
         run(partial(app.serve, settings))
 

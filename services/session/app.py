@@ -30,7 +30,7 @@ from services.session.append_hub import AppendHub
 from services.session.commits import Commits
 from services.session.flusher import Flusher
 from services.session.operations.authenticate import StoreAuthenticator
-from services.session.operations.bootstrap import bootstrap as make_first_key
+from services.session.operations.bootstrap import bootstrap as ensure_tenant
 from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
@@ -281,15 +281,15 @@ async def migrate(settings: SessionSettings, out: TextIO) -> None:
         out.write("the schema is up to date\n")
 
 
-async def bootstrap(settings: SessionSettings, variable: str, out: TextIO) -> None:
-    """Makes the default tenant and its key, if they are not there, and says which tenant it is.
+async def bootstrap(settings: SessionSettings, tenant: str, variable: str, out: TextIO) -> None:
+    """Makes a tenant and its key, if they are not there, and says which tenant it is.
 
     Raises:
         StartupError: The variable holds no usable key, or the database cannot be used.
     """
     async with _open_store(settings) as store:
         try:
-            tenant_id = await make_first_key(store, variable)
+            tenant_id = await ensure_tenant(store, tenant, variable)
         except HermeshError as error:
             raise StartupError(f"the key in {variable} cannot be stored: {error.message}") from error
         out.write(f"tenant {tenant_id}\n")

@@ -30,3 +30,9 @@ def mesh(shared_mesh: Mesh) -> Mesh:
     """The shared mesh, healthy: what an earlier test broke has come back."""
     shared_mesh.wait_healthy()
     return shared_mesh
+
+
+@pytest.fixture(scope="session")
+def other_key(shared_mesh: Mesh) -> str:
+    """The API key of another tenant."""
+    return shared_mesh.new_tenant("other")

@@ -1,4 +1,4 @@
-"""The first tenant and its key."""
+"""A tenant and its key."""
 
 import os
 import re
@@ -10,26 +10,32 @@ from services.session.store.port import Tenants
 
 TENANT = "default"
 _KEY = re.compile(r"[\x21-\x7e]{16,500}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-async def bootstrap(store: Tenants, variable: str) -> UUID:
-    """Makes sure that the default tenant and the key in an environment variable are there.
+async def bootstrap(store: Tenants, tenant: str, variable: str) -> UUID:
+    """Makes sure that a tenant and the key in an environment variable are there.
 
     Args:
         store: Where they are kept; the key only as its hash.
+        tenant: The tenant's name.
         variable: The variable's name.
 
     Returns:
         The tenant.
 
     Raises:
-        StartupError: The variable is not set, or does not hold a usable key.
+        StartupError: The name is none, or the variable does not hold a usable key.
     """
+    if _NAME.fullmatch(tenant) is None:
+        raise StartupError(
+            "a tenant's name is 1 to 100 letters, digits, dots, dashes and underscores, not a sign first"
+        )
     key = os.environ.get(variable, "")
     if not key:
-        raise StartupError(f"{variable} is not set; it holds the first API key")
+        raise StartupError(f"{variable} is not set; it holds the API key")
     if _KEY.fullmatch(key) is None:
         raise StartupError(
             f"{variable} must be 16 to 500 visible ASCII characters, such as hm_ and 43 random ones"
         )
-    return await store.ensure_key(TENANT, hash_key(key), "bootstrap")
+    return await store.ensure_key(tenant, hash_key(key), "bootstrap")

@@ -120,11 +120,25 @@ def test_bootstrap_twice_changes_nothing(pair: Pair) -> None:
     assert len(outs) == 1
 
 
+def test_bootstrap_makes_as_many_tenants_as_asked_for(pair: Pair) -> None:
+    outs = [
+        run_command(
+            "bootstrap",
+            "--tenant",
+            name,
+            **environment(pair.database, HERMESH_API_KEY="hm_" + letter * 43),
+        ).stdout
+        for name, letter in (("acme", "a"), ("globex", "g"), ("acme", "b"))
+    ]
+    assert outs[0] == outs[2] != outs[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "values", "words"),
     [
         (["bootstrap"], {}, "HERMESH_API_KEY is not set"),
         (["bootstrap", "--api-key-env", "MY_KEY"], {"MY_KEY": "short"}, "MY_KEY must be 16 to 500"),
+        (["bootstrap", "--tenant", ""], {}, "a tenant's name"),
         (["migrate"], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         ([], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         (["serve"], {"HERMESH_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, "HERMESH_DATABASE_URL"),
