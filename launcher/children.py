@@ -193,6 +193,7 @@ class Children:
             except Exception as error:
                 # Whatever it is, it must end neither the supervisor nor what else it keeps.
                 child.last_exit = f"{type(error).__name__}: {error}"
+                await self._discard(child)
             child.identity = None
             child.process = None
             child.ready.clear()
@@ -206,6 +207,13 @@ class Children:
             backoff = FIRST_BACKOFF if child.failures <= 1 else min(MAX_BACKOFF, backoff * 2)
             await self._pause(child, backoff)
         self._publish()
+
+    async def _discard(self, child: Child) -> None:
+        """Ends a process that nobody could keep: the next one must not run beside it."""
+        if child.identity is not None:
+            child.identity.send(signal.SIGKILL)
+        if child.process is not None:
+            await asyncio.to_thread(child.process.wait)
 
     async def _pause(self, child: Child, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+# Many default to 1,024, and every stream is one.
+OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,14 @@ def identify(pid: int) -> Identity | None:
     """Returns the identity of the process that has this pid now."""
     fields = _stat(pid)
     return Identity(pid, int(fields[19])) if fields else None
+
+
+def raise_open_files() -> None:
+    """Lets this process and those it starts open as many files as the hard limit allows, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

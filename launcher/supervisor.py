@@ -26,7 +26,7 @@ from launcher.folder import Folder
 from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
-from launcher.processes import identify
+from launcher.processes import identify, raise_open_files
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from meshkit.settings import load
@@ -373,6 +373,7 @@ async def _main() -> None:
 
 def main() -> None:
     """Supervises the mesh of the data folder that the environment names."""
+    raise_open_files()
     try:
         asyncio.run(_main())
     except LaunchError as error:
