@@ -82,6 +82,7 @@ class Reply:
         rate: tokens a second; 0 = as fast as the socket takes them.
         delay: seconds before the first byte.
         prompt_tokens: rough size of the request in tokens.
+        finish: the finish reason.
     """
 
     status: int = 200
@@ -93,6 +94,7 @@ class Reply:
     rate: float = 0.0
     delay: float = 0.0
     prompt_tokens: int = 0
+    finish: str = "stop"
 
 
 _SEQUENCE: list[str] = []
@@ -223,8 +225,9 @@ def reply_to(request: Mapping[str, Any], seen: int = 0) -> Reply:
     if last["role"] == "assistant" and not last.get("tool_calls"):
         tokens = continue_after(tokens, content_text(last))
     limit = request.get("max_completion_tokens") or request.get("max_tokens")
-    if isinstance(limit, int) and limit > 0:
-        tokens = tokens[:limit]
+    finish = "tool_calls" if calls else "stop"
+    if isinstance(limit, int) and 0 < limit < len(tokens):
+        tokens, calls, finish = tokens[:limit], (), "length"
     return Reply(
         fault="" if fault == "empty" else fault,
         reasoning=sequence(int(directives.number("reason", 0))),
@@ -233,6 +236,7 @@ def reply_to(request: Mapping[str, Any], seen: int = 0) -> Reply:
         rate=rate,
         delay=delay,
         prompt_tokens=prompt,
+        finish=finish,
     )
 
 

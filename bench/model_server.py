@@ -96,7 +96,7 @@ class Frames:
 
     def delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
         """Frame any other delta."""
-        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+        choices = [{"index": 0, "delta": delta, "finish_reason": reply.finish}]
         return self._object(b'"choices":' + orjson.dumps(choices))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -353,7 +353,7 @@ def _render(frames: Frames, request: dict[str, Any], reply: Reply) -> list[bytes
         for start in range(0, len(call.arguments), 8):
             piece = {"index": index, "function": {"arguments": call.arguments[start : start + 8]}}
             out.append(frames.delta({"tool_calls": [piece]}))
-    out.append(frames.delta({}, "tool_calls" if reply.tool_calls else "stop"))
+    out.append(frames.delta({}, reply.finish))
     options = request.get("stream_options")
     if isinstance(options, dict) and options.get("include_usage"):
         out.append(frames.usage(_usage(reply)))
@@ -378,13 +378,12 @@ def _completion(request: dict[str, Any], reply: Reply, number: int) -> dict[str,
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in reply.tool_calls
         ]
-    finish = "tool_calls" if reply.tool_calls else "stop"
     return {
         "id": f"chatcmpl-{number}",
         "object": "chat.completion",
         "created": 0,
         "model": request.get("model", DEFAULT_MODEL),
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "choices": [{"index": 0, "message": message, "finish_reason": reply.finish}],
         "usage": _usage(reply),
     }
 

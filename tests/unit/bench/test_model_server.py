@@ -100,6 +100,12 @@ async def test_garbage_is_not_json(server):
     assert (await post(server, body("[[garbage]]"))).text == "{not JSON"
 
 
+async def test_a_limit_on_tokens_ends_the_reply_as_too_long(server):
+    frames = await chunks(server, body("[[tokens=5]]", max_tokens=2))
+    assert text_of(frames) == "t0 t1 "
+    assert frames[-1]["choices"][0]["finish_reason"] == "length"
+
+
 async def test_empty_and_echo(server):
     assert text_of(await chunks(server, body("[[empty]]"))) == ""
     assert text_of(await chunks(server, body("say  this [[echo]]"))) == "say  this [[echo]]"
