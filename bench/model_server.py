@@ -96,7 +96,7 @@ class Frames:
 
     def delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
         """Frame any other delta."""
-        choices = [{"index": 0, "delta": delta, "finish_reason": reply.finish}]
+        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
         return self._object(b'"choices":' + orjson.dumps(choices))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
