@@ -31,6 +31,9 @@ SAFE_METHODS = (
     "hermesh.agent.v1.AgentService/ListModels",
 )
 _MODELS_TTL = 10.0
+_MODELS_TIMEOUT = 3.0
+# After a failure nobody asks again for so long: callers must not queue up behind an agent that hangs.
+_MODELS_PAUSE = 1.0
 _PROBE_KEY = "hm_readiness-probe"
 _PROBE_TIMEOUT = 1.5
 DEFAULT_MODEL = "default"
@@ -58,17 +61,33 @@ class MeshClients:
         self.sessions: Any = SessionServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
         self._internal: Any = SessionInternalServiceStub(channel)
-        self._models: tuple[float, list[agent_pb.Model]] | None = None
+        self._models: list[agent_pb.Model] = []
+        self._models_until = 0.0
+        self._models_error: HermeshError | None = None
         self._models_lock = asyncio.Lock()
 
     async def models(self) -> list[agent_pb.Model]:
-        """Returns the models that runs may ask for, the default first; remembered for some seconds."""
+        """Returns the models that runs may ask for, the default first; remembered for some seconds.
+
+        While no agent answers, those of before stand.
+
+        Raises:
+            HermeshError: No agent answers, and none ever did.
+        """
         async with self._models_lock:
-            now = time.monotonic()
-            if self._models is None or self._models[0] < now:
-                answer = await call(self.agents.ListModels(agent_pb.ListModelsRequest()))
-                self._models = now + _MODELS_TTL, list(answer.models)
-            return self._models[1]
+            if self._models_until < time.monotonic():
+                try:
+                    request = agent_pb.ListModelsRequest()
+                    answer = await call(self.agents.ListModels(request, timeout=_MODELS_TIMEOUT))
+                except HermeshError as error:
+                    self._models_error = error
+                    self._models_until = time.monotonic() + _MODELS_PAUSE
+                else:
+                    self._models, self._models_error = list(answer.models), None
+                    self._models_until = time.monotonic() + _MODELS_TTL
+            if self._models_error is not None and not self._models:
+                raise self._models_error
+            return self._models
 
     async def check_model(self, name: str) -> str:
         """Returns the name as runs take it: empty for the default.

@@ -22,7 +22,13 @@ from gateway import frames
 from gateway.follow import Feed, FeedLost
 from gateway.settings import GatewaySettings
 from hermesh.common.v1.event_pb2 import Event
-from meshkit.errors import DeadlineError, HermeshError, ResourceExhaustedError, UnavailableError
+from meshkit.errors import (
+    DeadlineError,
+    HermeshError,
+    InternalError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from meshkit.tasks import TaskOwner
 
 _log = structlog.get_logger("gateway.streams")
@@ -314,9 +320,15 @@ class EventStream:
                 return
             await self._finish(self._renderer.reconnect(lost.reason, lost.after_ms))
         except HermeshError as error:
-            self._error = error
-            if self._begun:
-                await self._finish(self._renderer.failed(error))
+            await self._fail(error)
+        except Exception as error:
+            _log.error("stream failed", stream=self._name, exc_info=error)
+            await self._fail(InternalError())
+
+    async def _fail(self, error: HermeshError) -> None:
+        self._error = error
+        if self._begun:
+            await self._finish(self._renderer.failed(error))
 
     async def _write(self, body: bytes) -> None:
         send = self._send

@@ -267,7 +267,7 @@ class RunView {
         if (call) { call.result = data; call.resultSeq = seq; }
         break;
       }
-      case "action.required": items.push({ ...data, seq, kind: "action" }); break;
+      case "action.required": items.push({ ...data, seq, kind: "action", kindOfAction: data.kind }); break;
       case "action.resolved":
         for (const item of items) if (item.kind === "action" && item.call_id === data.call_id) item.resolved = true;
         break;
@@ -380,12 +380,17 @@ class RunView {
       button.addEventListener("click", () => decide(decision, content, button));
       return button;
     };
+    const unknown = item.kindOfAction !== "approval";
+    const question = unknown
+      ? `It is not known whether ${item.name} ran. It will not be run again by itself. What happened?`
+      : `${item.name} is about to run. Shall it?`;
+    const choices = unknown
+      ? [choice("It was done", "completed", "A person confirms that it was done."),
+        choice("It was not done", "failed", "A person says that it was not done."),
+        choice("Run it again", "retry")]
+      : [choice("Run it", "retry"), choice("Do not run it", "failed", "A person did not allow it.")];
     return element("div", { class: "notice warn", role: "group", "aria-label": "A decision is needed" },
-      `It is not known whether ${item.name} ran. It will not be run again by itself. What happened?`,
-      element("pre", {}, pretty(item.arguments ?? {})),
-      choice("It was done", "completed", "A person confirms that it was done."),
-      choice("It was not done", "failed", "A person says that it was not done."),
-      choice("Run it again", "retry"),
+      question, element("pre", {}, pretty(item.arguments ?? {})), ...choices,
       choice("Give up", "abandon", "Given up by a person."));
   }
 

@@ -20,7 +20,7 @@ from gateway.settings import GatewaySettings
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import InputMessage
 from meshkit.channel import open_channel
-from meshkit.errors import NotFoundError, ResourceExhaustedError
+from meshkit.errors import NotFoundError, ResourceExhaustedError, UnavailableError
 from meshkit.identity import Identity, use_identity
 from tests.fakes.mesh import API_KEY, TENANT, FakeMesh, FakeRun
 
@@ -346,3 +346,33 @@ async def test_an_unknown_run_is_not_looked_for_twice(mesh: FakeMesh) -> None:
             async for _ in feed.batches():
                 pass
     assert mesh.calls == ["WatchRun"]
+
+
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_properly(served: Any) -> None:
+    _, answer = await start_run(served)
+    await answer.aread()
+    run = next(iter(served.mesh.runs.values()))
+
+    async def broken(*_: Any) -> AsyncIterator[Any]:
+        raise ValueError("a bug")
+        yield
+
+    served.gateway.mesh.sessions.WatchRun = broken
+    url = f"/v1/runs/{run.run_id}/events"
+    refused = await served.client.get(url)
+    assert refused.status_code == 500
+    assert refused.json()["reason"] == "INTERNAL"
+
+
+async def test_an_agent_that_hangs_holds_up_nobody_who_names_a_model(served: Any) -> None:
+    hanging = 0
+
+    async def list_models(request: Any, timeout: float) -> Any:
+        nonlocal hanging
+        hanging += 1
+        raise UnavailableError()
+
+    served.gateway.mesh.agents.ListModels = list_models
+    for _ in range(3):
+        assert await served.gateway.mesh.check_model("whatever") == "whatever"
+    assert hanging == 1
