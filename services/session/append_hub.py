@@ -209,6 +209,9 @@ class AppendStream:
                 ):
                     self._room.clear()
                     await self._room.wait()
+        except Exception as error:
+            # Whatever ended the stream, its runs are taken care of when it closes.
+            _log.info("an append stream broke", owner=self.owner, error=type(error).__name__)
         finally:
             self._read_all = True
             self._wake.set()

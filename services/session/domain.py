@@ -193,7 +193,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class NewMessage:
-    """A message before it has its ordinal; `message_id` is chosen by the agent so that a repeat is the same."""
+    """A message before it has its ordinal; the agent chose `message_id`, so that a repeat is the same."""
 
     message_id: UUID
     role: str

@@ -78,7 +78,7 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweeps until cancelled."""
-        backoff = Backoff(first=0.5, limit=5.0)
+        backoff = Backoff(first=0.5, limit=2.0)
         while True:
             try:
                 async with asyncio.timeout(self._interval * self._random.uniform(0.7, 1.3)):

@@ -6,13 +6,15 @@ the stored log whatever the live tail loses, repeats or reorders. It reads at th
 the client does not take a batch, nothing is fetched and at most one bounded queue is kept.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from meshkit.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
+from meshkit.errors import InvalidArgumentError, NotFoundError, OutOfRangeError, UnavailableError
+from meshkit.tasks import Backoff
 from services.session import metrics
 from services.session.domain import Event, Page, Run, Session
 from services.session.tail import Tail
@@ -22,6 +24,9 @@ _MAX_FRAME_EVENTS = 200
 _MAX_FRAME_BYTES = 512 * 1024
 # A watcher that heard nothing for so long reads PostgreSQL once: no wait here relies on anybody else.
 _IDLE_S = 30.0
+_PATIENCE_S = 15.0
+
+T = TypeVar("T")
 
 
 class Logbook(Protocol):
@@ -102,7 +107,8 @@ class Watcher:
             with self._tail.wait_for_runs(session_id) as waiter:
                 ordinal, cursor = await self._start(session_id, after_run_id, after_seq, only_new)
                 while True:
-                    for run in await self._store.runs_from(self._tenant_id, session_id, ordinal, 1):
+                    runs = await _patiently(self._store.runs_from, self._tenant_id, session_id, ordinal, 1)
+                    for run in runs:
                         async with aclosing(self._follow(run, cursor)) as batches:
                             async for batch in batches:
                                 yield batch
@@ -117,7 +123,7 @@ class Watcher:
                         waiter.ordinal = ordinal - 1
                         await waiter.wait(_IDLE_S)
                         # A session that was deleted ends its watches.
-                        await self._store.get_session(self._tenant_id, session_id)
+                        await _patiently(self._store.get_session, self._tenant_id, session_id)
 
     async def _start(
         self, session_id: UUID, after_run_id: UUID | None, after_seq: int, only_new: bool
@@ -174,11 +180,11 @@ class Watcher:
             while True:
                 if stored:
                     subscription.lost = False
-                    page = await self._store.events_after(self._tenant_id, run_id, cursor, _PAGE)
+                    page = await _patiently(self._store.events_after, self._tenant_id, run_id, cursor, _PAGE)
                     stored = len(page) == _PAGE
                     if not page:
                         # Raises when the run was deleted under the watch.
-                        run = await self._store.get_run(self._tenant_id, run_id)
+                        run = await _patiently(self._store.get_run, self._tenant_id, run_id)
                         if run.status.terminal and cursor >= run.last_seq:
                             return
                     batch: Sequence[Event] = page
@@ -195,6 +201,23 @@ class Watcher:
                 if subscription.draining:
                     yield Moved("drain")
                     return
+
+
+async def _patiently(read: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Reads for a watch that is under way: a restart of PostgreSQL is a pause and not its end.
+
+    Raises:
+        UnavailableError: PostgreSQL did not answer for as long as a client should have to wait.
+    """
+    backoff = Backoff(first=0.1, limit=1.0)
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return await read(*arguments)
+        except UnavailableError:
+            if time.monotonic() > end:
+                raise
+            await backoff.sleep()
 
 
 def following(events: Sequence[Event], cursor: int) -> tuple[list[Event], bool]:

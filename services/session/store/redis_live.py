@@ -21,7 +21,7 @@ from meshkit.errors import UnavailableError
 from meshkit.redis import REDIS_ERRORS, Breaker
 from services.session.domain import Event
 from services.session.publisher import Publication, Reply
-from services.session.store.redis_scripts import Script, run_script
+from services.session.store.redis_scripts import Script, run_script, stop_if_cancelled
 from services.session.tail import Position
 
 _log = structlog.get_logger("session.redis")
@@ -152,6 +152,7 @@ class RedisStreams:
     async def _drop(self, item: Publication) -> None:
         try:
             await self._client.delete(fence_key(item.session_id), stream_key(item.session_id, item.run_id))
+            stop_if_cancelled()
         except REDIS_ERRORS:
             pass
 
@@ -201,6 +202,7 @@ class RedisReader:
                 self._wake_id,
                 *ids,
             )
+            stop_if_cancelled()
             found = {}
             for key, entries in _streams(answer):
                 run_id = runs.get(key)
@@ -229,6 +231,7 @@ class RedisReader:
         try:
             await self._client.xadd(self._wake_key, {"w": "1"}, maxlen=1, approximate=False)
             await self._client.expire(self._wake_key, 3600)
+            stop_if_cancelled()
         except REDIS_ERRORS as error:
             raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
 

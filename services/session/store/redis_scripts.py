@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -22,6 +23,17 @@ class Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+def stop_if_cancelled() -> None:
+    """Ends a task that was cancelled while it waited for Redis.
+
+    redis-py sends under `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes just when
+    the send is done. Call this after each wait.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def guarded(breaker: Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
     """Makes a call unless the breaker is open.
 
@@ -29,7 +41,9 @@ async def guarded(breaker: Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
         UnavailableError: Redis does not answer, or answers with an error.
     """
     try:
-        return await breaker.run(call)
+        result = await breaker.run(call)
+        stop_if_cancelled()
+        return result
     except (BreakerOpenError, *REDIS_ERRORS) as error:
         raise UnavailableError("SERVICE_UNAVAILABLE", "Redis does not answer") from error
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
+import subprocess
+import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,7 +24,11 @@ from hermesh.agent.v1 import agent_service_pb2_grpc as agent_grpc
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from hermesh.session.v1 import session_service_pb2 as public
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
-from tests.conftest import ValkeyServer
+from launcher import probes
+from launcher.embedded.postgres import Postgres
+from meshkit.errors import from_rpc_error
+from meshkit.migrate import migrate
+from tests.conftest import MIGRATIONS, ValkeyServer, wait_for
 from tests.integration.session.conftest import bootstrap
 from tests.integration.session.process import Client, SessionProcess, connect, environment, metric
 from tests.integration.session.test_two_replicas import reattach
@@ -184,6 +194,94 @@ async def test_a_drain_moves_everybody_and_exits_clean(start: Start, valkey: Val
         log = replicas[0].log.read_text()
         assert "Traceback" not in log
         assert "never awaited" not in log
+
+
+@asynccontextmanager
+async def own_database() -> AsyncIterator[OwnDatabase]:
+    """A PostgreSQL that a test may kill and start again."""
+    folder = Path(tempfile.mkdtemp(prefix="hm-pg-"))
+    server = OwnDatabase(folder)
+    try:
+        await asyncio.to_thread(server.server.initialize)
+        await asyncio.to_thread(server.start)
+        await migrate(server.url, MIGRATIONS["session"], schema="session")
+        await asyncio.to_thread(bootstrap, server.url)
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class OwnDatabase:
+    def __init__(self, folder: Path) -> None:
+        self.server = Postgres(folder / "data", folder, "test-password")
+        self.url = self.server.url()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.server.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
+        )
+        wait_for(lambda: asyncio.run(probes.postgres(self.url)), self.process)
+
+    def kill(self) -> None:
+        """Stops it at once: connections break, and the log is replayed at the next start."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait(timeout=30)
+            self.process = None
+
+
+async def test_postgresql_restarts_in_the_middle() -> None:
+    async with own_database() as database:
+        replica = SessionProcess("session-1", environment(database.url))
+        try:
+            await asyncio.to_thread(replica.wait_ready)
+            async with connect(replica) as client:
+                await restart_under(client, replica, database)
+        finally:
+            replica.kill()
+            shutil.rmtree(replica.folder, ignore_errors=True)
+
+
+def probe(replica: SessionProcess, name: str) -> int:
+    """The status that a replica answers on one of its probes."""
+    try:
+        with urllib.request.urlopen(f"http://{replica.metrics_address}/{name}", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+async def restart_under(client: Client, replica: SessionProcess, database: OwnDatabase) -> None:
+    writer = await new_writer(client)
+    session = await new_session(client)
+    async with append_stream(client) as stream, watch(client, writer.run_id) as watched:
+        assert (await stream.write(writer.append("text.delta")))[0].outcome == COMMITTED
+        assert (await events_until(watched, 2))[-1].seq == 2
+        await asyncio.to_thread(database.kill)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await submit(client, session.session_id)
+        error = from_rpc_error(raised.value)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+        assert error.retry_after_ms
+        assert "postgres" not in error.message.lower()
+        append = writer.append("text.delta")
+        [result] = await stream.write(append)
+        assert result.outcome == internal.APPEND_OUTCOME_RETRY
+        assert await asyncio.to_thread(probe, replica, "health") == 200
+        assert await asyncio.to_thread(probe, replica, "ready") == 503
+        await asyncio.to_thread(database.start)
+        # The writer sends the same bytes again until they are in; the watch was never cut.
+        async with asyncio.timeout(15):
+            while result.outcome != COMMITTED:
+                [result] = await stream.write(append)
+                await asyncio.sleep(0.05)
+            [result] = await stream.write(writer.append("run.completed", status=4))
+            assert result.outcome == COMMITTED
+            assert [event.seq for event in await events_of(watched)] == [3, 4]
+        assert (await submit(client, session.session_id)).run.ordinal == 1
 
 
 class FakeAgent(agent_grpc.AgentServiceServicer):

@@ -250,7 +250,7 @@ async def test_one_claim_wins(first: Client, second: Client) -> None:
 
 async def test_a_session_is_watched_over_its_runs_from_another_replica(first: Client, second: Client) -> None:
     session = await new_session(first)
-    request = public.WatchSessionRequest(session_id=session.session_id, only_new=True)
+    request = public.WatchSessionRequest(session_id=session.session_id)
     async with stream_call(second.public.WatchSession(request, metadata=second.metadata)) as watched:
         seen: list[tuple[str, int]] = []
         expected: list[tuple[str, int]] = []
