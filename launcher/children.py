@@ -26,6 +26,7 @@ FIRST_BACKOFF = 0.1
 MAX_BACKOFF = 5.0
 STEADY_SECONDS = 10.0
 LOOK_SECONDS = 0.03
+SILENT_SECONDS = 3.0
 # After the grace a second signal ends what a service still does, then SIGKILL ends the service.
 HURRY_SECONDS = 3.0
 LOG_BYTES = 64 * 1024 * 1024
@@ -244,6 +245,7 @@ class Children:
         self._save()
 
     async def _wait_first_ready(self, child: Child, exited: asyncio.Future[None]) -> None:
+        began = time.monotonic()
         while not exited.done():
             address = await _asked_ready(child)
             if address:
@@ -253,6 +255,10 @@ class Children:
                 child.changed.set()
                 self._publish()
                 return
+            if time.monotonic() - began > SILENT_SECONDS and not child.hopeless:
+                # It runs and does not serve: perhaps it has said why it never will.
+                child.hopeless = self._explain(child, self._last_words(child))
+                child.changed.set()
             await asyncio.wait([exited], timeout=LOOK_SECONDS)
 
     def _log(self, child: Child) -> Path:
@@ -265,10 +271,13 @@ class Children:
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         said = self._last_words(child)
-        explained = child.spec.explain(said) if child.spec.explain else ""
-        child.hopeless = explained or explain_output(child.spec.replica, said)
+        child.hopeless = self._explain(child, said)
         last = said.splitlines()[-1][:500] if said else ""
         return f"exit status {code}: {last}" if last else f"exit status {code}"
+
+    def _explain(self, child: Child, said: str) -> str:
+        explained = child.spec.explain(said) if child.spec.explain else ""
+        return explained or explain_output(child.spec.replica, said)
 
     def _last_words(self, child: Child) -> str:
         try:

@@ -56,7 +56,8 @@ _DAMAGE = (
     "invalid page",
     "could not access directory",
     "could not access the server configuration file",
-    "does not contain",
+    "required WAL directory",
+    "The database subdirectory",
 )
 
 
@@ -225,16 +226,19 @@ class Postgres:
     def explain(self, said: str) -> str:
         """Finds in the end of its log that the data is damaged; empty where it is not."""
         for line in reversed(said.splitlines()):
-            if ("FATAL" in line or "PANIC" in line) and any(sign in line for sign in _DAMAGE):
+            # The lines of statements hold what clients sent; nothing of theirs is looked at.
+            if "STATEMENT:" not in line and any(sign in line for sign in _DAMAGE):
+                why = line.rpartition(":  ")[2].removeprefix("postgres: ").strip()
                 return (
-                    f"PostgreSQL's data in {self.data} is damaged ({line.rpartition(':  ')[2].strip()}). "
+                    f"PostgreSQL's data in {self.data} is damaged ({why}). "
                     "Restore it from a backup, or set HERMESH_DATA_DIR to another folder to begin anew."
                 )
         return ""
 
     def _words(self) -> list[str]:
         if self.user:
-            return ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--"]
+            owner = pwd.getpwnam(self.user)
+            return ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "--"]
         return as_ordinary_user()
 
     def _bin(self) -> Path:
@@ -280,7 +284,8 @@ class Postgres:
                 ) from None
         USER_HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.sockets.mkdir(mode=0o700, exist_ok=True)
-        shutil.chown(self.sockets, self.user, self.user)
+        owner = pwd.getpwnam(self.user)
+        os.chown(self.sockets, owner.pw_uid, owner.pw_gid)
 
 
 def link_data(visible: Path, postgres: Postgres) -> None:
