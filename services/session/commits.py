@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Protocol
+from uuid import UUID
 
 from services.session.domain import Event, Run, RunAppend, RunStatus, Submitted
 from services.session.store.cached import CachedContexts
@@ -59,6 +60,11 @@ class Commits:
         self._tail.announce(run.session_id, run.ordinal)
         if run.status is RunStatus.QUEUED:
             self._dispatch()
+
+    def deleted(self, session_id: UUID) -> None:
+        """A session was deleted; what Redis has of its events ends by itself, soon."""
+        if self._contexts is not None:
+            self._contexts.forget(session_id)
 
     def cancelled(self, run: Run, event: Event | None) -> None:
         """A cancel was asked for; `event` is the terminal one if nobody held the run."""

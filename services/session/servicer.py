@@ -106,7 +106,9 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
         self, request: pb.DeleteSessionRequest, context: Context
     ) -> pb.DeleteSessionResponse:
         """See the proto."""
-        await self._store.delete_session(require_tenant(), _id(request.session_id, "session_id"))
+        session_id = _id(request.session_id, "session_id")
+        await self._store.delete_session(require_tenant(), session_id)
+        self._commits.deleted(session_id)
         return pb.DeleteSessionResponse()
 
     async def ListMessages(

@@ -118,6 +118,10 @@ class CachedContexts:
         if commit is not None and commit.messages:
             self._write(self._cache.add(append.session_id, append.run_id, append.first_seq, commit.messages))
 
+    def forget(self, session_id: UUID) -> None:
+        """Takes that a session was deleted; does not wait."""
+        self._write(self._cache.replace(session_id, ()))
+
     async def _load(self, session_id: UUID) -> Sequence[Message]:
         try:
             return await self._cache.load(session_id)

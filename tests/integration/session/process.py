@@ -16,9 +16,12 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from hermesh.common.v1.event_pb2 import InputMessage
+from hermesh.session.v1 import session_internal_service_pb2 as internal
 from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
+from hermesh.session.v1 import session_service_pb2 as public
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_metadata, open_channel
 from meshkit.settings import MeshSettings
 
 KEY = "hm_" + "s" * 43
@@ -96,11 +99,26 @@ class Client:
     """Talks to one replica as a tenant and as the mesh."""
 
     def __init__(self, outside: Any, inside: Any, key: str) -> None:
+        self.key = key
+        self.tenant_id = ""
         self.metadata = (("authorization", f"Bearer {key}"),)
         self.public: public_grpc.SessionServiceAsyncStub = public_grpc.SessionServiceStub(outside)
         self.mesh: internal_grpc.SessionInternalServiceAsyncStub = internal_grpc.SessionInternalServiceStub(
             inside
         )
+
+    async def mesh_submit(self, session_id: str) -> public.SubmitRunResponse:
+        """Submits as an agent does: on a tenant's behalf, and with the lease."""
+        settings = MeshSettings(mesh_token=SecretStr(MESH_TOKEN))
+        if not self.tenant_id:
+            answer = await self.mesh.Authenticate(internal.AuthenticateRequest(api_key=self.key))
+            self.tenant_id = answer.tenant_id
+        request = public.SubmitRunRequest(
+            session_id=session_id,
+            input=[InputMessage(role="user", content="hi")],
+            claim_owner="agent-1",
+        )
+        return await self.public.SubmitRun(request, metadata=mesh_metadata(settings, self.tenant_id))
 
 
 @asynccontextmanager

@@ -210,6 +210,31 @@ async def test_a_writer_moves_to_the_other_replica(first: Client, second: Client
             assert await events_of(here) == await events_of(there)
 
 
+async def test_a_deleted_session_leaves_no_conversation_in_redis(first: Client, pair: Pair) -> None:
+    session = await new_session(first)
+    for _ in range(2):
+        response = await first.mesh_submit(session.session_id)
+        assert response.grant.fence
+        grant = response.grant
+        writer = Writer(grant.session_id, grant.run_id, grant.fence, grant.next_seq)
+        async with append_stream(first) as stream:
+            step = writer.append("run.completed", status=4)
+            step.commit.messages.add(message_id=writer.run_id, role="assistant", content="secret")
+            assert (await stream.write(step))[0].outcome == COMMITTED
+    client = open_redis(pair.valkey.url)
+    assert client is not None
+    key = f"hermesh:{{{session.session_id}}}:conversation"
+    async with asyncio.timeout(5):
+        while await client.llen(key) != 4:  # noqa: ASYNC110 -- Redis is written behind the answer
+            await asyncio.sleep(0.01)
+        await first.public.DeleteSession(
+            public.DeleteSessionRequest(session_id=session.session_id), metadata=first.metadata
+        )
+        while await client.exists(key):  # noqa: ASYNC110 -- as above
+            await asyncio.sleep(0.01)
+    await client.aclose()
+
+
 async def reattach(stream: Any, writer: Writer, owner: str = "agent-1") -> None:
     """Moves a run onto a stream."""
     request = internal.Reattach(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
