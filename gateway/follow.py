@@ -60,6 +60,11 @@ class FeedLost(Exception):
 class Feed(Protocol):
     """A source of new events in order, in batches of at least one."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether the log's last event was in the last batch."""
+        ...
+
     def batches(self) -> AsyncGenerator[list[Event], None]:
         """Yields batches until the log's end.
 
@@ -102,6 +107,11 @@ class _Follower:
         self._backoff = Backoff(0.02, 1.0)
         self._pause: float | None = None
         self._heard_at = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the log's last event was in the last batch."""
+        return self.cursor.finished
 
     def _open(self) -> tuple[Any, float]:
         """Returns a stream that starts after the cursor, and how long it may be silent."""

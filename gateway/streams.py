@@ -192,8 +192,10 @@ class EventStream:
         self._send: Send | None = None
         self._wake = asyncio.Event()
         self._begun = False
-        # The client gets no more: it left, was dropped, or has everything.
+        # Nobody else may write: the client left, was dropped, or its last bytes are on their way.
         self._closed = False
+        # The last bytes were taken.
+        self._complete = False
         self._left = False
         self._draining = False
         self._error: HermeshError | None = None
@@ -263,7 +265,7 @@ class EventStream:
                 self._wake.clear()
             except TimeoutError:
                 pass
-            if self._closed or self._left or pump.done():
+            if self._complete or self._left or pump.done():
                 return
             if not self._begun:
                 if loop.time() < hold_until:
@@ -280,11 +282,17 @@ class EventStream:
                     self._drop(scope)
                     return
                 continue
-            if self._draining:
-                await self._finish(self._renderer.reconnect("drain", 100))
+            try:
+                # A write of this task's own has nobody else to watch over it.
+                async with asyncio.timeout(settings.write_timeout_seconds):
+                    if self._draining:
+                        await self._finish(self._renderer.reconnect("drain", 100))
+                        return
+                    if not self._closed and loop.time() - self._written_at >= settings.heartbeat_seconds:
+                        await self._write(frames.HEARTBEAT)
+            except TimeoutError:
+                self._drop(scope)
                 return
-            if loop.time() - self._written_at >= settings.heartbeat_seconds:
-                await self._write(frames.HEARTBEAT)
 
     def _drop(self, scope: Scope) -> None:
         """Cuts the connection of a client that stopped reading; it can come back with its cursor."""
@@ -309,10 +317,11 @@ class EventStream:
                     if body:
                         self._count += len(batch)
                         await self._write(body)
-                        if self._draining and not self._closed:
-                            await self._finish(self._renderer.reconnect("drain", 100))
-                    if self._renderer.complete:
+                    if self._renderer.complete or self._feed.finished:
+                        # The client need not wait until the stream behind has ended too.
                         await self._finish(b"")
+                    elif body and self._draining:
+                        await self._finish(self._renderer.reconnect("drain", 100))
             await self._finish(b"")
         except FeedLost as lost:
             if not self._begun:
@@ -363,6 +372,7 @@ class EventStream:
                 self._begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             await send({"type": "http.response.body", "body": body, "more_body": False})
+            self._complete = True
         except OSError:
             self._left = True
         finally:

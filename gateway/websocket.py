@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import Any, Literal
 
 import orjson
@@ -141,10 +142,11 @@ class SessionSocket:
 
     async def _send_events(self, feed: SessionFeed) -> tuple[int, str]:
         try:
-            async for batch in feed.batches():
-                for event in batch:
-                    await self._send(frames.event_json(event))
-                self._gateway.hub.metrics.events.inc(len(batch))
+            async with aclosing(feed.batches()) as batches:
+                async for batch in batches:
+                    for event in batch:
+                        await self._send(frames.event_json(event))
+                    self._gateway.hub.metrics.events.inc(len(batch))
         except FeedLost as lost:
             await self._send(frames.reconnect_json(lost.reason, lost.after_ms))
             return TRY_AGAIN, lost.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -199,11 +200,13 @@ async def _new_session(gateway: Gateway, chat: ChatRequest, key: str) -> str:
 async def _collect(feed: RunFeed, model: str) -> Reply | HermeshError:
     reply = Reply(model=model)
     try:
-        async for batch in feed.batches():
-            for event in batch:
-                reply.feed(event)
-            if reply.ended:
-                break
+        async with aclosing(feed.batches()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    reply.feed(event)
+                if reply.failure is not None:
+                    # A run that waits for a person has no terminal event to wait for.
+                    break
     except FeedLost as lost:
         return UnavailableError(retry_after_ms=lost.after_ms)
     except HermeshError as error:

@@ -293,6 +293,59 @@ async def test_a_client_that_stops_reading_is_dropped_and_can_come_back(start: C
     assert [event["seq"] for event in parse(again.text)] == [401, 402]
 
 
+async def test_a_client_that_does_not_even_take_heartbeats_is_dropped(start: Callable[..., Any]) -> None:
+    served = await start(write_timeout_seconds=0.2, heartbeat_seconds=0.2)
+    go_on = asyncio.Event()
+
+    async def fills_the_buffers(run: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        while served.gateway.hub.owner.tasks and not go_on.is_set():
+            yield "text.delta", {"text": "x" * 1000}
+            # Until the gateway's socket takes no more, without ever leaving a write of the run's pending.
+            if sum(len(event.data) for event in run.log.events) > 8_000_000:
+                await go_on.wait()
+        yield "run.completed", {"message_id": "", "finish_reason": "stop"}
+
+    served.mesh.script = fills_the_buffers
+    session = served.mesh.add_session()
+    body = json.dumps({"input": "a", "stream": True})
+    reader, writer = await asyncio.open_connection(*served.host.split(":"), limit=1024)
+    writer.write(
+        (
+            f"POST /v1/sessions/{session.session_id}/runs HTTP/1.1\r\nHost: {served.host}\r\n"
+            f"Authorization: Bearer {API_KEY}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+    )
+    hub = served.gateway.hub
+    await served.mesh.until(lambda: bool(session.runs))
+    async with asyncio.timeout(20):
+        while hub.metrics.dropped._value.get() == 0:
+            await asyncio.wait(hub.owner.tasks, timeout=0.05)
+    go_on.set()
+    assert await hub.owner.wait_idle(10)
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    del reader
+
+
+async def test_the_response_ends_with_the_last_event_not_with_the_stream_behind(
+    mesh: FakeMesh, start: Callable[..., Any]
+) -> None:
+    served = await start()
+    follow, lingering = mesh.follow, asyncio.Event()
+
+    async def lingers(*arguments: Any) -> AsyncIterator[Any]:
+        async for frame in follow(*arguments):
+            yield frame
+        await lingering.wait()
+
+    mesh.follow = lingers  # type: ignore[method-assign]
+    async with asyncio.timeout(1.5):
+        _, answer = await start_run(served)
+        assert parse((await answer.aread()).decode())[-1]["type"] == "run.completed"
+    lingering.set()
+
+
 async def test_a_drain_sends_reconnect_and_the_cursor_goes_on_elsewhere(start: Callable[..., Any]) -> None:
     first, second = await start(), await start()
     gate = Gate()
