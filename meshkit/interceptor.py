@@ -281,6 +281,10 @@ class _Call:
             self.code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
             self._reason = ""
             raise error
+        if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
+            # A read or write failed under our hands: the client left, which gRPC may not have told yet.
+            self.code = "CANCELLED"
+            raise asyncio.CancelledError from error
         if not isinstance(error, Exception):
             self.code = "UNKNOWN"
             raise error
