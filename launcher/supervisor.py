@@ -175,6 +175,8 @@ class Supervisor:
             await say("ending what an earlier mesh with other settings left behind")
             await asyncio.to_thread(end_leftovers, self.strangers)
             self.strangers = []
+        # What somebody else has to mend is said before anything is started.
+        await self._check_external()
         parts = self.plan.parts()
         missing = [spec.service for spec in parts if spec.replica not in self.children.all]
         if missing:
@@ -182,7 +184,6 @@ class Supervisor:
         for spec in parts:
             self.start(spec)
         await self.children.wait_ready(self.children.all[spec.replica] for spec in parts)
-        await self._check_external()
         await self._prepare_database(say)
         wanted = {
             service: replicas.get(service, max(self.children.count(service), self._left(service)) or default)

@@ -1,0 +1,280 @@
+"""The real Envoy with the rendered configuration: who gets a call, what it carries, who may be called."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio
+
+from launcher import envoy
+from launcher.ports import free_port
+from meshkit.server import server_options
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SECONDS = 20.0
+CHUNK = b"x" * 65_536
+
+
+@dataclass
+class Running:
+    """An Envoy and where to reach it."""
+
+    eds: Path
+    admin: envoy.Admin
+    http: str
+    grpc: str
+    mesh: str
+
+    async def endpoints(self, cluster: str, replicas: list[Replica]) -> None:
+        """Tells Envoy who there is, and returns when it sees the same, all of them well."""
+        addresses = [replica.address for replica in replicas]
+        envoy.write_endpoints(self.eds, cluster, addresses)
+        wanted = {f"{cluster}/{address}": True for address in addresses}
+        await self.until(cluster, wanted)
+
+    async def until(self, cluster: str, wanted: dict[str, bool]) -> None:
+        async with asyncio.timeout(SECONDS):
+            while True:
+                found = await self.admin.healthy()
+                if {key: value for key, value in found.items() if key.startswith(f"{cluster}/")} == wanted:
+                    return
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    folder = Path(tempfile.mkdtemp(prefix="hm-le-"))
+    eds = folder / "eds"
+    eds.mkdir()
+    for cluster in envoy.CLUSTERS:
+        envoy.write_endpoints(eds, cluster, ())
+    ports = {name: free_port() for name in ("http_port", "grpc_port", "mesh_port")}
+    config = folder / "envoy.yaml"
+    config.write_text(envoy.render_local(eds=eds, admin_socket=folder / "admin.sock", **ports))
+    admin = envoy.Admin(folder / "admin.sock")
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(envoy.command(config), stdout=log, stderr=log)
+
+    async def answers() -> None:
+        async with asyncio.timeout(SECONDS):
+            while not await admin.answers():
+                assert process.poll() is None, (folder / "log").read_text()
+                await asyncio.sleep(0.02)
+
+    try:
+        asyncio.run(answers())
+        addresses = [f"127.0.0.1:{port}" for port in ports.values()]
+        yield Running(eds, admin, f"http://{addresses[0]}", addresses[1], addresses[2])
+    finally:
+        process.terminate()
+        process.wait(timeout=SECONDS)
+        shutil.rmtree(folder)
+
+
+class Replica(grpc.GenericRpcHandler):
+    """A server that answers every unary call with who it is and what came, and floods where asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sent = 0
+        self.calls = 0
+        self.health = aio.HealthServicer()
+        self.server = grpc.aio.server(options=server_options())
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self.server.add_generic_rpc_handlers((self,))
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    def service(self, details: Any) -> Any:
+        if details.method.endswith("/WatchRun"):
+            return grpc.unary_stream_rpc_method_handler(self.flood)
+        return grpc.unary_unary_rpc_method_handler(self.echo)
+
+    async def echo(self, request: bytes, context: Any) -> bytes:
+        self.calls += 1
+        metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        return json.dumps({"replica": self.name, "metadata": metadata}).encode()
+
+    async def flood(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        for _ in range(4096):
+            yield CHUNK
+            self.sent += len(CHUNK)
+
+
+@pytest.fixture
+async def replicas() -> AsyncIterator[list[Replica]]:
+    async with AsyncExitStack() as stack:
+        found = [Replica(name) for name in ("a", "b", "c")]
+        for replica in found:
+            await replica.health.set("", SERVING)
+            await replica.server.start()
+            stack.push_async_callback(replica.server.stop, 0)
+        yield found
+
+
+async def call(address: str, method: str, metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        answer = await channel.unary_unary(method)(b"", metadata=tuple((metadata or {}).items()), timeout=10)
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+async def ask(address: str, count: int) -> Counter[str]:
+    answers = await asyncio.gather(
+        *(call(address, "/hermesh.session.v1.SessionService/GetRun") for _ in range(count))
+    )
+    return Counter(answer["replica"] for answer in answers)
+
+
+async def test_calls_follow_the_endpoint_files(running: Running, replicas: list[Replica]) -> None:
+    a, b, c = replicas
+    await running.endpoints("session", [a, b])
+    assert set(await ask(running.mesh, 40)) == {"a", "b"}
+    await running.endpoints("session", [b, c])
+    assert set(await ask(running.mesh, 40)) == {"b", "c"}
+    await running.endpoints("session", [a])
+    assert set(await ask(running.mesh, 10)) == {"a"}
+
+
+async def test_a_replica_that_went_away_unannounced_costs_no_call(
+    running: Running, replicas: list[Replica]
+) -> None:
+    await running.endpoints("session", replicas)
+    await replicas[0].server.stop(0)
+    # Nobody told Envoy: a call that meets the closed port is tried elsewhere.
+    assert set(await ask(running.mesh, 60)) == {"b", "c"}
+    gone = f"session/{replicas[0].address}"
+    wanted = {f"session/{replica.address}": True for replica in replicas} | {gone: False}
+    await running.until("session", wanted)
+
+
+async def test_a_replica_that_says_it_is_not_serving_gets_no_call(
+    running: Running, replicas: list[Replica]
+) -> None:
+    a, b, _ = replicas
+    await running.endpoints("session", [a, b])
+    await a.health.set("", NOT_SERVING)
+    await running.until("session", {f"session/{a.address}": False, f"session/{b.address}": True})
+    assert set(await ask(running.mesh, 20)) == {"b"}
+    await a.health.set("", SERVING)
+    await running.until("session", {f"session/{a.address}": True, f"session/{b.address}": True})
+    assert set(await ask(running.mesh, 40)) == {"a", "b"}
+
+
+async def test_where_nobody_is_well_nobody_gets_a_call(running: Running, replicas: list[Replica]) -> None:
+    await running.endpoints("session", replicas[:1])
+    await replicas[0].health.set("", NOT_SERVING)
+    await running.until("session", {f"session/{replicas[0].address}": False})
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await ask(running.mesh, 1)
+    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert replicas[0].calls == 0
+
+
+async def test_what_services_tell_each_other_does_not_come_in_from_outside(
+    running: Running, replicas: list[Replica]
+) -> None:
+    await running.endpoints("session", replicas[:1])
+    sent = {"x-hermesh-mesh": "a guess", "x-hermesh-tenant": "someone", "authorization": "Bearer key"}
+    method = "/hermesh.session.v1.SessionService/GetRun"
+    outside = (await call(running.grpc, method, sent))["metadata"]
+    assert outside["authorization"] == "Bearer key"
+    assert not any(name.startswith("x-hermesh") for name in outside)
+    inside = (await call(running.mesh, method, sent))["metadata"]
+    assert {name: inside[name] for name in sent} == sent
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "agent.v1.AgentService/Execute",
+        "tool.v1.ToolService/Execute",
+        "tool.v1.ToolService/Cancel",
+        "session.v1.SessionInternalService/ClaimRun",
+        "session.v1.SessionInternalService/Append",
+    ],
+)
+async def test_what_is_for_the_mesh_is_not_there_from_outside(
+    running: Running, replicas: list[Replica], method: str
+) -> None:
+    cluster = method.partition(".")[0]
+    await running.endpoints(cluster, replicas[:1])
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call(running.grpc, f"/hermesh.{method}")
+    assert failed.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert replicas[0].calls == 0
+    assert (await call(running.mesh, f"/hermesh.{method}"))["replica"] == "a"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "session.v1.SessionService/ListSessions",
+        "agent.v1.AgentService/ListModels",
+        "tool.v1.ToolService/ListTools",
+        "memory.v1.MemoryService/Remember",
+    ],
+)
+async def test_the_public_services_are_there(running: Running, replicas: list[Replica], method: str) -> None:
+    await running.endpoints(method.partition(".")[0], replicas[1:2])
+    assert (await call(running.grpc, f"/hermesh.{method}"))["replica"] == "b"
+
+
+async def test_a_reader_that_stops_reading_holds_only_its_window(
+    running: Running, replicas: list[Replica]
+) -> None:
+    a = replicas[0]
+    await running.endpoints("session", [a])
+    async with grpc.aio.insecure_channel(running.mesh) as channel:
+        slow = channel.unary_stream("/hermesh.session.v1.SessionService/WatchRun")(b"")
+        try:
+            assert await slow.read() == CHUNK
+            async with asyncio.timeout(SECONDS):
+                seen = -1
+                while seen != a.sent:
+                    seen = a.sent
+                    await asyncio.sleep(0.5)
+            # 256 MiB wait to be sent; what is under way fits into the windows and buffers.
+            assert a.sent < 8 * 1024 * 1024
+            other = channel.unary_unary("/hermesh.session.v1.SessionService/GetRun")
+            assert json.loads(await other(b"", timeout=10))["replica"] == "a"
+        finally:
+            slow.cancel()
+
+
+async def test_a_gateway_that_is_not_there_is_a_503(running: Running) -> None:
+    envoy.write_endpoints(running.eds, "gateway", ())
+    await running.until("gateway", {})
+    async with httpx.AsyncClient(base_url=running.http) as client:
+        assert (await client.get("/health")).status_code == 503
+
+
+async def test_the_admin_interface_is_on_a_private_socket(running: Running) -> None:
+    assert running.admin.socket.stat().st_mode & 0o777 == 0o600
+    assert running.admin.socket.stat().st_uid == os.getuid()
+
+
+def test_an_endpoint_file_is_replaced_whole(tmp_path: Path) -> None:
+    envoy.write_endpoints(tmp_path, "agent", ["127.0.0.1:1"])
+    first = (tmp_path / "agent.yaml").stat().st_ino
+    envoy.write_endpoints(tmp_path, "agent", ["127.0.0.1:1"])
+    assert (tmp_path / "agent.yaml").stat().st_ino == first
+    envoy.write_endpoints(tmp_path, "agent", ["127.0.0.1:1", "127.0.0.1:2"])
+    assert (tmp_path / "agent.yaml").stat().st_ino != first
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.yaml"]
