@@ -169,7 +169,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     responses = behavior(request, context)
                     try:
                         async for response in responses:
-                            await write(response)
+                            try:
+                                await write(response)
+                            except grpc.aio.InternalError as error:
+                                # The client left while its window was full, or its connection broke.
+                                raise asyncio.CancelledError from error
                     finally:
                         # A generator that is only dropped would run its `finally` at some later time.
                         await responses.aclose()

@@ -346,6 +346,42 @@ async def test_a_client_that_leaves_ends_the_generator(
     assert (await logs.rpcs())[0]["code"] == "CANCELLED"
 
 
+async def test_a_client_that_leaves_a_full_stream_is_no_fault_of_ours(
+    server: Server, plain: Stub, servicer: Servicer, logs: Logs
+) -> None:
+    """Its window is full, so that the server is in the middle of a write."""
+    written = asyncio.Event()
+    closed = asyncio.Event()
+    big = pb.AppendResponse(cancelled_run_ids=["x" * 1_000_000])
+
+    async def stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield big
+                written.set()
+        finally:
+            closed.set()
+
+    async def blocked() -> None:
+        while True:
+            written.clear()
+            try:
+                async with asyncio.timeout(0.2):
+                    await written.wait()
+            except TimeoutError:
+                return
+
+    servicer.stream = stream
+    async with stream_call(plain.Append(metadata=MESH)) as call:
+        await call.read()
+        await blocked()
+    async with asyncio.timeout(5):
+        await closed.wait()
+    line = (await logs.rpcs())[0]
+    assert (line["code"], line["log_level"]) == ("CANCELLED", "info")
+    assert [entry for entry in logs.entries if entry["log_level"] in ("warning", "error")] == []
+
+
 async def test_one_line_is_logged_for_each_rpc_and_no_secret(
     server: Server, plain: Stub, servicer: Servicer, logs: Logs
 ) -> None:
