@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TextIO
 from uuid import UUID
 
-import redis.asyncio
 import structlog
 
 from hermesh.agent.v1 import agent_service_pb2
@@ -36,7 +35,7 @@ from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
 from services.session.settings import SessionSettings
 from services.session.store.cached import CachedContexts, Contexts
-from services.session.store.notifications import CANCEL, Notifications
+from services.session.store.notifications import CANCEL, LOG, Notifications
 from services.session.store.port import Store
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_conversations import RedisConversations
@@ -75,7 +74,7 @@ class Replica:
     sweeper: Sweeper
 
     def notice(self, channel: str, payload: str) -> None:
-        """Takes a notice of PostgreSQL: a run shall be cancelled, or a session's run waits for an agent."""
+        """Takes a notice of PostgreSQL: a run shall be cancelled, its log grew, or it waits for an agent."""
         try:
             identifier = UUID(payload) if payload else None
         except ValueError:
@@ -84,6 +83,10 @@ class Replica:
         if channel == CANCEL:
             if identifier is not None:
                 self.hub.cancel(identifier)
+            return
+        if channel == LOG:
+            if identifier is not None:
+                self.tail.nudge(identifier)
             return
         self.sweeper.wake()
         if identifier is not None:
@@ -109,7 +112,7 @@ async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: S
     if client is None or reading is None:
         return None
     for each in (client, reading):
-        stack.push_async_callback(_close_redis, each)
+        stack.push_async_callback(each.aclose)
     streams = RedisStreams(
         client,
         Breaker("session-live"),
@@ -122,10 +125,6 @@ async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: S
     return _Redis(
         RedisPublisher(streams, store), RedisReader(reading, client, settings.replica), conversations
     )
-
-
-async def _close_redis(client: redis.asyncio.Redis) -> None:
-    await client.aclose()
 
 
 @asynccontextmanager

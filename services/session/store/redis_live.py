@@ -11,6 +11,7 @@ than an event does. That asks for one Redis (or one with replicas), not for a Re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -85,13 +86,17 @@ _BLOCK_MS = 1000
 # The client of blocking reads waits a little longer than the server does.
 READ_TIMEOUT = _BLOCK_MS / 1000 + 1.0
 _READ_COUNT = 500
+# Keys are asked for at each publication of a run; making them costs more than finding them.
+_KEYS = 8192
 
 
+@lru_cache(maxsize=_KEYS)
 def fence_key(session_id: UUID) -> str:
     """Returns the key of a session's fence."""
     return f"hermesh:{{{session_id}}}:fence"
 
 
+@lru_cache(maxsize=_KEYS)
 def stream_key(session_id: UUID, run_id: UUID) -> str:
     """Returns the key of a run's stream."""
     return f"hermesh:{{{session_id}}}:run:{run_id}:events"

@@ -31,7 +31,7 @@ from meshkit.migrate import migrate
 from tests.conftest import MIGRATIONS, ValkeyServer, wait_for
 from tests.integration.session.conftest import bootstrap
 from tests.integration.session.process import Client, SessionProcess, connect, environment, metric
-from tests.integration.session.test_two_replicas import reattach
+from tests.integration.session.test_two_replicas import play, reattach
 from tests.unit.session.calls import (
     append_stream,
     events_of,
@@ -135,6 +135,18 @@ async def test_valkey_dies_and_comes_back_in_the_middle(start: Start, valkey: Va
         assert [event.seq for event in found] == list(range(1, 53))
         async with watch(first, writer.run_id) as again:
             assert await events_of(again) == found
+
+
+async def test_cut_points_while_valkey_is_down(start: Start, valkey: ValkeyServer) -> None:
+    async with two(start, valkey.url) as (first, second, _):
+
+        async def disturb(seq: int) -> None:
+            if seq > 20:
+                valkey.kill()
+
+        stored, seen = await play(first, second, disturb, seed=6)
+        assert [event.seq for event in stored] == list(range(1, 61))
+        assert all(events == stored for events in seen)
 
 
 async def test_a_killed_replica_costs_a_reconnect_and_nothing_else(
