@@ -175,9 +175,9 @@ def query_text(request: Request, name: str, most: int) -> str:
     """Returns a text of the query.
 
     Raises:
-        InvalidArgumentError: It is too long.
+        InvalidArgumentError: It is too long, or has a NUL character, which nothing here stores.
     """
     text = request.query_params.get(name, "")
-    if len(text) > most:
-        raise violation(name, f"must have at most {most} characters")
+    if len(text) > most or "\0" in text:
+        raise violation(name, f"must have at most {most} characters, and no NUL")
     return text

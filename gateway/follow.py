@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -32,6 +33,9 @@ _HEALTHY = 5.0
 _RUN_TRIES = 3
 # How long a stream may take to end by itself after the terminal event.
 _TAIL = 2.0
+
+# One for all: seeding one a stream would cost more than all else here.
+_jitter = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
 # Codes after which another replica, or the same one later, can go on.
 _PASSING = frozenset(
@@ -104,7 +108,7 @@ class _Follower:
     def __init__(self, cursor: RunCursor | SessionCursor, patience: float) -> None:
         self.cursor = cursor
         self._patience = patience
-        self._backoff = Backoff(0.02, 1.0)
+        self._backoff = Backoff(0.02, 1.0, rng=_jitter)
         self._pause: float | None = None
         self._heard_at = 0.0
 

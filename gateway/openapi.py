@@ -134,7 +134,11 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         if answer.model is not None:
             responses[str(status)]["content"] = {"application/json": {"schema": _ref(answer.model)}}
         elif answer.media_type is not None:
-            responses[str(status)]["content"] = {answer.media_type: {"schema": {"type": "string"}}}
+            # A stream of events has no schema in OpenAPI 3.1; docs/events.md has each event's.
+            stream = answer.media_type == "text/event-stream"
+            responses[str(status)]["content"] = {
+                answer.media_type: {} if stream else {"schema": {"type": "string"}}
+            }
     openai = endpoint.errors == "openai"
     media_type = "application/json" if openai else "application/problem+json"
     responses["default"] = {

@@ -93,8 +93,8 @@ async def resolve(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/runs/{run_id}/actions/{call_id}."""
     run_id = run_id_of(request)
     call_id = request.path_params["call_id"]
-    if not 1 <= len(call_id) <= 100:
-        raise violation("call_id", "must have 1 to 100 characters")
+    if not 1 <= len(call_id) <= 100 or "\0" in call_id:
+        raise violation("call_id", "must have 1 to 100 characters, and no NUL")
     body = await read_model(gateway, request, models.ResolveAction)
     answer = await call(
         gateway.mesh.sessions.ResolveAction(
