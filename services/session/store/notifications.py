@@ -19,7 +19,9 @@ _log = structlog.get_logger("session.notifications")
 DUE = "hermesh_due"
 # Somebody asked to cancel a run that an agent holds; the payload is the run.
 CANCEL = "hermesh_cancel"
-CHANNELS = (DUE, CANCEL)
+# The store itself wrote to a run's log; the payload is the run.
+LOG = "hermesh_log"
+CHANNELS = (DUE, CANCEL, LOG)
 
 _MAX_QUEUED = 4096
 # A peer that went away without a word is noticed after this.
@@ -33,7 +35,8 @@ class Notifications:
 
     Iterate it for pairs of channel and payload. Notices may be lost (PostgreSQL keeps none for a listener
     that is away): after every connect, and when too many are queued, there is one of DUE with an empty
-    payload, which says to look at everything. A lost CANCEL is told by the next renewal of the run's lease.
+    payload, which says to look at everything. A lost CANCEL is told by the next renewal of the run's lease,
+    a lost LOG by the next look at the run.
 
         async with Notifications(url) as notifications:
             async for channel, payload in notifications:

@@ -132,7 +132,8 @@ class PostgresSessions(PostgresPart):
             # Appends under way end first; those that come later find no lease and are fenced.
             if await connection.fetchval(_SQL["lock_lease"], tenant_id, session_id) is None:
                 raise not_found("session", session_id)
-            for name in ("delete_events", "delete_requests", "delete_session"):
+            # Its request ids stay until they expire: a late repeat must not make anything anew.
+            for name in ("delete_events", "delete_session"):
                 await connection.execute(_SQL[name], tenant_id, session_id, timeout=_DELETE_TIMEOUT)
 
     async def list_messages(

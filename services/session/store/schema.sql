@@ -9,6 +9,7 @@ CREATE FUNCTION session.append_step(p_session uuid, p_run uuid, p_fence bigint, 
 #variable_conflict use_column
 DECLARE
     v_lease session.lease%ROWTYPE;
+    v_run session.run%ROWTYPE;
     v_count integer;
     v_added integer := 0;
     v_now bigint := session.now_ms();
@@ -68,6 +69,16 @@ BEGIN
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
+        -- Whoever waits for a person has nothing under way: a call without an outcome is one to ask about.
+        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2;
+        -- What was said while this step was on its way would find nobody to hear it later.
+        SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
+        IF v_run.cancel_requested THEN
+            PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
+              AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
+            PERFORM session.requeue_run(p_run);
+        END IF;
     END IF;
 END $$;
 
@@ -707,6 +718,7 @@ BEGIN
     SELECT p_run, v_seq + c.i::integer - 1, c.time_ms, v_run.tenant_id, v_run.session_id, v_fence, c.type, c.data
     FROM unnest(p_types, p_times, p_data) WITH ORDINALITY c(type, time_ms, data, i);
     UPDATE session.run SET last_seq = v_seq + cardinality(p_types) - 1 WHERE run_id = p_run;
+    PERFORM pg_notify('hermesh_log', p_run::text);
     RETURN v_seq + cardinality(p_types) - 1;
 END $$;
 

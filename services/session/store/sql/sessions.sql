@@ -68,13 +68,6 @@ SELECT session_id FROM session.lease WHERE session_id = $2 AND tenant_id = $1 FO
 DELETE FROM session.event e USING session.run r
 WHERE r.session_id = $2 AND r.tenant_id = $1 AND e.run_id = r.run_id;
 
--- name: delete_requests
--- Forgets the request ids that made a session or its runs.
--- $1 tenant_id, $2 session_id
-DELETE FROM session.idempotency
-WHERE tenant_id = $1
-  AND result_id IN (SELECT r.run_id FROM session.run r WHERE r.session_id = $2 UNION ALL SELECT $2);
-
 -- name: delete_session
 -- Deletes a session with its lease, messages, runs and tool calls.
 -- $1 tenant_id, $2 session_id

@@ -25,6 +25,7 @@ class ModelRun:
     claim_seq: int = 1
     cancel: bool = False
     rollback: bool = False
+    parked_on: str = ""
 
     @property
     def open(self) -> bool:
@@ -124,6 +125,8 @@ class Model:
             if status is RunStatus.REQUIRES_ACTION:
                 run.status = status
                 self.owner = None
+                if run.cancel:
+                    self.end_unheld(run, RunStatus.CANCELLED)
             elif status is not None:
                 self.end(run, status)
             return AppendOutcome.COMMITTED

@@ -243,3 +243,33 @@ async def test_a_timeout_after_the_request_was_sent_is_unknown(kit: Kit) -> None
     call = await kit.store.complete(call_id, grant.fence, ToolCallState.UNKNOWN, "", "")
     assert call.state is ToolCallState.UNKNOWN
     assert (await kit.store.begin(call_id, grant.session_id, grant.fence))[0] is BeginOutcome.UNKNOWN
+
+
+async def test_a_cancel_that_comes_while_a_run_parks_still_ends_it(kit: Kit) -> None:
+    grant, _ = await journalled(kit, EffectClass.NON_IDEMPOTENT)
+    later = await kit.submit(grant.session_id, "next")
+    run, ended = await kit.store.cancel(kit.tenant, grant.run_id, "enough")
+    assert (run.cancel_requested, ended) == (True, None), "the holder is told, and is just about to park"
+    await kit.step(grant, 4, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
+    assert (await kit.store.get_run(kit.tenant, grant.run_id)).status is RunStatus.CANCELLED
+    assert (await kit.types(grant.run_id))[-1] == "run.cancelled"
+    assert later.run.run_id in await kit.due()
+
+
+async def test_a_call_that_settles_while_its_run_parks_does_not_leave_it_waiting(kit: Kit) -> None:
+    grant, (call_id,) = await journalled(kit, EffectClass.NON_IDEMPOTENT)
+    await kit.store.begin(call_id, grant.session_id, grant.fence)
+    await kit.store.complete(call_id, grant.fence, ToolCallState.UNKNOWN, "", "")
+    await kit.store.complete(call_id, grant.fence, ToolCallState.COMPLETED, "42", "")
+    await kit.step(grant, 4, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
+    assert grant.run_id in await kit.due()
+
+
+async def test_whatever_had_no_outcome_when_its_run_parked_can_be_settled(kit: Kit) -> None:
+    grant, (call_id,) = await journalled(kit, EffectClass.IDEMPOTENT)
+    await kit.store.begin(call_id, grant.session_id, grant.fence)
+    await kit.step(grant, 4, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
+    [call] = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    assert call.state is ToolCallState.UNKNOWN
+    run, call = await kit.store.resolve(kit.tenant, grant.run_id, call_id, COMPLETED, "7", RESOLVED)
+    assert (run.status, call.state, call.content) == (RunStatus.QUEUED, ToolCallState.COMPLETED, "7")

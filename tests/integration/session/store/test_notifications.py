@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.session.domain import ConcurrencyPolicy, RunStatus
-from services.session.store.notifications import CANCEL, DUE, Notifications
+from services.session.store.notifications import CANCEL, DUE, LOG, Notifications
 from tests.integration.session.store.kit import Kit, event, intent, ref
 
 DEADLINE = 20.0
@@ -75,7 +75,7 @@ async def test_a_cancel_that_the_holder_has_to_carry_out_is_told(kit: Kit, datab
         grant = await kit.started()
         queued = await kit.submit(grant.session_id)
         await kit.store.cancel(kit.tenant, queued.run.run_id, "")
-        assert await heard(kit, notifications) == []
+        assert await heard(kit, notifications) == [(LOG, str(queued.run.run_id))]
         await kit.store.cancel(kit.tenant, grant.run_id, "")
         assert await heard(kit, notifications) == [(CANCEL, str(grant.run_id))]
         await kit.submit(grant.session_id, policy=ConcurrencyPolicy.INTERRUPT)
@@ -87,8 +87,11 @@ async def test_a_persons_word_is_told(kit: Kit, database: str) -> None:
         grant = await kit.started()
         call = intent(grant.run_id)
         await kit.step(grant, 2, event(), intents=(call,), status=RunStatus.REQUIRES_ACTION)
-        await kit.store.resolve(kit.tenant, grant.run_id, call.call_id, 3, "", [])
-        assert await heard(kit, notifications) == [(DUE, str(grant.session_id))]
+        await kit.store.resolve(kit.tenant, grant.run_id, call.call_id, 3, "", [event("action.resolved")])
+        assert await heard(kit, notifications) == [
+            (LOG, str(grant.run_id)),
+            (DUE, str(grant.session_id)),
+        ]
 
 
 async def test_a_broken_connection_is_made_anew_and_says_so(kit: Kit, database: str) -> None:

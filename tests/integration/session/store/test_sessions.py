@@ -135,6 +135,17 @@ async def test_deleting_a_session_removes_all_of_it_and_fences_its_writer(kit: K
     assert left == 0
 
 
+async def test_a_late_repeat_of_what_was_deleted_makes_nothing_anew(kit: Kit) -> None:
+    made, run = str(uuid7()), str(uuid7())
+    session = await kit.session(request_id=made)
+    await kit.submit(session.session_id, request_id=run)
+    await kit.store.delete_session(kit.tenant, session.session_id)
+    for repeat in (kit.session(request_id=made), kit.submit(session.session_id, request_id=run)):
+        with pytest.raises(NotFoundError) as caught:
+            await repeat
+        assert caught.value.reason == "SESSION_NOT_FOUND"
+
+
 async def test_deleting_while_a_writer_appends_leaves_no_event_behind(kit: Kit) -> None:
     grants = [await kit.started() for _ in range(4)]
 
