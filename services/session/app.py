@@ -40,7 +40,7 @@ from services.session.store.port import Store
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_conversations import RedisConversations
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
-from services.session.storm import StormGuard
+from services.session.storm import MeshLink, StormGuard
 from services.session.sweeper import Sweeper
 from services.session.tail import Tail
 from services.session.upkeep import keep_up
@@ -177,7 +177,8 @@ async def assemble(
             max_appends=settings.max_flush_appends,
             max_steps=settings.max_step_commits,
         )
-        hub = AppendHub(store, flusher, tasks=work, guard=StormGuard())
+        link = MeshLink(channel)
+        hub = AppendHub(store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up)
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
@@ -212,6 +213,7 @@ async def assemble(
         metrics.redis_up.set(0)
         loops.start(flusher.run(), name="flusher")
         loops.start(sweeper.run(), name="sweeper")
+        loops.start(link.keep(), name="link")
         loops.start(tail.poll(), name="poll")
         loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
         if live is not None:

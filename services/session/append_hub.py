@@ -1,7 +1,7 @@
 """The append streams of a replica: which stream holds which run, and what goes back down each of them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -13,7 +13,7 @@ from meshkit.tasks import Backoff, TaskOwner
 from services.session import convert, metrics
 from services.session.domain import AppendOutcome, Grant, LeaseRef, RunAppend, StepCommit
 from services.session.flusher import Flusher, Pending
-from services.session.storm import StormGuard
+from services.session.storm import STORM_GRACE_MS, StormGuard
 
 _log = structlog.get_logger("session.append")
 
@@ -43,12 +43,29 @@ class Leases(Protocol):
 class AppendHub:
     """Owns the append streams of this replica."""
 
-    def __init__(self, leases: Leases, flusher: Flusher, *, tasks: TaskOwner, guard: StormGuard) -> None:
-        """Makes a hub without streams; `tasks` owns its background work."""
+    def __init__(
+        self,
+        leases: Leases,
+        flusher: Flusher,
+        *,
+        tasks: TaskOwner,
+        guard: StormGuard,
+        reachable: Callable[[], bool],
+    ) -> None:
+        """Makes a hub without streams.
+
+        Args:
+            leases: The store.
+            flusher: Takes the writes.
+            tasks: Owns the hub's background work.
+            guard: Counts streams that break.
+            reachable: Whether agents can be reached at all; while they cannot, nobody could take a run over.
+        """
         self.flusher = flusher
         self.tasks = tasks
         self._leases = leases
         self._guard = guard
+        self._reachable = reachable
         self._streams: set[AppendStream] = set()
         self._holders: dict[str, AppendStream] = {}
         self._broken: list[LeaseRef] = []
@@ -89,7 +106,8 @@ class AppendHub:
     async def _shorten(self) -> None:
         await asyncio.sleep(_SETTLE_S)
         refs, self._broken = self._broken, []
-        grace_ms = self._guard.grace_ms(sum(1 for stream in self._streams if stream.held))
+        still_open = sum(1 for stream in self._streams if stream.held)
+        grace_ms = self._guard.grace_ms(still_open) if self._reachable() else STORM_GRACE_MS
         # A writer that came back on another stream of this replica has a newer fence and keeps its lease.
         grace_ms = max(1, grace_ms - int(_SETTLE_S * 1000))
         count = 0

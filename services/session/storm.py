@@ -1,8 +1,12 @@
-"""Tells a dead agent from a broken network, by how many agent streams end together."""
+"""Tells a dead agent from a broken network: by how many agent streams end together, and by our own link."""
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+
+import grpc
+import grpc.aio
 
 GRACE_MS = 500
 STORM_GRACE_MS = 3000
@@ -42,3 +46,23 @@ class StormGuard:
         if broken >= _AT_LEAST and still_open == 0:
             return STORM_GRACE_MS
         return GRACE_MS
+
+
+class MeshLink:
+    """Our own connection to Envoy's mesh listener: if it is gone, the agents' streams went with it."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, check_seconds: float = 1.0) -> None:
+        """Makes a link over the replica's channel; `keep` holds it connected."""
+        self._channel = channel
+        self._check_seconds = check_seconds
+
+    @property
+    def up(self) -> bool:
+        """Whether Envoy can be reached at this moment."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def keep(self) -> None:
+        """Connects again whenever the connection is idle or lost, until cancelled."""
+        while True:
+            self._channel.get_state(try_to_connect=True)
+            await asyncio.sleep(self._check_seconds)

@@ -225,7 +225,13 @@ async def test_reattach_says_lost_or_nothing(client: Client) -> None:
         assert not answer.HasField("grant")
 
 
-async def test_a_broken_stream_shortens_its_leases(client: Client) -> None:
+@pytest.mark.parametrize(
+    ("reachable", "least", "most"), [(True, 1, GRACE_MS), (False, GRACE_MS + 1, STORM_GRACE_MS)]
+)
+async def test_a_broken_stream_shortens_its_leases(
+    client: Client, monkeypatch: pytest.MonkeyPatch, reachable: bool, least: int, most: int
+) -> None:
+    monkeypatch.setattr(client.replica.hub, "_reachable", lambda: reachable)
     writer, other = await new_writer(client), await new_writer(client)
     async with append_stream(client) as kept:
         await kept.write(other.append("text.delta"))
@@ -235,10 +241,13 @@ async def test_a_broken_stream_shortens_its_leases(client: Client) -> None:
             await client.store.shortened_event.wait()
     [(refs, grace_ms)] = client.store.shortened
     assert [(str(ref.run_id), ref.fence) for ref in refs] == [(writer.run_id, writer.fence)]
-    assert 0 < grace_ms <= GRACE_MS
+    assert least <= grace_ms <= most
 
 
-async def test_streams_that_break_together_keep_most_of_their_leases(client: Client) -> None:
+async def test_streams_that_break_together_keep_most_of_their_leases(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.replica.hub, "_reachable", lambda: True)
     writers = [await new_writer(client) for _ in range(5)]
     calls = []
     for writer in writers:

@@ -1,6 +1,9 @@
+import asyncio
+
+import grpc.aio
 import pytest
 
-from services.session.storm import GRACE_MS, STORM_GRACE_MS, StormGuard
+from services.session.storm import GRACE_MS, STORM_GRACE_MS, MeshLink, StormGuard
 
 
 class Clock:
@@ -49,3 +52,29 @@ def test_breaks_spread_over_seconds_are_single_deaths() -> None:
         guard.broke()
         assert guard.grace_ms(9) == GRACE_MS
         clock.now += 0.6
+
+
+async def test_the_link_follows_the_peer() -> None:
+    async def until(link: MeshLink, up: bool) -> None:
+        async with asyncio.timeout(10):
+            while link.up is not up:  # noqa: ASYNC110 -- gRPC tells by a plain state
+                await asyncio.sleep(0.01)
+
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    options = [("grpc.max_reconnect_backoff_ms", 100), ("grpc.initial_reconnect_backoff_ms", 50)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        link = MeshLink(channel, check_seconds=0.05)
+        assert not link.up
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(link.keep())
+            await until(link, True)
+            await server.stop(0)
+            await until(link, False)
+            server = grpc.aio.server()
+            server.add_insecure_port(f"127.0.0.1:{port}")
+            await server.start()
+            await until(link, True)
+            keeping.cancel()
+    await server.stop(0)
