@@ -45,7 +45,27 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, whose signals are ours."""
+    """uvicorn's server, whose signals are ours, and which waits for its end instead of looking for it."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends the serving: open requests have the configured grace."""
+        self.should_exit = True
+        self._stop.set()
+
+    async def main_loop(self) -> None:
+        # Each tick that is a multiple of ten renews the date header, once a second.
+        ticks = 0
+        while not await self.on_tick(ticks):
+            ticks += 10
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._stop.wait()
+            except TimeoutError:
+                continue
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -77,7 +97,7 @@ def bind(listen: str) -> socket.socket:
     return sock
 
 
-def http_server(app: ASGIApp, grace: float) -> uvicorn.Server:
+def http_server(app: ASGIApp, grace: float) -> _Server:
     """Returns a server for a bound socket, which installs no signal handlers and logs no requests."""
     config = uvicorn.Config(
         app,
@@ -100,7 +120,7 @@ def http_server(app: ASGIApp, grace: float) -> uvicorn.Server:
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, sock: socket.socket, grace: float) -> AsyncGenerator[uvicorn.Server, None]:
+async def serving(app: ASGIApp, sock: socket.socket, grace: float) -> AsyncGenerator[None, None]:
     """Serves an application on a bound socket while the block runs, then ends within `grace` seconds."""
     server = http_server(app, grace)
     async with asyncio.TaskGroup() as group:
@@ -109,9 +129,9 @@ async def serving(app: ASGIApp, sock: socket.socket, grace: float) -> AsyncGener
             async with asyncio.timeout(_START_SECONDS):
                 while not server.started and not task.done():  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
-            yield server
+            yield
         finally:
-            server.should_exit = True
+            server.stop()
 
 
 async def serve(settings: GatewaySettings) -> None:
