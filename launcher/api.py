@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
 
 from launcher.errors import LaunchError
 
-RECONNECTS = 20
+TERMINAL = ("run.completed", "run.failed", "run.cancelled")
+# Longer than a lease and the takeover after it.
+PATIENCE_SECONDS = 30.0
+PAUSE_SECONDS = 0.2
+
+
+class _AwayError(Exception):
+    """Nobody is there to answer now."""
 
 
 class Api:
@@ -37,46 +47,70 @@ class Api:
         return found
 
     def messages(self, session_id: str) -> list[dict[str, Any]]:
-        """A session's messages, oldest first."""
-        found: list[dict[str, Any]] = self._json("GET", f"/v1/sessions/{session_id}/messages")["messages"]
-        return found
+        """A session's messages, oldest first, from all pages."""
+        found: list[dict[str, Any]] = []
+        page = {"page_size": "500"}
+        while True:
+            answer = self._json("GET", f"/v1/sessions/{session_id}/messages", params=page)
+            found += answer["messages"]
+            if not answer["next_page_token"]:
+                return found
+            page["page_token"] = answer["next_page_token"]
 
     def cancel(self, run_id: str) -> None:
         """Asks for a run to be cancelled."""
         self._json("POST", f"/v1/runs/{run_id}/cancel", json={})
 
     def run(self, session_id: str, text: str) -> Iterator[dict[str, Any]]:
-        """Submits input and yields the run's events, coming back by cursor when the stream breaks."""
-        path = f"/v1/sessions/{session_id}/runs"
+        """Submits input and yields the run's events, coming back by cursor when the stream breaks.
+
+        Raises:
+            LaunchError: The gateway refuses, or nothing came for `PATIENCE_SECONDS`.
+        """
+        # With the key a submission whose answer was lost may be sent again, and counts once.
+        submit = partial(
+            self._stream,
+            "POST",
+            f"/v1/sessions/{session_id}/runs",
+            json={"input": text, "stream": True},
+            headers={"Idempotency-Key": str(uuid.uuid4())},
+        )
         last: dict[str, Any] | None = None
-        try:
-            with self._stream("POST", path, json={"input": text, "stream": True}) as events:
-                for event in events:
-                    last = event
-                    yield event
-        except httpx.TransportError as error:
-            if last is None:
-                raise LaunchError(
-                    f"the mesh at {self._client.base_url} cannot be reached: {error}"
-                ) from error
-        for _ in range(RECONNECTS):
-            if last is None or last["type"] in ("run.completed", "run.failed", "run.cancelled"):
-                return
-            cursor = {"Last-Event-ID": f"{last['run_id']}:{last['seq']}"}
+        since = time.monotonic()
+        while last is None or last["type"] not in TERMINAL:
+            stream = submit if last is None else partial(self._watch, last)
+            before = last
             try:
-                with self._stream("GET", f"/v1/runs/{last['run_id']}/events", headers=cursor) as events:
+                with stream() as events:
                     for event in events:
                         last = event
                         yield event
-            except httpx.TransportError:
+            except (httpx.TransportError, _AwayError) as error:
+                away: Exception | None = error
+            else:
+                away = None
+            if last is not before:
+                since = time.monotonic()
                 continue
-        raise LaunchError("the stream broke too often; hermesh status shows what runs")
+            if time.monotonic() - since > PATIENCE_SECONDS:
+                raise LaunchError(
+                    f"the mesh at {self._client.base_url} cannot be reached ({away or 'no event came'}); "
+                    "hermesh status shows what runs"
+                ) from away
+            time.sleep(PAUSE_SECONDS)
+
+    def _watch(self, last: dict[str, Any]) -> AbstractContextManager[Iterator[dict[str, Any]]]:
+        cursor = {"Last-Event-ID": f"{last['run_id']}:{last['seq']}"}
+        return self._stream("GET", f"/v1/runs/{last['run_id']}/events", headers=cursor)
 
     @contextmanager
     def _stream(self, method: str, path: str, **options: Any) -> Iterator[Iterator[dict[str, Any]]]:
         with self._client.stream(method, path, **options) as answer:
             if answer.status_code >= 400:
                 answer.read()
+                # The balancer found no gateway: one is being started.
+                if answer.status_code in (502, 503, 504):
+                    raise _AwayError(_problem(answer))
                 raise LaunchError(_problem(answer))
             yield (
                 json.loads(line[6:])

@@ -93,6 +93,7 @@ def stop(folder: Folder) -> int:
     end_leftovers(_living(folder))
     folder.state_file.unlink(missing_ok=True)
     folder.control_socket.unlink(missing_ok=True)
+    folder.remove_sockets()
     return count
 
 

@@ -50,12 +50,13 @@ def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: in
             f"      service_name: {name}\n"
             "      eds_config:\n"
             "        resource_api_version: V3\n"
-            f"        path_config_source: {{path: '{eds}/{name}.yaml', watched_directory: {{path: '{eds}'}}}}"
+            f"        path_config_source: {{path: {_quoted(eds / f'{name}.yaml')}, "
+            f"watched_directory: {{path: {_quoted(eds)}}}}}"
         )
 
     return _render(
         node_id="mesh",
-        admin_address=f"{{pipe: {{path: '{admin_socket}', mode: 384}}}}",
+        admin_address=f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}",
         http_host="127.0.0.1",
         http_port=http_port,
         grpc_host="127.0.0.1",
@@ -64,6 +65,11 @@ def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: in
         mesh_port=mesh_port,
         clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
     )
+
+
+def _quoted(path: Path) -> str:
+    # A JSON string is a YAML string, whatever is in it.
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def render_compose() -> str:

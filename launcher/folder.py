@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
-import tempfile
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launcher.errors import LaunchError, explain_os_error
 NEEDED_BYTES = 300 * 1024 * 1024
 # A unix socket's path has to fit into 107 bytes; ours add at most this many to the folder's.
 _SOCKET_NAME = 24
+_PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,17 @@ class Folder:
 
     @property
     def sockets(self) -> Path:
-        """Unix sockets: in the data folder where their paths fit, else in a folder of the user's in /tmp."""
+        """Unix sockets: in the data folder where their paths fit, else in a folder of the user's in /tmp.
+
+        Paths with commas, quotes and the like do not fit either: URLs and configurations name sockets, each
+        with its own way of quoting. The place depends on nothing but the data folder and the user, so that
+        every shell finds it.
+        """
         inside = self.root / "run"
-        if len(os.fsencode(inside)) + _SOCKET_NAME <= 107:
+        if len(os.fsencode(inside)) + _SOCKET_NAME <= 107 and _PLAIN.fullmatch(str(inside)):
             return inside
         name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"hermesh-{os.getuid()}-{name}"
+        return Path("/tmp") / f"hermesh-{os.getuid()}-{name}"  # noqa: S108 - private, checked in prepare
 
     @property
     def control_socket(self) -> Path:
@@ -81,8 +88,10 @@ class Folder:
         try:
             for path in (self.root, self.logs, self.ready, self.envoy, self.envoy / "eds", self.sockets):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.sockets.stat().st_uid != os.getuid():
-                raise LaunchError(f"{self.sockets} belongs to another user. Remove it, or set TMPDIR.")
+            found = self.sockets.lstat()
+            if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+                raise LaunchError(f"{self.sockets} is not a folder of yours; remove it")
+            self.sockets.chmod(0o700)
             free = shutil.disk_usage(self.root).free
         except OSError as error:
             raise explain_os_error(error, f"use the data folder {self.root}") from error
@@ -92,6 +101,11 @@ class Folder:
                 f"{NEEDED_BYTES >> 20} MiB needed. "
                 "Free some, or set HERMESH_DATA_DIR to a folder on another disk."
             )
+
+    def remove_sockets(self) -> None:
+        """Leaves nothing in /tmp, once nothing runs."""
+        if self.root not in self.sockets.parents:
+            shutil.rmtree(self.sockets, ignore_errors=True)
 
     def secret(self, name: str, prefix: str = "") -> str:
         """Returns a secret that is made once and kept with mode 0600."""

@@ -1,0 +1,168 @@
+"""The command's client against a scripted gateway: streams that break, refusals, what is shown."""
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.api import Api
+from launcher.errors import LaunchError
+from launcher.talk import show
+
+RUN = "01890000-0000-7000-8000-000000000001"
+
+
+def event(seq: int, type_: str, **data: Any) -> dict[str, Any]:
+    return {"run_id": RUN, "seq": seq, "type": type_, "time": 1, "data": data}
+
+
+EVENTS = [
+    event(1, "run.created"),
+    event(2, "text.delta", text="The capital "),
+    event(3, "text.delta", text="is Paris."),
+    event(4, "run.completed", message_id="m"),
+]
+
+
+class Gateway(ThreadingHTTPServer):
+    """Answers from a script, and notes what was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[str, str, str]] = []
+        self.pieces: list[list[dict[str, Any]]] = []
+        self.answers: dict[str, tuple[int, Any]] = {}
+        self.away: dict[str, int] = {}
+        self.keys: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Gateway
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append((self.command, self.path, self.headers.get("Last-Event-ID", "")))
+        self.server.keys.append(self.headers.get("Idempotency-Key", ""))
+        if self.server.away.get(self.path):
+            self.server.away[self.path] -= 1
+            self.send_error(503)
+            return
+        if self.path in self.server.answers:
+            status, body = self.server.answers[self.path]
+            text = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+            return
+        frames = b": heartbeat\n\n"
+        for one in self.server.pieces.pop(0):
+            frames += f"id: {RUN}:{one['seq']}\nevent: {one['type']}\ndata: {json.dumps(one)}\n\n".encode()
+        self.send_response(200)
+        # What is promised and not sent is a stream that broke.
+        self.send_header("Content-Length", str(len(frames) + (10 if self.server.pieces else 0)))
+        self.end_headers()
+        self.wfile.write(frames)
+        self.close_connection = True
+
+    do_GET = do_POST = answer
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    with Gateway() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def api(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    monkeypatch.setattr("launcher.api.PAUSE_SECONDS", 0.01)
+    with Api(f"http://127.0.0.1:{gateway.server_port}", "hm_key") as api:
+        yield api
+
+
+def test_a_stream_that_breaks_goes_on_where_it_was(gateway: Gateway, api: Api) -> None:
+    gateway.pieces = [EVENTS[:2], [], EVENTS[2:3], EVENTS[3:]]
+    assert list(api.run("s", "hello")) == EVENTS
+    assert gateway.asked == [
+        ("POST", "/v1/sessions/s/runs", ""),
+        ("GET", f"/v1/runs/{RUN}/events", f"{RUN}:2"),
+        ("GET", f"/v1/runs/{RUN}/events", f"{RUN}:2"),
+        ("GET", f"/v1/runs/{RUN}/events", f"{RUN}:3"),
+    ]
+
+
+def test_what_the_gateway_refuses_is_said_with_its_reason(gateway: Gateway, api: Api) -> None:
+    problem = {"title": "Not Found", "detail": "there is no such session", "reason": "SESSION_NOT_FOUND"}
+    gateway.answers = {"/v1/sessions/s/runs": (404, problem), "/v1/sessions": (502, "<html>")}
+    with pytest.raises(LaunchError, match=r"^there is no such session \(SESSION_NOT_FOUND\)$"):
+        list(api.run("s", "hello"))
+    with pytest.raises(LaunchError, match="the gateway answered 502"):
+        api.create_session()
+
+
+def test_a_submission_whose_answer_was_lost_is_sent_again_under_its_key(gateway: Gateway, api: Api) -> None:
+    gateway.pieces = [[], EVENTS]
+    assert list(api.run("s", "hello")) == EVENTS
+    assert [path for _, path, _ in gateway.asked] == ["/v1/sessions/s/runs"] * 2
+    assert len(set(gateway.keys)) == 1
+
+
+def test_a_gateway_that_is_being_started_is_waited_for(gateway: Gateway, api: Api) -> None:
+    gateway.pieces = [EVENTS[:3], EVENTS[3:]]
+    gateway.away = {f"/v1/runs/{RUN}/events": 2}
+    assert list(api.run("s", "hello")) == EVENTS
+    assert len(gateway.asked) == 4
+
+
+def test_a_gateway_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.api.PATIENCE_SECONDS", 0.0)
+    with Api("http://127.0.0.1:1", "hm_key") as api:
+        for ask in (api.sessions, lambda: list(api.run("s", "hello"))):
+            with pytest.raises(LaunchError, match=r"http://127\.0\.0\.1:1.* cannot be reached"):
+                ask()
+
+
+def shown(events: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    show(events, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_text_is_shown_as_it_is() -> None:
+    marked = [event(2, "text.delta", text="[bold]not[/bold] markup "), *EVENTS[2:]]
+    assert shown(marked) == "[bold]not[/bold] markup is Paris.\n"
+
+
+def test_a_failed_run_is_an_error_with_its_reason() -> None:
+    failed = event(3, "run.failed", code="UNAVAILABLE", reason="MODEL_UNAVAILABLE", message="no model")
+    with pytest.raises(LaunchError, match=r"no model \(MODEL_UNAVAILABLE\)"):
+        shown([*EVENTS[:2], failed])
+
+
+def test_what_happens_beside_the_text_is_told() -> None:
+    text = shown(
+        [
+            event(2, "tool.call", call_id="c", name="calculator", arguments={}),
+            event(3, "tool.result", call_id="c", status="completed", content="42"),
+            event(4, "attempt.reset", from_seq=2, reason="x"),
+            event(5, "context.degraded", part="memory", detail="gone"),
+            event(6, "run.cancelled", reason="x"),
+        ]
+    )
+    for word in ("calculator", "42", "starts again", "without memory", "cancelled"):
+        assert word in text

@@ -1,0 +1,139 @@
+"""The command without a mesh: what a person did not do right is one line and status 1."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.folder import Folder
+from launcher.ports import free_port, port_problem
+from launcher.processes import identify
+from launcher.state import Remembered, State
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    for name in [name for name in os.environ if name.startswith("HERMESH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HERMESH_DATA_DIR", str(tmp_path / "data"))
+    return Folder(tmp_path / "data")
+
+
+def hermesh(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["hermesh", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "hello"), ("chat",), ("sessions",), ("scale", "agent=2"), ("migrate",), ("status",)]
+)
+def test_what_needs_a_mesh_says_how_to_start_one(
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    folder.prepare()
+    assert hermesh(monkeypatch, *arguments) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "hermesh up" in said
+
+
+def test_status_for_programs_is_an_empty_list(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hermesh(monkeypatch, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_status_shows_what_a_killed_supervisor_left(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.prepare()
+    me = identify(os.getpid())
+    assert me is not None
+    State(children=[Remembered("agent", "agent-1", me.pid, me.start_time, "127.0.0.1:1")]).save(
+        folder.state_file
+    )
+    assert hermesh(monkeypatch, "status", "--json") == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["replica"], row["pid"], row["health"]) == ("agent-1", me.pid, "unsupervised")
+    assert hermesh(monkeypatch, "status") == 0
+    assert "hermesh up takes these over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HERMESH_HTTP_PORT", "eighty"), ("HERMESH_GRPC_PORT", "70000"), ("HERMESH_HTTP_PORT", "0")],
+)
+def test_a_setting_that_cannot_be_is_named(
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert hermesh(monkeypatch, "up") == 1
+    said = capsys.readouterr().err
+    assert name in said
+    assert said.count("\n") == 1
+
+
+def test_two_listeners_on_one_port_are_refused(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HERMESH_HTTP_PORT", "12345")
+    monkeypatch.setenv("HERMESH_GRPC_PORT", "12345")
+    assert hermesh(monkeypatch, "up") == 1
+    assert "are the same" in capsys.readouterr().err
+
+
+def test_too_little_space_is_said_before_anything_starts(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launcher.folder.NEEDED_BYTES", 1 << 60)
+    assert hermesh(monkeypatch, "up") == 1
+    said = capsys.readouterr().err
+    assert "too little space" in said
+    assert "HERMESH_DATA_DIR" in said
+    assert not folder.postgres.exists()
+
+
+def test_down_with_nothing_running_is_harmless(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hermesh(monkeypatch, "down") == 0
+    assert "Nothing runs" in capsys.readouterr().out
+
+
+def test_logs_are_of_one_service_or_replica(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder.prepare()
+    for name in ("agent-1", "agent-2", "envoy-1", "supervisor"):
+        (folder.logs / f"{name}.log").write_text(f"from {name}\n")
+    for asked, names in {
+        "agent": ["agent-1", "agent-2"],
+        "agent-2": ["agent-2"],
+        "supervisor": ["supervisor"],
+        "": ["agent-1", "agent-2", "envoy-1", "supervisor"],
+    }.items():
+        assert hermesh(monkeypatch, "logs", *filter(None, [asked])) == 0
+        lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("from")]
+        assert lines == [f"from {name}" for name in names]
+    assert hermesh(monkeypatch, "logs", "age") == 1
+    assert "there is no log of age" in capfd.readouterr().err
+
+
+def test_ports_of_ours_are_none_that_outgoing_connections_take() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    port = free_port()
+    assert port_problem(port) == ""
+    assert port < lowest or lowest < 11_240
