@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import orjson
@@ -10,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.problems import BodyTimeoutError, BodyTooLargeError
+from hermesh.common.v1.event_pb2 import InputMessage
 from meshkit.errors import CancelledCallError, FieldViolation, InvalidArgumentError
 
 MAX_BODY = 1024 * 1024
+# New input: its text, as every way in counts it, and the JSON around it, which may spell a byte as six.
+MAX_INPUT = 1024 * 1024
+MAX_INPUT_BODY = 8 * 1024 * 1024
 _DISCARD_BYTES = 16 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
@@ -74,6 +79,21 @@ def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(
         message=f"the body is larger than {limit} bytes", metadata={"limit_bytes": str(limit)}
     )
+
+
+def check_input(messages: Iterable[InputMessage]) -> None:
+    """Checks the size of new input.
+
+    Raises:
+        InvalidArgumentError: INPUT_TOO_LARGE: its texts have more than `MAX_INPUT` bytes in all.
+    """
+    size = sum(len(message.content.encode()) for message in messages)
+    if size > MAX_INPUT:
+        raise InvalidArgumentError(
+            "INPUT_TOO_LARGE",
+            f"the input has {size} bytes; at most {MAX_INPUT} are accepted",
+            metadata={"limit_bytes": str(MAX_INPUT), "size_bytes": str(size)},
+        )
 
 
 def parse_json(body: bytes) -> Any:

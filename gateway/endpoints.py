@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from gateway.body import M, parse_json, read_body, validate
+from gateway.body import MAX_BODY, M, parse_json, read_body, validate
 from gateway.context import Gateway
 from gateway.cursor import canonical_id
 from gateway.problems import violation
@@ -88,7 +88,9 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
 
 
-async def read_model(gateway: Gateway, request: Request, model: type[M], *, optional: bool = False) -> M:
+async def read_model(
+    gateway: Gateway, request: Request, model: type[M], *, optional: bool = False, limit: int = MAX_BODY
+) -> M:
     """Reads, parses and checks the body.
 
     Args:
@@ -96,8 +98,9 @@ async def read_model(gateway: Gateway, request: Request, model: type[M], *, opti
         request: The request.
         model: What the body must be.
         optional: An empty body counts as an empty object.
+        limit: The most bytes of the body.
     """
-    body = await read_body(request, timeout=gateway.settings.body_timeout_seconds)
+    body = await read_body(request, limit=limit, timeout=gateway.settings.body_timeout_seconds)
     if optional and not body.strip():
         return validate(model, {})
     return validate(model, parse_json(body))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gateway.body import StrictModel
+from gateway.body import StrictModel, check_input
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1 import resources_pb2 as resources
@@ -150,10 +150,17 @@ class CreateRun(StrictModel):
         return self.model or self.options.model
 
     def messages(self) -> list[InputMessage]:
-        """Returns the input for a run."""
+        """Returns the input for a run.
+
+        Raises:
+            InvalidArgumentError: INPUT_TOO_LARGE.
+        """
         if isinstance(self.input, str):
-            return [InputMessage(role="user", content=self.input)]
-        return [InputMessage(role=message.role, content=message.content) for message in self.input]
+            messages = [InputMessage(role="user", content=self.input)]
+        else:
+            messages = [InputMessage(role=item.role, content=item.content) for item in self.input]
+        check_input(messages)
+        return messages
 
     def policy(self) -> resources.ConcurrencyPolicy.ValueType:
         """Returns the concurrency policy."""

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import make_app, make_gateway
+from gateway.body import MAX_INPUT_BODY
 from gateway.clients import SAFE_METHODS
 from gateway.context import Gateway
 from gateway.settings import GatewaySettings
@@ -33,7 +34,6 @@ _START_SECONDS = 10.0
 # Longer than proxies keep idle connections (Envoy: an hour), so that it is never we who close one just as a
 # request comes.
 _KEEP_ALIVE_SECONDS = 3700
-_MAX_WEBSOCKET_MESSAGE = 2 * 1024 * 1024
 
 
 class _Protocol(HttpToolsProtocol):
@@ -104,7 +104,7 @@ def http_server(app: ASGIApp, grace: float) -> _Server:
         loop="none",
         http=_Protocol,
         ws="websockets-sansio",
-        ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+        ws_max_size=MAX_INPUT_BODY,
         ws_ping_interval=15,
         ws_ping_timeout=30,
         lifespan="off",

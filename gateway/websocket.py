@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from gateway import frames, models
-from gateway.body import MAX_BODY, StrictModel, parse_json, validate
+from gateway.body import StrictModel, parse_json, validate
 from gateway.clients import call
 from gateway.context import Gateway
 from gateway.cursor import canonical_id
@@ -25,7 +25,7 @@ from meshkit.errors import HermeshError, NotFoundError
 _log = structlog.get_logger("gateway.websocket")
 
 GOING_AWAY = 1001
-TOO_BIG = 1009
+UNSUPPORTED = 1003
 TRY_AGAIN = 1013
 # 4000 and up are an application's own: 4000 + the HTTP status.
 OWN = 4000
@@ -172,15 +172,18 @@ class SessionSocket:
     async def _receive(self) -> tuple[int, str]:
         try:
             while True:
-                text = await self._socket.receive_text()
-                if len(text) > MAX_BODY:
-                    return TOO_BIG, "too large"
+                received = await self._socket.receive()
+                if received["type"] == "websocket.disconnect":
+                    return 0, ""
+                text = received.get("text")
+                if text is None:
+                    return UNSUPPORTED, "text messages only"
                 try:
                     answer = await self._take(text)
                 except HermeshError as error:
                     answer = {"type": "error", "data": problem(error)}
                 await self._send(orjson.dumps(answer).decode())
-        except (WebSocketDisconnect, RuntimeError, KeyError):
+        except (WebSocketDisconnect, RuntimeError):
             return 0, ""
         except TimeoutError:
             return TRY_AGAIN, "slow_reader"

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from gateway import models
-from gateway.body import parse_json, read_body
+from gateway.body import MAX_INPUT_BODY, check_input, parse_json, read_body
 from gateway.clients import call
 from gateway.context import Gateway
 from gateway.cursor import RunCursor
@@ -137,8 +137,9 @@ class ChatRenderer:
 
 async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/chat/completions."""
-    body = await read_body(request, timeout=gateway.settings.body_timeout_seconds)
+    body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
     chat = parse_chat(parse_json(body), request.headers.get(SESSION_HEADER))
+    check_input(chat.messages)
     gateway.hub.check_room()
     try:
         chat.options.model = await gateway.mesh.check_model(chat.model)

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from gateway import models
+from gateway.body import MAX_INPUT_BODY
 from gateway.clients import call
 from gateway.context import Gateway
 from gateway.cursor import RunCursor, SessionCursor, parse_event_id, parse_seq
@@ -41,7 +42,7 @@ LAST_EVENT_ID = Param(
 async def create(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/sessions/{session_id}/runs."""
     session_id = session_id_of(request)
-    body = await read_model(gateway, request, models.CreateRun)
+    body = await read_model(gateway, request, models.CreateRun, limit=MAX_INPUT_BODY)
     model = await gateway.mesh.check_model(body.chosen_model)
     if body.stream:
         submit = body.run_request(session_id, idempotency_key(request, always=True))

@@ -11,7 +11,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from gateway.body import MAX_BODY
+from gateway.body import MAX_BODY, MAX_INPUT, MAX_INPUT_BODY
 from hermesh.session.v1 import resources_pb2 as resources
 from meshkit.errors import (
     FailedPreconditionError,
@@ -372,15 +372,28 @@ async def test_empty_input_is_refused(served: Any, text: Any) -> None:
 async def test_a_body_over_the_limit_is_refused_by_its_header_and_while_it_arrives(served: Any) -> None:
     session_id = await new_session(served)
     url = f"/v1/sessions/{session_id}/runs"
-    answer = await served.client.post(url, json={"input": "x" * MAX_BODY})
+    answer = await served.client.post(url, json={"input": "x" * MAX_INPUT_BODY})
+    assert problem(answer, 413, "INPUT_TOO_LARGE")["metadata"] == {"limit_bytes": str(MAX_INPUT_BODY)}
+    answer = await served.client.post("/v1/sessions", json={"title": "x" * MAX_BODY})
     assert problem(answer, 413, "INPUT_TOO_LARGE")["metadata"] == {"limit_bytes": str(MAX_BODY)}
 
     async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(40):
+        for _ in range(MAX_INPUT_BODY // 65536 + 1):
             yield b"x" * 65536
 
     problem(await served.client.post(url, content=chunks()), 413, "INPUT_TOO_LARGE")
-    assert (await run(served, session_id, "x" * (MAX_BODY // 2)))[-1]["type"] == "run.completed"
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+async def test_input_is_measured_by_its_text_however_json_spells_it(served: Any, ascii_only: bool) -> None:
+    url = f"/v1/sessions/{await new_session(served)}/runs"
+    whole = "\u00e9" * (MAX_INPUT // 2)
+    for text, status in ((whole, 202), (whole + "x", 413)):
+        for value in (text, [{"role": "user", "content": text[:9]}, {"role": "user", "content": text[9:]}]):
+            body = json.dumps({"input": value}, ensure_ascii=ascii_only).encode()
+            answer = await served.client.post(url, content=body)
+            assert answer.status_code == status, answer.text[:500]
+    assert problem(answer, 413, "INPUT_TOO_LARGE")["metadata"]["limit_bytes"] == str(MAX_INPUT)
 
 
 async def test_a_body_that_does_not_arrive_is_given_up(start: Callable[..., Any]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from gateway.body import MAX_INPUT_BODY
 from gateway.login import COOKIE
 from tests.fakes.mesh import API_KEY, FakeRun
 
@@ -123,6 +124,14 @@ async def test_a_bad_message_gets_an_error_and_the_connection_stays(
         assert (answer["type"], answer["data"]["reason"]) == ("error", reason)
         await socket.send('{"type":"ping"}')
         assert (await receive(socket))["type"] == "pong"
+
+
+async def test_a_message_that_is_no_text_or_too_large_ends_the_connection(served: Any) -> None:
+    session = served.mesh.add_session()
+    for message, code in ((b"{}", 1003), ("x" * (MAX_INPUT_BODY + 1), 1009)):
+        async with connect(address(served, session.session_id), additional_headers=KEY) as socket:
+            await socket.send(message)
+            assert await closed(socket) == code
 
 
 async def test_who_may_not_connect_is_told_why(served: Any) -> None:
