@@ -163,6 +163,9 @@ def _session_position(position: str) -> tuple[int, UUID]:
         return _LAST_MS, _LAST_ID
     updated, _, session_id = position.partition(":")
     try:
-        return int(updated), UUID(session_id)
+        found = int(updated), UUID(session_id)
     except ValueError:
         raise bad_token() from None
+    if not 0 <= found[0] <= _LAST_MS:
+        raise bad_token()
+    return found

@@ -15,6 +15,7 @@ from meshkit.errors import (
     StartupError,
 )
 from meshkit.ids import uuid7
+from meshkit.paging import make_page_token
 from services.session.domain import AppendOutcome, LeaseRef
 from tests.integration.session.store.kit import Kit, event
 
@@ -92,6 +93,26 @@ async def test_a_page_token_of_another_list_is_refused(kit: Kit) -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             await call
         assert caught.value.reason == "PAGE_TOKEN_INVALID"
+
+
+@pytest.mark.parametrize(
+    "position", ["x", "1:", "1:x", "-1:{id}", f"{2**63}:{{id}}", "9" * 400 + ":{id}", "{id}:1", ":{id}"]
+)
+async def test_a_forged_position_is_refused(kit: Kit, position: str) -> None:
+    session = await kit.session()
+    forged = position.replace("{id}", str(session.session_id))
+    with pytest.raises(InvalidArgumentError) as caught:
+        await kit.store.list_sessions(
+            kit.tenant, page_size=1, page_token=make_page_token("ListSessions", (kit.tenant, ""), forged)
+        )
+    assert caught.value.reason == "PAGE_TOKEN_INVALID"
+    for listing in ("ListMessages", "ListRuns"):
+        call = kit.store.list_messages if listing == "ListMessages" else kit.store.list_runs
+        for ordinal in ("x", "-1", str(2**31), "9" * 400):
+            token = make_page_token(listing, (kit.tenant, session.session_id), ordinal)
+            with pytest.raises(InvalidArgumentError) as caught:
+                await call(kit.tenant, session.session_id, page_size=1, page_token=token)
+            assert caught.value.reason == "PAGE_TOKEN_INVALID"
 
 
 async def test_update_sets_and_removes_labels_and_keeps_the_rest(kit: Kit) -> None:
