@@ -38,7 +38,12 @@ _RETRY_BUSY_MS = 100
 
 
 async def open_pool(
-    url: str, *, min_size: int = 1, max_size: int = 8, name: str = "hermesh"
+    url: str,
+    *,
+    min_size: int = 1,
+    max_size: int = 8,
+    name: str = "hermesh",
+    server_settings: Mapping[str, str] | None = None,
 ) -> asyncpg.Pool[asyncpg.Record]:
     """Opens a pool; the caller closes it.
 
@@ -50,6 +55,7 @@ async def open_pool(
         min_size: Connections opened at once; 0 defers the first.
         max_size: Most connections.
         name: `application_name`, as pg_stat_activity shows it.
+        server_settings: More of PostgreSQL's settings for these connections.
 
     Raises:
         StartupError: The database cannot be reached or refuses us.
@@ -64,7 +70,11 @@ async def open_pool(
             timeout=CONNECT_TIMEOUT,
             command_timeout=_COMMAND_TIMEOUT,
             reset=_reset,
-            server_settings={**_SERVER_SETTINGS, "application_name": name[:63]},
+            server_settings={
+                **_SERVER_SETTINGS,
+                **(server_settings or {}),
+                "application_name": name[:63],
+            },
         )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error

@@ -37,7 +37,7 @@ from services.session.settings import SessionSettings
 from services.session.store.cached import CachedContexts, Contexts
 from services.session.store.notifications import CANCEL, LOG, Notifications
 from services.session.store.port import Store
-from services.session.store.postgres import PostgresStore
+from services.session.store.postgres import POOL_SETTINGS, PostgresStore
 from services.session.store.redis_conversations import RedisConversations
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
 from services.session.storm import MeshLink, StormGuard
@@ -231,6 +231,7 @@ async def _open_store(settings: SessionSettings) -> AsyncIterator[PostgresStore]
         min_size=2,
         max_size=settings.database_pool_size,
         name=settings.replica,
+        server_settings=POOL_SETTINGS,
     )
     try:
         store = PostgresStore(pool)

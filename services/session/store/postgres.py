@@ -23,6 +23,10 @@ EVENT_RETENTION = timedelta(days=30)
 REQUEST_RETENTION = timedelta(days=7)
 PARTITIONS_AHEAD_DAYS = 7
 
+# For the pool: the same statements run all the time, so each is planned once. Planning an append anew costs
+# as much as the append, and a planner that counts the ids of a batch may read the whole table of leases.
+POOL_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
+
 _EXPIRE_BATCH = 10_000
 _MAINTAIN_TIMEOUT = 30.0
 

@@ -55,18 +55,34 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(child)
 
 
+def literal(value: Any) -> str:
+    """A value as EXECUTE takes it."""
+    if isinstance(value, list):
+        items = ",".join(json.dumps(str(item)) for item in value)
+        return literal("{" + items + "}")
+    if isinstance(value, timedelta):
+        return literal(f"{value.total_seconds()} s")
+    return "'" + str(value).replace("'", "''") + "'"
+
+
 async def explain(kit: Kit, statement: str, *args: Any) -> tuple[list[str], int]:
-    """What a statement scans as `<node> <index or table>`, and how many pages it touches."""
+    """What a statement scans as `<node> <index or table>`, and how many pages it touches.
+
+    By EXECUTE, so that the plan is the one that the store's connections keep.
+    """
+    values = ", ".join(literal(value) for value in args)
     async with kit.pool.acquire() as connection:
+        await connection.execute(f"PREPARE explained AS {statement}")
         transaction = connection.transaction()
         await transaction.start()
         try:
             for _ in range(2):
                 text = await connection.fetchval(
-                    f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", *args
+                    f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained({values})"
                 )
         finally:
             await transaction.rollback()
+            await connection.execute("DEALLOCATE explained")
     plan = json.loads(text)[0]["Plan"]
     scans = [
         f"{node['Node Type']} {node.get('Index Name') or node['Relation Name']}"
@@ -143,7 +159,8 @@ async def test_reads_go_by_an_index(full: Kit, file: str, name: str, rows: int) 
 
 
 async def test_an_append_goes_by_an_index_and_stays_on_its_page(full: Kit) -> None:
-    grants = [await full.started() for _ in range(8)]
+    # More than the planner guesses: a plan for just these many would read the whole table of leases.
+    grants = [await full.started() for _ in range(150)]
     n = len(grants)
     scans, pages = await explain(
         full,
@@ -160,9 +177,9 @@ async def test_an_append_goes_by_an_index_and_stays_on_its_page(full: Kit) -> No
         ["{}"] * n,
     )
     assert not any(scan.startswith("Seq Scan") for scan in scans), scans
-    assert pages < 400
+    assert pages < 30 * n
     for seq in range(2, 42):
-        for grant in grants:
+        for grant in grants[:8]:
             await full.append(grant, seq)
     async with full.pool.acquire() as connection:
         await connection.fetchval("SELECT pg_stat_force_next_flush()")
