@@ -462,6 +462,7 @@ CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_fi
     LANGUAGE sql STABLE
     AS $$
     SELECT CASE WHEN l.run_id = p_run AND l.fence = p_fence AND l.next_seq <> p_first_seq THEN 3
+                WHEN l.run_id = p_run AND l.fence = p_fence AND l.owner IS NOT NULL THEN 4
                 WHEN r.status >= 4 AND r.last_seq = p_first_seq + p_n - 1
                      AND EXISTS (SELECT FROM session.event e WHERE e.run_id = p_run
                                  AND e.seq = p_first_seq + p_n - 1 AND e.fence = p_fence) THEN 3

@@ -78,6 +78,17 @@ async def test_an_append_that_is_sent_again_is_a_gap_that_says_where_the_log_sta
     assert len(await kit.log(grant.run_id)) == 3
 
 
+async def test_a_refusal_that_is_over_by_the_time_it_is_explained_asks_for_the_same_again(kit: Kit) -> None:
+    grant = await kit.started()
+    row = await kit.pool.fetchrow(
+        "SELECT outcome, next_seq FROM session.refusal($1, $2, $3, 2, 1)",
+        grant.session_id,
+        grant.run_id,
+        grant.fence,
+    )
+    assert (AppendOutcome(row["outcome"]), row["next_seq"]) == (AppendOutcome.RETRY, 2)
+
+
 async def test_sessions_of_one_append_must_be_distinct(kit: Kit) -> None:
     grant = await kit.started()
     append = RunAppend(grant.session_id, grant.run_id, grant.fence, 2, [event()])
