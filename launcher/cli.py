@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ app = typer.Typer(
 # Where nobody watches, a line is a line: tables and paths are not folded to 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 200)
 notes = Console(stderr=True)
+
+# PostgreSQL asks for its log 16 MiB at a time.
+FULL_BYTES = 16 * 1024 * 1024
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -345,9 +349,19 @@ def main() -> None:
     try:
         app()
     except LaunchError as error:
-        _fail(str(error))
+        _fail(f"{error}{_full_disk(str(error))}")
     except OSError as error:
         _fail(str(explain_os_error(error, "go on")))
+
+
+def _full_disk(said: str) -> str:
+    """The reason behind many a failure, where it is this one and nobody has said so."""
+    try:
+        root = _settings()[1].root
+        free = shutil.disk_usage(root).free
+    except OSError:
+        return ""
+    return f"; there is no space left in {root}" if free < FULL_BYTES and "space" not in said else ""
 
 
 def _fail(text: str) -> None:

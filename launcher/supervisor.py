@@ -33,6 +33,7 @@ from meshkit.settings import load
 
 SETUP_SECONDS = 60.0
 TRIM_SECONDS = 30.0
+WRITE_AGAIN_SECONDS = 1.0
 
 Say = Callable[[str], Awaitable[None]]
 
@@ -52,6 +53,7 @@ class Supervisor:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise LaunchError("another supervisor runs for this data folder; see hermesh status") from None
         self.state = State.load(self.folder.state_file)
         left = [child for child in self.state.children if child.identity.alive]
@@ -74,6 +76,11 @@ class Supervisor:
         self.state.supervisor = {"pid": me.pid, "start_time": me.start_time}
         self.stopped = asyncio.Event()
         self.lock = asyncio.Lock()
+        self.unwritten = asyncio.Event()
+
+    def close(self) -> None:
+        """Lets another one supervise this folder."""
+        self._lock_file.close()
 
     async def run(self) -> None:
         """Serves the control socket until `down`."""
@@ -82,7 +89,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             self.children = Children(self.folder, group, self.publish, self.save)
-            trimming = group.create_task(self._trim_logs(), name="trim-logs")
+            upkeep = [
+                group.create_task(self._trim_logs(), name="trim-logs"),
+                group.create_task(self.write_again(), name="write-again"),
+            ]
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stopped.set)
             server = await asyncio.start_unix_server(self._serve, socket)
@@ -94,7 +104,8 @@ class Supervisor:
                 # Its caller hears how the command under way ended.
                 async with self.lock:
                     await self.stop_everything()
-            trimming.cancel()
+            for task in upkeep:
+                task.cancel()
         socket.unlink(missing_ok=True)
         self.folder.state_file.unlink(missing_ok=True)
         note("the supervisor ends")
@@ -103,6 +114,14 @@ class Supervisor:
         while True:
             await asyncio.sleep(TRIM_SECONDS)
             await asyncio.to_thread(self.children.trim_logs)
+
+    async def write_again(self) -> None:
+        """What a full disk kept from being written is written when there is space again."""
+        while True:
+            await self.unwritten.wait()
+            await asyncio.sleep(WRITE_AGAIN_SECONDS)
+            self.unwritten.clear()
+            self.publish()
 
     # Control
 
@@ -288,7 +307,7 @@ class Supervisor:
             try:
                 envoy.write_endpoints(eds, service, sorted(known))
             except OSError as error:
-                note(f"the endpoints of {service} cannot be written: {error}")
+                self._failed_to_write(f"the endpoints of {service}", error)
         self.save()
 
     def save(self) -> None:
@@ -301,7 +320,11 @@ class Supervisor:
         try:
             self.state.save(self.folder.state_file)
         except OSError as error:
-            note(f"{self.folder.state_file} cannot be written: {error}")
+            self._failed_to_write(str(self.folder.state_file), error)
+
+    def _failed_to_write(self, what: str, error: OSError) -> None:
+        note(f"{what} cannot be written: {error}")
+        self.unwritten.set()
 
     async def _check_external(self) -> None:
         for service, address, probe in self.plan.external():

@@ -1,0 +1,120 @@
+"""What the supervisor writes, and what it does when it cannot."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import supervisor as module
+from launcher.children import Child, Children
+from launcher.errors import LaunchError
+from launcher.plan import Spec
+from launcher.processes import identify
+from launcher.settings import LauncherSettings
+from launcher.state import State
+from launcher.supervisor import Supervisor
+from meshkit.settings import load
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    for name in [name for name in os.environ if name.startswith("HERMESH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HERMESH_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(module, "WRITE_AGAIN_SECONDS", 0.01)
+    made = Supervisor(load(LauncherSettings))
+    yield made
+    made.close()
+
+
+def serving(supervisor: Supervisor, group: asyncio.TaskGroup) -> Child:
+    """A tool replica that needs no process."""
+    supervisor.children = Children(supervisor.folder, group, supervisor.publish, supervisor.save)
+    child = Child(Spec("tool", "tool-1", [], {}), identity=identify(os.getpid()), address="127.0.0.1:4242")
+    supervisor.children.all["tool-1"] = child
+    return child
+
+
+async def test_what_could_not_be_written_is_written_when_it_can(supervisor: Supervisor) -> None:
+    eds = supervisor.folder.envoy / "eds"
+    aside = supervisor.folder.envoy / "aside"
+    async with asyncio.TaskGroup() as group:
+        serving(supervisor, group)
+        again = group.create_task(supervisor.write_again())
+        await asyncio.to_thread(eds.rename, aside)
+        supervisor.publish()
+        assert supervisor.unwritten.is_set()
+        await asyncio.to_thread(aside.rename, eds)
+        async with asyncio.timeout(10):
+            while not (eds / "tool.yaml").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        again.cancel()
+    assert "4242" in (eds / "tool.yaml").read_text()
+
+
+async def test_a_child_that_leaves_is_no_endpoint_any_more(supervisor: Supervisor) -> None:
+    endpoints = supervisor.folder.envoy / "eds" / "tool.yaml"
+    async with asyncio.TaskGroup() as group:
+        child = serving(supervisor, group)
+        supervisor.publish()
+        assert "4242" in endpoints.read_text()
+        # It died and comes back: its place is kept, and health checks keep calls off it.
+        child.identity = None
+        supervisor.publish()
+        assert "4242" in endpoints.read_text()
+        child.stop()
+        supervisor.publish()
+        assert "4242" not in endpoints.read_text()
+
+
+async def test_the_state_names_who_runs(supervisor: Supervisor) -> None:
+    async with asyncio.TaskGroup() as group:
+        serving(supervisor, group)
+        supervisor.save()
+    state = State.load(supervisor.folder.state_file)
+    [child] = state.children
+    assert (child.replica, child.pid, child.identity.alive) == ("tool-1", os.getpid(), True)
+    assert state.supervisor_identity == identify(os.getpid())
+    assert state.addresses == {"http": "127.0.0.1:8080", "grpc": "127.0.0.1:50051"}
+    assert supervisor.folder.state_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_there_is_one_for_a_folder(supervisor: Supervisor) -> None:
+    with pytest.raises(LaunchError, match="another supervisor"):
+        Supervisor(load(LauncherSettings))
+
+
+@pytest.mark.parametrize(
+    ("service", "sees"),
+    [
+        ("gateway", set()),
+        ("agent", {"HERMESH_LLM_API_KEY"}),
+        ("session", {"HERMESH_DATABASE_URL", "HERMESH_REDIS_URL"}),
+        ("tool", {"HERMESH_OBJECT_STORE_URL"}),
+        ("memory", {"HERMESH_DATABASE_URL"}),
+    ],
+)
+def test_a_process_gets_only_the_secrets_it_needs(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, service: str, sees: set[str]
+) -> None:
+    secrets = {
+        "HERMESH_DATABASE_URL",
+        "HERMESH_REDIS_URL",
+        "HERMESH_OBJECT_STORE_URL",
+        "HERMESH_LLM_API_KEY",
+        "HERMESH_API_KEY",
+    }
+    for name in secrets:
+        monkeypatch.setenv(name, "from outside")
+    environment = supervisor.plan.service(service, 1).environment
+    assert secrets & environment.keys() == sees
+    assert environment["HERMESH_MESH_TOKEN"] == supervisor.plan.mesh_token
+    for part in supervisor.plan.parts():
+        assert not (secrets | {"HERMESH_MESH_TOKEN"}) & part.environment.keys() - {"HERMESH_LLM_API_KEY"}
+        assert part.service == "model" or "HERMESH_LLM_API_KEY" not in part.environment
+    # Nothing secret is on a command line, where everybody may read it.
+    words = " ".join(word for part in supervisor.plan.parts() for word in part.command)
+    for secret in ("mesh-token", "postgresql-password", "valkey-password", "model-key", "api-key"):
+        assert supervisor.folder.secret(secret) not in words
