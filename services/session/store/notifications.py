@@ -113,6 +113,9 @@ class Notifications:
                     connection.terminate()
             except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
                 _log.warning("not listening to PostgreSQL; trying again", error=type(error).__name__)
+            except Exception as error:
+                # A bug must not end the listening for good: without it every run waits for the next sweep.
+                _log.error("listening to PostgreSQL failed by a bug; trying again", exc_info=error)
             await backoff.sleep()
 
     async def _listen(self, connection: Driver, backoff: Backoff) -> None:
