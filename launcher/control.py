@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import LaunchError
@@ -24,7 +26,22 @@ DOWN_SECONDS = 60.0
 def supervisor_of(folder: Folder) -> Identity | None:
     """The supervisor that runs for this data folder, if one does."""
     found = State.load(folder.state_file).supervisor_identity
+    if found is None:
+        # Without a readable state.json a living supervisor is still the one that listens.
+        found = _listener(folder.control_socket)
     return found if found and found.alive else None
+
+
+def _listener(path: Path) -> Identity | None:
+    """The process that listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1)
+        try:
+            sock.connect(os.fspath(path))
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+    return identify(struct.unpack("3i", credentials)[0])
 
 
 def ask(folder: Folder, request: dict[str, Any], progress: Callable[[str], None] = lambda text: None) -> Any:

@@ -33,7 +33,10 @@ def explain_os_error(error: OSError, doing: str) -> LaunchError:
             f"cannot {doing}: {(error.strerror or str(error)).lower()}. Check its owner and mode, "
             "or set HERMESH_DATA_DIR to a folder you may write to."
         )
-    return LaunchError(f"cannot {doing}: {(error.strerror or str(error)).lower()}")
+    remedy = ""
+    if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        remedy = ". Set HERMESH_DATA_DIR to another folder."
+    return LaunchError(f"cannot {doing}: {(error.strerror or str(error)).lower()}{remedy}")
 
 
 def library_remedy(library: str) -> str:

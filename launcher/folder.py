@@ -81,11 +81,12 @@ class Folder:
 
     def prepare(self) -> None:
         """Makes the folder and what is in it. Raises LaunchError when it cannot be used."""
-        if self.root.exists() and not self.root.is_dir():
-            raise LaunchError(
-                f"{self.root} is a file, not a folder. Move it away, or set HERMESH_DATA_DIR to another one."
-            )
         try:
+            if self.root.exists() and not self.root.is_dir():
+                raise LaunchError(
+                    f"{self.root} is a file, not a folder. "
+                    "Move it away, or set HERMESH_DATA_DIR to another one."
+                )
             for path in (self.root, self.logs, self.ready, self.envoy, self.envoy / "eds", self.sockets):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.sockets.lstat()

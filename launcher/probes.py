@@ -30,7 +30,10 @@ async def valkey(url: str) -> bool:
     import redis.asyncio
     from redis.exceptions import RedisError
 
-    client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
+    try:
+        client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
+    except ValueError:
+        return False
     try:
         return bool(await client.ping())
     except (RedisError, OSError):
@@ -47,6 +50,6 @@ async def model(base_url: str, api_key: str) -> bool:
     try:
         async with httpx.AsyncClient(timeout=SECONDS) as client:
             answer = await client.get(f"{base_url.rstrip('/')}/models", headers=headers)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
     return answer.status_code < 400

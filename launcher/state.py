@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+
+from pydantic import TypeAdapter
 
 from launcher.folder import write_private
 from launcher.processes import Identity
@@ -48,18 +50,11 @@ class State:
     children: list[Remembered] = field(default_factory=list)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> State:
         """Reads the file; a missing or broken one is an empty state."""
         try:
-            record: dict[str, Any] = json.loads(path.read_text())
-            return cls(
-                supervisor=record.get("supervisor", {}),
-                ports=record.get("ports", {}),
-                addresses=record.get("addresses", {}),
-                settings=record.get("settings", ""),
-                children=[Remembered(**child) for child in record.get("children", ())],
-            )
-        except (OSError, ValueError, TypeError, AttributeError):
+            return _shape().validate_json(path.read_bytes())
+        except (OSError, ValueError):
             return cls()
 
     def save(self, path: Path) -> None:
@@ -72,3 +67,8 @@ class State:
         if {"pid", "start_time"} <= self.supervisor.keys():
             return Identity(self.supervisor["pid"], self.supervisor["start_time"])
         return None
+
+
+@cache
+def _shape() -> TypeAdapter[State]:
+    return TypeAdapter(State)

@@ -95,6 +95,16 @@ def test_a_second_supervisor_of_a_folder_refuses(folder: Folder) -> None:
     assert control.ask(folder, {"command": "status"}) == []
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"supervisor": [1]}'])
+def test_down_ends_a_supervisor_whose_state_is_damaged(folder: Folder, text: str) -> None:
+    start_supervisor()
+    first = supervisor(folder)
+    folder.state_file.write_text(text)
+    assert supervisor(folder) == first
+    assert control.stop(folder) == 1
+    assert not first.alive
+
+
 def test_two_that_start_one_at_once_get_the_same(folder: Folder) -> None:
     failed: list[BaseException] = []
 

@@ -66,9 +66,10 @@ def test_state_is_read_back_and_a_broken_file_is_an_empty_one(tmp_path: Path) ->
     )
     state.save(path)
     assert State.load(path) == state
-    for text in ("", "{", "[]", '{"children": [{"pid": 1}]}'):
+    broken = ("", "{", "[]", "null", '{"children": [{"pid": 1}]}', '{"children": 5}', '{"supervisor": [1]}')
+    for text in (*broken, '{"supervisor": {"pid": "me", "start_time": 1}}', '{"ports": {"mesh": null}}'):
         path.write_text(text)
-        assert State.load(path).children == []
+        assert State.load(path) == State()
 
 
 def test_secrets_are_made_once_and_private(tmp_path: Path) -> None:
@@ -100,4 +101,5 @@ def test_replicas_are_read() -> None:
 
 def test_a_full_disk_and_a_foreign_folder_have_their_remedies() -> None:
     assert "no space left" in str(explain_os_error(OSError(28, "No space left on device"), "write"))
-    assert "HERMESH_DATA_DIR" in str(explain_os_error(PermissionError(13, "Permission denied"), "write"))
+    for error in (PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")):
+        assert "HERMESH_DATA_DIR" in str(explain_os_error(error, "write"))
