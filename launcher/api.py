@@ -28,6 +28,8 @@ class Api:
     """A client of one mesh."""
 
     def __init__(self, url: str, api_key: str) -> None:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise LaunchError("HERMESH_API_KEY is no key: keys are of visible ASCII characters")
         headers = {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(30, read=120))
 
@@ -67,6 +69,10 @@ class Api:
         Raises:
             LaunchError: The gateway refuses, or nothing came for `PATIENCE_SECONDS`.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise LaunchError("the message is not text in UTF-8") from None
         # With the key a submission whose answer was lost may be sent again, and counts once.
         submit = partial(
             self._stream,

@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Runs a Hermesh mesh on this machine and talks to it.",
 )
 # Where nobody watches, a line is a line: tables and paths are not folded to 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 200)
+console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
 notes = Console(stderr=True)
 
 # PostgreSQL asks for its log 16 MiB at a time.
@@ -60,8 +60,13 @@ def _api(folder: Folder, settings: LauncherSettings) -> Api:
     # Only what talks to the mesh pays for an HTTP client.
     from launcher.api import Api
 
-    key = settings.api_key.get_secret_value() or folder.secret("api-key", "hm_")
-    return Api(f"http://{State.load(folder.state_file).addresses['http']}", key)
+    key = settings.api_key.get_secret_value()
+    if not key:
+        if not folder.api_key_file.exists():
+            raise LaunchError("the mesh was started with a key of yours; set HERMESH_API_KEY to it here too")
+        key = folder.secret("api-key")
+    address = State.load(folder.state_file).addresses.get("http", f"127.0.0.1:{settings.http_port}")
+    return Api(f"http://{address}", key)
 
 
 def _progress(text: str) -> Any:
@@ -188,6 +193,10 @@ def scale(
     with _progress("scaling"):
         control.ask(folder, {"command": "scale", "replicas": wanted})
     console.print(", ".join(f"{name}: {number}" for name, number in wanted.items()), highlight=False)
+    for name in (name for name, number in wanted.items() if not number):
+        console.print(
+            f"[yellow]No {name} is left: what needs one waits, or fails, until one is added.[/yellow]"
+        )
 
 
 @app.command()
@@ -351,7 +360,7 @@ def main() -> None:
     except LaunchError as error:
         _fail(f"{error}{_full_disk(str(error))}")
     except OSError as error:
-        _fail(str(explain_os_error(error, "go on")))
+        _fail(str(explain_os_error(error, f"use {error.filename}" if error.filename else "go on")))
 
 
 def _full_disk(said: str) -> str:

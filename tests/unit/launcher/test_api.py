@@ -129,6 +129,14 @@ def test_a_gateway_that_is_being_started_is_waited_for(gateway: Gateway, api: Ap
     assert len(gateway.asked) == 4
 
 
+def test_what_is_no_text_and_no_key_is_one_line(gateway: Gateway, api: Api) -> None:
+    with pytest.raises(LaunchError, match="UTF-8"):
+        next(api.run("s", "bad \udcff bytes"))
+    for key in ("ключ", "two\nlines"):
+        with pytest.raises(LaunchError, match="HERMESH_API_KEY"):
+            Api("http://127.0.0.1:1", key)
+
+
 def test_a_gateway_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.api.PATIENCE_SECONDS", 0.0)
     with Api("http://127.0.0.1:1", "hm_key") as api:

@@ -113,6 +113,35 @@ def test_down_with_nothing_running_is_harmless(
     assert "Nothing runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [("down",), ("up",), ("doctor",), ("env",)])
+def test_a_data_folder_below_a_file_is_one_line(
+    tmp_path: Path,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HERMESH_DATA_DIR", str(tmp_path / "file" / "data"))
+    assert hermesh(monkeypatch, *arguments) == 1
+    said = capfd.readouterr()
+    assert "HERMESH_DATA_DIR" in said.out + said.err
+    assert str(tmp_path / "file") in said.out + said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_key_that_only_the_person_has_is_asked_for(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.prepare()
+    me = identify(os.getpid())
+    assert me is not None
+    State(supervisor={"pid": me.pid, "start_time": me.start_time}).save(folder.state_file)
+    assert hermesh(monkeypatch, "run", "hello") == 1
+    assert "HERMESH_API_KEY" in capsys.readouterr().err
+    assert not folder.api_key_file.exists()
+
+
 def test_logs_are_of_one_service_or_replica(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
