@@ -31,7 +31,10 @@ class Api:
         if not (api_key.isascii() and api_key.isprintable()):
             raise LaunchError("HERMESH_API_KEY is no key: keys are of visible ASCII characters")
         headers = {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(30, read=120))
+        # The mesh is on this machine: no proxy is asked, whatever the environment says.
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=httpx.Timeout(30, read=120), trust_env=False
+        )
 
     def __enter__(self) -> Api:
         return self

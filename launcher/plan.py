@@ -315,7 +315,11 @@ class Plan:
 def _base_environment() -> dict[str, str]:
     # Without bytecode every start would compile each module anew: three times the work, for every process.
     hidden = _GUARDED | {"PYTHONDONTWRITEBYTECODE"}
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    # A proxy is for what is outside: what the mesh has to say to itself stays on this machine.
+    for name in ("NO_PROXY", "no_proxy"):
+        environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1,localhost,::1")))
+    return environment
 
 
 def _seconds(setting: tuple[str, float]) -> float:

@@ -122,6 +122,14 @@ def test_a_submission_whose_answer_was_lost_is_sent_again_under_its_key(gateway:
     assert len(set(gateway.keys)) == 1
 
 
+def test_the_mesh_is_not_looked_for_behind_a_proxy(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    gateway.answers = {"/v1/sessions": (200, {"session_id": "s"})}
+    with Api(f"http://127.0.0.1:{gateway.server_port}", "hm_key") as api:
+        assert api.create_session() == "s"
+
+
 def test_a_gateway_that_is_being_started_is_waited_for(gateway: Gateway, api: Api) -> None:
     gateway.pieces = [EVENTS[:3], EVENTS[3:]]
     gateway.away = {f"/v1/runs/{RUN}/events": 2}

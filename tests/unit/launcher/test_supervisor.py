@@ -86,6 +86,16 @@ def test_there_is_one_for_a_folder(supervisor: Supervisor) -> None:
         Supervisor(load(LauncherSettings))
 
 
+def test_a_proxy_is_for_what_is_outside(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    environment = supervisor.plan.service("agent", 1).environment
+    assert environment["HTTP_PROXY"] == "http://proxy:3128"
+    assert environment["NO_PROXY"] == "example.org,127.0.0.1,localhost,::1"
+    assert environment["no_proxy"] == "127.0.0.1,localhost,::1"
+
+
 @pytest.mark.parametrize(
     ("service", "sees"),
     [
