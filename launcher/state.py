@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from launcher.folder import write_private
-from launcher.processes import Identity
+from launcher.processes import Identity, boot_id
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class State:
         addresses: the public addresses, by `http` and `grpc`.
         settings: a fingerprint of the settings it all was started with.
         children: everything that was started.
+        boot: the machine's boot in which it was: pids and start times begin anew with the next.
     """
 
     supervisor: dict[str, int] = field(default_factory=dict)
@@ -48,14 +49,16 @@ class State:
     addresses: dict[str, str] = field(default_factory=dict)
     settings: str = ""
     children: list[Remembered] = field(default_factory=list)
+    boot: str = field(default_factory=boot_id)
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Reads the file; a missing or broken one is an empty state."""
+        """Reads the file; a missing or broken one, or one of before a reboot, is an empty state."""
         try:
-            return _shape().validate_json(path.read_bytes())
+            state = _shape().validate_json(path.read_bytes())
         except (OSError, ValueError):
             return cls()
+        return state if state.boot == boot_id() else cls()
 
     def save(self, path: Path) -> None:
         """Writes the file by rename."""

@@ -72,6 +72,17 @@ def test_state_is_read_back_and_a_broken_file_is_an_empty_one(tmp_path: Path) ->
         assert State.load(path) == State()
 
 
+def test_what_ran_before_a_reboot_runs_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    me = identify(os.getpid())
+    assert me is not None
+    child = Remembered("agent", "agent-1", me.pid, me.start_time)
+    State(children=[child], boot="another").save(path)
+    assert State.load(path) == State()
+    State(children=[child]).save(path)
+    assert State.load(path).children == [child]
+
+
 def test_secrets_are_made_once_and_private(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "data")
     folder.prepare()
