@@ -23,6 +23,21 @@ def shared_mesh(trace_file: Path) -> Iterator[Mesh]:
     }
     with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1", settings=settings) as mesh:
         yield mesh
+        found = tracebacks(mesh)
+        assert not found, "the mesh logged what nobody expected:\n" + "\n".join(found)
+
+
+def tracebacks(mesh: Mesh) -> list[str]:
+    """What the mesh's processes logged with a stack: a bug, whatever the tests did to them.
+
+    Warnings do not count: asyncpg adds a stack to its own when PostgreSQL is gone.
+    """
+    return [
+        f"{log.name}: {line[:4000]}"
+        for log in sorted((mesh.data_dir / "logs").glob("*.log"))
+        for line in log.read_text(errors="replace").splitlines()
+        if "Traceback" in line and '"level":"warning"' not in line
+    ]
 
 
 @pytest.fixture
