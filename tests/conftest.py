@@ -35,7 +35,7 @@ _numbers = count(1)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Makes a skip a failure in CI, which installs everything: what is left out there is not tested at all."""
+    """Makes a skip a failure in CI, which installs everything: what it leaves out is tested nowhere."""
     report = yield
     if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
