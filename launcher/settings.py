@@ -10,10 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def default_data_dir() -> Path:
-    """`.hermesh/` in the checkout; for an installed package, in the current folder."""
-    root = CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
-    return root / ".hermesh"
+def home() -> Path:
+    """What a relative data folder is relative to: the checkout; for an installed package, where one is."""
+    return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
 class LauncherSettings(BaseSettings):
@@ -51,6 +50,5 @@ class LauncherSettings(BaseSettings):
     @property
     def folder(self) -> Path:
         """The data folder, absolute."""
-        if self.data_dir == Path(".hermesh"):
-            return default_data_dir()
-        return self.data_dir.expanduser().absolute()
+        # Not to the current folder: every shell and every child has to mean the same one.
+        return home() / self.data_dir.expanduser()

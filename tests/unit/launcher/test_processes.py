@@ -11,6 +11,7 @@ from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
 from launcher.plan import parse_replicas
 from launcher.processes import Identity, end_all, identify, spawn
+from launcher.settings import CHECKOUT, LauncherSettings
 from launcher.state import Remembered, State
 
 
@@ -103,6 +104,12 @@ def test_a_long_data_folder_gets_its_sockets_elsewhere(tmp_path: Path) -> None:
 def test_replicas_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(LaunchError, match="agent=3"):
         parse_replicas(text)
+
+
+def test_a_relative_data_folder_is_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert LauncherSettings(data_dir=Path("other/data")).folder == CHECKOUT / "other" / "data"
+    assert LauncherSettings(data_dir=tmp_path).folder == tmp_path
 
 
 def test_replicas_are_read() -> None:
