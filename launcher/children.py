@@ -137,18 +137,22 @@ class Children:
                     return
                 await child.changed.wait()
 
+        # Raised after `except*`: a raise within it comes out as a group in early releases of Python 3.11.
+        failed: BaseException | None = None
         try:
             async with asyncio.timeout(READY_SECONDS):
                 async with asyncio.TaskGroup() as group:
                     for child in children:
                         group.create_task(one(child))
         except* LaunchError as errors:
-            raise errors.exceptions[0] from None
+            failed = errors.exceptions[0]
         except* TimeoutError:
             late = [child.spec.replica for child in children if not child.ready.is_set()]
-            raise LaunchError(
+            failed = LaunchError(
                 f"{', '.join(late)} did not get ready within {READY_SECONDS:.0f} s; see {self._folder.logs}"
-            ) from None
+            )
+        if failed is not None:
+            raise failed
 
     async def drain(self, child: Child, grace: float) -> None:
         """Takes a replica out: Envoy first, then the process, which finishes what it has."""

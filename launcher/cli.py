@@ -107,11 +107,14 @@ def up(
         request = {"command": "up", "replicas": wanted, "settings": fingerprint()}
         try:
             answer = control.ask(folder, request, said)
-        except LaunchError:
+        except (LaunchError, KeyboardInterrupt) as error:
             # What cannot start is not left half there, retrying for nobody.
             if fresh:
                 control.stop(folder)
-            raise
+            if isinstance(error, LaunchError):
+                raise
+            rest = "what was started is stopped again" if fresh else "what runs goes on"
+            raise LaunchError(f"interrupted; {rest}") from None
     addresses = State.load(folder.state_file).addresses
     console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)
     console.print(f"  chat page and HTTP API  http://{addresses['http']}/", highlight=False)
@@ -314,7 +317,8 @@ def migrate() -> None:
         )
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
-            raise LaunchError(f"{what} failed: {said[-1] if said else done.returncode}")
+            why = said[-1].removeprefix("hermesh: ") if said else f"status {done.returncode}"
+            raise LaunchError(f"{what} failed: {why}")
         console.print(f"{what}: done", highlight=False)
 
 

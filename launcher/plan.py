@@ -224,21 +224,18 @@ class Plan:
         )
         self.admin.socket.unlink(missing_ok=True)
 
-    def external(self) -> list[tuple[str, str, Callable[[], Awaitable[bool]]]]:
-        """The parts that a URL names: service, address without credentials, and a probe."""
-        rows: list[tuple[str, str, Callable[[], Awaitable[bool]]]] = []
+    def external(self) -> list[tuple[str, str, Callable[[], Awaitable[str]]]]:
+        """The parts that a URL names: service, address without credentials, and what says what is wrong."""
+        rows: list[tuple[str, str, Callable[[], Awaitable[str]]]] = []
         if not self.postgres:
-            rows.append(("postgresql", _place(self.database_url), lambda: probes.postgres(self.database_url)))
+            url = self.database_url
+            rows.append(("postgresql", _place(url), lambda: probes.postgres_problem(url)))
         if not self.valkey:
-            rows.append(("valkey", _place(self.redis_url), lambda: probes.valkey(self.redis_url)))
+            redis_url = self.redis_url
+            rows.append(("valkey", _place(redis_url), lambda: probes.valkey_problem(redis_url)))
         if not self.embedded_model:
-            rows.append(
-                (
-                    "model",
-                    _place(self.llm_base_url),
-                    lambda: probes.model(self.llm_base_url, self.llm_api_key),
-                )
-            )
+            base_url, key = self.llm_base_url, self.llm_api_key
+            rows.append(("model", _place(base_url), lambda: probes.model_problem(base_url, key)))
         return rows
 
     def service(self, service: str, number: int) -> Spec:

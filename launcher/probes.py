@@ -1,16 +1,26 @@
-"""Does a part answer? The same questions for an embedded part and for one that a URL names."""
+"""Does a part answer, and if not, why? The same for an embedded part and for one that a URL names.
+
+Each question has two forms: whether it answers, and in a few words what is wrong (empty for nothing). The
+words hold no credentials.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
 SECONDS = 2.0
+NO_ANSWER = "does not answer"
 
 # The drivers are imported where they are used: most commands of `hermesh` ask nothing of them.
 
 
 async def postgres(url: str) -> bool:
     """Whether PostgreSQL takes connections with these credentials."""
+    return not await postgres_problem(url)
+
+
+async def postgres_problem(url: str) -> str:
+    """Why PostgreSQL does not take connections with these credentials."""
     import asyncpg
 
     try:
@@ -20,30 +30,49 @@ async def postgres(url: str) -> bool:
                 await connection.fetchval("SELECT 1")
             finally:
                 connection.terminate()
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError):
-        return False
-    return True
+    except (asyncpg.InvalidPasswordError, asyncpg.InvalidAuthorizationSpecificationError):
+        return "refuses the user or the password"
+    except asyncpg.InvalidCatalogNameError:
+        return "has no such database"
+    except (OSError, TimeoutError, asyncpg.PostgresError):
+        return NO_ANSWER
+    except (asyncpg.InterfaceError, ValueError):
+        return "is not a URL of PostgreSQL's"
+    return ""
 
 
 async def valkey(url: str) -> bool:
     """Whether Valkey or Redis answers a PING with these credentials."""
+    return not await valkey_problem(url)
+
+
+async def valkey_problem(url: str) -> str:
+    """Why Valkey or Redis does not answer a PING with these credentials."""
     import redis.asyncio
-    from redis.exceptions import RedisError
+    from redis.exceptions import AuthenticationError, RedisError
 
     try:
         client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
     except ValueError:
-        return False
+        return "is not a URL of Redis's"
     try:
-        return bool(await client.ping())
+        await client.ping()
+    except AuthenticationError:
+        return "refuses the user or the password"
     except (RedisError, OSError):
-        return False
+        return NO_ANSWER
     finally:
         await client.aclose()
+    return ""
 
 
 async def model(base_url: str, api_key: str) -> bool:
     """Whether the model API lists models with this key."""
+    return not await model_problem(base_url, api_key)
+
+
+async def model_problem(base_url: str, api_key: str) -> str:
+    """Why the model API does not list models with this key."""
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -52,6 +81,12 @@ async def model(base_url: str, api_key: str) -> bool:
         outside = not base_url.startswith("http://127.0.0.1:")
         async with httpx.AsyncClient(timeout=SECONDS, verify=outside, trust_env=outside) as client:
             answer = await client.get(f"{base_url.rstrip('/')}/models", headers=headers)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return answer.status_code < 400
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL):
+        return "is not a URL of an HTTP API"
+    except httpx.HTTPError:
+        return NO_ANSWER
+    except UnicodeEncodeError:
+        return "takes keys of ASCII characters only, and HERMESH_LLM_API_KEY has others"
+    if answer.status_code in (401, 403):
+        return "refuses HERMESH_LLM_API_KEY"
+    return f"answers {answer.status_code} to /models" if answer.status_code >= 400 else ""

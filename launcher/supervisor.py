@@ -155,6 +155,8 @@ class Supervisor:
                 return await self.status()
             case "up":
                 await self._unless_stopped(self.up(request.get("replicas") or {}, say))
+                # Whatever became of the file meanwhile.
+                self.save()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "scale":
                 await self._unless_stopped(self.scale(request["replicas"], say))
@@ -255,10 +257,10 @@ class Supervisor:
             }
             for child, well in zip(children, health, strict=True)
         ]
-        for service, address, probe in self.plan.external():
+        for service, address, problem in self.plan.external():
             rows.append(
                 {"service": service, "replica": service, "pid": None, "address": address}
-                | {"health": "healthy" if await probe() else "unhealthy"}
+                | {"health": "unhealthy" if await problem() else "healthy"}
                 | {"restarts": 0, "last_exit": "", "external": True}
             )
         order = (*PARTS, *SERVICES)
@@ -327,10 +329,10 @@ class Supervisor:
         self.unwritten.set()
 
     async def _check_external(self) -> None:
-        for service, address, probe in self.plan.external():
-            if not await probe():
+        for service, address, problem in self.plan.external():
+            if wrong := await problem():
                 names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
-                raise LaunchError(f"{service} at {address} does not answer; check HERMESH_{names[service]}")
+                raise LaunchError(f"{service} at {address} {wrong}; check HERMESH_{names[service]}")
 
     async def _prepare_database(self, say: Say) -> None:
         """Brings the schema up to date and makes the first tenant, unless this was done before."""
@@ -367,7 +369,8 @@ class Supervisor:
                 await process.wait()
         if process.returncode != 0:
             lines = said.decode(errors="replace").strip().splitlines()
-            raise LaunchError(f"{what} failed: {lines[-1] if lines else f'status {process.returncode}'}")
+            why = lines[-1].removeprefix("hermesh: ") if lines else f"status {process.returncode}"
+            raise LaunchError(f"{what} failed: {why}")
 
     async def _wait_balanced(self) -> None:
         missing: list[str] = []
