@@ -116,8 +116,14 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error
     try:
-        await _create_table(connection, schema)
-        _check_known(migrations, await connection.fetch(_LIST))
+        try:
+            await _create_table(connection, schema)
+            _check_known(migrations, await connection.fetch(_LIST))
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise StartupError(
+                f"the database's user may not make tables: {_one_line(error)}; grant it CREATE on the "
+                "database and its schema public, or make it the database's owner"
+            ) from error
         applied = []
         for migration in migrations:
             if await _apply(connection, migration):

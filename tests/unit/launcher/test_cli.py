@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,6 +142,49 @@ def test_a_key_that_only_the_person_has_is_asked_for(
     assert hermesh(monkeypatch, "run", "hello") == 1
     assert "HERMESH_API_KEY" in capsys.readouterr().err
     assert not folder.api_key_file.exists()
+
+
+INTERRUPTED = """
+import os, signal, sys
+from launcher.command import main
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "launcher.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+main()
+"""
+
+
+def test_an_interrupt_while_modules_are_read_says_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_interrupted_up_leaves_what_it_found(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fresh: bool
+) -> None:
+    me = identify(os.getpid())
+    stopped: list[Folder] = []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.control.supervisor_of", lambda _: None if fresh else me)
+    monkeypatch.setattr("launcher.control.start_supervisor", lambda _: None)
+    monkeypatch.setattr("launcher.control.ask", interrupted)
+    monkeypatch.setattr("launcher.control.stop", stopped.append)
+    monkeypatch.setenv("HERMESH_DATABASE_URL", "postgresql://127.0.0.1:1/x")
+    monkeypatch.setenv("HERMESH_HTTP_PORT", str(free_port()))
+    monkeypatch.setenv("HERMESH_GRPC_PORT", str(free_port()))
+    assert hermesh(monkeypatch, "up") == 1
+    assert "interrupted" in capsys.readouterr().err
+    assert bool(stopped) is fresh
 
 
 def test_logs_are_of_one_service_or_replica(
