@@ -366,12 +366,16 @@ class Runner:
         return done
 
     async def _side_by_side(self, calls: Sequence[Call], done: list[Call]) -> None:
+        # Raised after `except*`: before Python 3.11.4 what is raised within it comes out as a group.
+        failed: list[BaseException] = []
         try:
             async with asyncio.TaskGroup() as group:
                 for call in calls:
                     group.create_task(self._call_tool(call, done), name=f"tool-{call.call_id}")
         except* WriterStopped as stopped:
-            raise stopped.exceptions[0] from None
+            failed.extend(stopped.exceptions)
+        if failed:
+            raise failed[0]
 
     async def _call_tool(self, call: Call, done: list[Call]) -> None:
         info = self._tools.get(call.name)
