@@ -160,3 +160,28 @@ async def test_clients_that_leave_and_runs_that_are_cancelled_leave_nothing(mesh
         levels.append(await asyncio.to_thread(descriptors, mesh))
     more = {name: levels[1][name] - count for name, count in levels[0].items() if name in levels[1]}
     assert max(more.values()) <= SPARE_FDS, more
+
+
+async def test_a_session_deleted_in_mid_reply_ends_all_that_belongs_to_it(mesh: Mesh) -> None:
+    async with http(mesh) as client:
+        session = await new_session(client)
+
+        async def follow(path: str) -> str:
+            async with http(mesh) as one, one.stream("GET", path) as response:
+                return (await response.aread()).decode()[-200:]
+
+        async with asyncio.timeout(30), run_stream(client, session, "[[tokens=4000 rate=50]]") as frames:
+            run = (await anext(frames)).run_id
+            waiting = await submit(client, session, "[[tokens=2]]")
+            await watch(client, run, 0, lambda frame: frame.event == "text.delta")
+            paths = (f"/v1/runs/{run}/events", f"/v1/sessions/{session}/events", f"/v1/runs/{waiting}/events")
+            followers = [asyncio.create_task(follow(path)) for path in paths]
+            assert (await client.delete(f"/v1/sessions/{session}")).status_code == 204
+            last = [frame async for frame in frames][-1]
+            assert (last.event, last.id) == ("reconnect", "")
+            for ended in await asyncio.gather(*followers):
+                # A watch that had not begun yet is told at once.
+                assert "event: reconnect" in ended or "RUN_NOT_FOUND" in ended or "SESSION_NOT_FOUND" in ended
+            for path in (f"/v1/sessions/{session}", f"/v1/runs/{run}", f"/v1/runs/{waiting}"):
+                assert (await client.get(path)).status_code == 404
+        await settled(lambda: model_streams(mesh), "replies of the model")

@@ -15,7 +15,11 @@ import grpc
 import httpx
 
 from bench.mesh import Mesh
+from hermesh.agent.v1 import agent_service_pb2 as agent_pb
+from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
+from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1 import session_service_pb2 as session_pb
+from hermesh.session.v1.resources_pb2 import RunOptions
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from tests.e2e.client import (
     TERMINAL,
@@ -199,3 +203,39 @@ async def test_a_reply_that_nobody_reads_is_finished_and_resumed(mesh: Mesh) -> 
                 assert 1 < len(part) < len(log)
                 rest = [frame.raw for frame in await watch(client, run, seq)]
                 assert part + rest == log
+
+
+async def test_grpc_calls_that_nobody_reads_hold_nobody_up(mesh: Mesh) -> None:
+    """A Run and a WatchRun of a flood, unread until it is over, are then read without a gap."""
+    key = (("authorization", f"Bearer {mesh.api_key}"),)
+    async with (
+        http(mesh) as client,
+        grpc.aio.insecure_channel(mesh.grpc_address) as channel,
+        grpc.aio.insecure_channel(mesh.grpc_address) as another,
+    ):
+        request = agent_pb.RunRequest(
+            session_id=await new_session(client),
+            input=[InputMessage(role="user", content=FLOOD)],
+            options=RunOptions(memory=False),
+        )
+        run_call = AgentServiceStub(channel).Run(request, metadata=key, timeout=60)  # type: ignore[no-untyped-call]
+        first = await run_call.read()
+        run = first.frame.events[0].run_id
+        watch_call = SessionServiceStub(another).WatchRun(  # type: ignore[no-untyped-call]
+            session_pb.WatchRunRequest(run_id=run), metadata=key, timeout=60
+        )
+        await watch_call.wait_for_connection()
+        frames = await watch_to_end(client, run)
+        assert_whole(frames)
+        assert frames[-1].event == "run.completed"
+        truth = [frame.seq for frame in frames]
+        watched = [event.seq async for answer in watch_call for event in answer.frame.events]
+        assert watched == truth
+        seen = [event.seq for event in first.frame.events]
+        moved = False
+        while (answer := await run_call.read()) is not grpc.aio.EOF:
+            seen += [event.seq for event in answer.frame.events]
+            moved = moved or answer.frame.HasField("reconnect")
+        # Whoever is too far behind is sent to WatchRun, and has had a prefix until then.
+        assert seen == truth[: len(seen)]
+        assert moved or seen == truth
