@@ -44,6 +44,8 @@ CREATE FUNCTION session.next_seq(p_run uuid) RETURNS integer
 
 -- Writes events of the store's own to a run that nobody holds; a writer that thinks it does is fenced off.
 -- The caller holds the lease row. Returns the run's last seq.
+-- Tells every replica: events that no writer sent come to watchers at once only if somebody says so. Rare
+-- (cancels, lost runs, a person's word), so that NOTIFY stays off the hot path.
 CREATE FUNCTION session.write_unheld(p_run uuid, p_types text[], p_times bigint[], p_data text[])
 RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -63,6 +65,7 @@ BEGIN
     SELECT p_run, v_seq + c.i::integer - 1, c.time_ms, v_run.tenant_id, v_run.session_id, v_fence, c.type, c.data
     FROM unnest(p_types, p_times, p_data) WITH ORDINALITY c(type, time_ms, data, i);
     UPDATE session.run SET last_seq = v_seq + cardinality(p_types) - 1 WHERE run_id = p_run;
+    PERFORM pg_notify('hermesh_log', p_run::text);
     RETURN v_seq + cardinality(p_types) - 1;
 END $$;
 
@@ -82,6 +85,8 @@ END $$;
 -- What an agent needs to go on with a run, as JSON: the newest messages within the limits (all of this
 -- run's own whatever their size), this run's events from its last step.started on (all but the first if it
 -- has none), its tool calls, the session's user and agent.
+-- Callers that have the history in a cache ask with p_max_messages = 0: then it holds the run's own messages
+-- and the one before them, whose id and ordinal tell which history fits.
 CREATE FUNCTION session.run_context(p_run uuid, p_max_messages integer, p_max_bytes bigint) RETURNS json
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -92,23 +97,35 @@ DECLARE
     v_events json;
     v_calls json;
     v_step integer;
+    v_before integer;
 BEGIN
     SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
     WHERE r.run_id = p_run;
     SELECT attempt INTO STRICT v_attempt FROM session.run WHERE run_id = p_run;
-    WITH newest AS (
-        SELECT m.*, row_number() OVER later AS place,
-               sum(octet_length(content) + octet_length(tool_calls)) OVER later AS bytes
-        FROM (SELECT * FROM session.message
-              WHERE session_id = v_session.session_id AND NOT rolled_back
-              ORDER BY ordinal DESC LIMIT greatest(p_max_messages, 1000)) m
-        WINDOW later AS (ORDER BY ordinal DESC)
-    )
-    SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
-                                     created_ms) ORDER BY ordinal), count(*)
-    INTO v_messages, v_kept
-    FROM newest
-    WHERE run_id = p_run OR place = 1 OR (place <= p_max_messages AND bytes <= p_max_bytes);
+    IF p_max_messages = 0 THEN
+        SELECT m.ordinal INTO v_before FROM session.message m
+        WHERE m.session_id = v_session.session_id AND NOT m.rolled_back AND m.run_id <> p_run
+        ORDER BY m.ordinal DESC LIMIT 1;
+        SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
+                                         created_ms) ORDER BY ordinal), count(*)
+        INTO v_messages, v_kept
+        FROM session.message
+        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal >= coalesce(v_before, 0);
+    ELSE
+        WITH newest AS (
+            SELECT m.*, row_number() OVER later AS place,
+                   sum(octet_length(content) + octet_length(tool_calls)) OVER later AS bytes
+            FROM (SELECT * FROM session.message
+                  WHERE session_id = v_session.session_id AND NOT rolled_back
+                  ORDER BY ordinal DESC LIMIT greatest(p_max_messages, 1000)) m
+            WINDOW later AS (ORDER BY ordinal DESC)
+        )
+        SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
+                                         created_ms) ORDER BY ordinal), count(*)
+        INTO v_messages, v_kept
+        FROM newest
+        WHERE run_id = p_run OR place = 1 OR (place <= p_max_messages AND bytes <= p_max_bytes);
+    END IF;
     -- Before its first claim a run has nothing but run.created.
     IF v_attempt > 1 THEN
         SELECT seq INTO v_step FROM session.event WHERE run_id = p_run AND type = 'step.started'
@@ -306,6 +323,7 @@ END $$;
 
 -- Writes one append with what commits beside it. Outcomes are AppendOutcome's: 1 committed, 2 fenced, 3 gap;
 -- p_status is RunStatus's or NULL.
+-- A run that parks for a person leaves nothing unsaid behind it.
 CREATE FUNCTION session.append_step(
     p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_types text[], p_times bigint[],
     p_data text[], p_messages json, p_intents json, p_status smallint, p_error json, p_input_tokens integer,
@@ -315,6 +333,7 @@ LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     v_lease session.lease%ROWTYPE;
+    v_run session.run%ROWTYPE;
     v_count integer;
     v_added integer := 0;
     v_now bigint := session.now_ms();
@@ -374,15 +393,28 @@ BEGIN
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
+        -- Whoever waits for a person has nothing under way: a call without an outcome is one to ask about.
+        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2;
+        -- What was said while this step was on its way would find nobody to hear it later.
+        SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
+        IF v_run.cancel_requested THEN
+            PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
+              AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
+            PERFORM session.requeue_run(p_run);
+        END IF;
     END IF;
 END $$;
 
 -- Why an append was refused: 3 with the next seq if the fence is current and the place is not, or if this
 -- very write, under this very fence, is in the log already as the run's last; else 2.
-CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_n integer,
-                                OUT outcome smallint, OUT next_seq integer)
+-- 4 (send it again) if what refused the append is over by the time of this look: the place may have come to
+-- match meanwhile, and a writer must not take that for a lost lease.
+CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer,
+                                           p_n integer, OUT outcome smallint, OUT next_seq integer)
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN l.run_id = p_run AND l.fence = p_fence AND l.next_seq <> p_first_seq THEN 3
+                WHEN l.run_id = p_run AND l.fence = p_fence AND l.owner IS NOT NULL THEN 4
                 WHEN r.status >= 4 AND r.last_seq = p_first_seq + p_n - 1
                      AND EXISTS (SELECT FROM session.event e WHERE e.run_id = p_run
                                  AND e.seq = p_first_seq + p_n - 1 AND e.fence = p_fence) THEN 3
