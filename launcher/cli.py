@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -95,8 +96,7 @@ def up(
             # What is wrong with the data is said at once, before anything runs.
             plan.postgres.initialize()
             link_data(folder.postgres, plan.postgres)
-        control.start_supervisor(folder)
-    with _progress("starting the mesh") as status:
+    with _progress("starting the mesh") as status, _all_or_nothing(folder, fresh=fresh):
 
         def said(text: str) -> None:
             if status is not None:
@@ -104,17 +104,10 @@ def up(
             else:
                 typer.echo(text)
 
+        if fresh:
+            control.start_supervisor(folder)
         request = {"command": "up", "replicas": wanted, "settings": fingerprint()}
-        try:
-            answer = control.ask(folder, request, said)
-        except (LaunchError, KeyboardInterrupt) as error:
-            # What cannot start is not left half there, retrying for nobody.
-            if fresh:
-                control.stop(folder)
-            if isinstance(error, LaunchError):
-                raise
-            rest = "what was started is stopped again" if fresh else "what runs goes on"
-            raise LaunchError(f"interrupted; {rest}") from None
+        answer = control.ask(folder, request, said)
     addresses = State.load(folder.state_file).addresses
     console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)
     console.print(f"  chat page and HTTP API  http://{addresses['http']}/", highlight=False)
@@ -129,6 +122,20 @@ def up(
         console.print(f"\n> {question}", highlight=False)
         with _api(folder, settings) as api:
             show(api.run(api.create_session("Hello"), question), console)
+
+
+@contextmanager
+def _all_or_nothing(folder: Folder, *, fresh: bool) -> Iterator[None]:
+    """What cannot start, or is not to after all, is not left half there, retrying for nobody."""
+    try:
+        yield
+    except (LaunchError, KeyboardInterrupt) as error:
+        if fresh:
+            control.stop(folder)
+        if isinstance(error, LaunchError):
+            raise
+        rest = "what was started is stopped again" if fresh else "what runs goes on"
+        raise LaunchError(f"interrupted; {rest}") from None
 
 
 def _check_ports(settings: LauncherSettings, folder: Folder) -> None:

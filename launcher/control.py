@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -78,6 +79,16 @@ def start_supervisor(folder: Folder) -> None:
     # Its own bytecode, and the services', make the next start faster.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     process = spawn([sys.executable, "-m", "launcher.supervisor"], environment, log)
+    try:
+        _wait_listening(folder, process, log, before)
+    except BaseException:
+        # Nobody knows of it yet, and it has started nothing.
+        process.kill()
+        process.wait()
+        raise
+
+
+def _wait_listening(folder: Folder, process: subprocess.Popen[bytes], log: Path, before: int) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -89,7 +100,6 @@ def start_supervisor(folder: Folder) -> None:
         if folder.control_socket.exists() and identify(process.pid) == supervisor_of(folder):
             return
         time.sleep(0.02)
-    process.kill()
     raise LaunchError(f"the supervisor did not listen within {START_SECONDS:.0f} s; see {log}")
 
 
