@@ -16,7 +16,7 @@ from hermesh.memory.v1.memory_service_pb2 import (
 )
 from hermesh.memory.v1.memory_service_pb2_grpc import MemoryServiceStub
 from meshkit.channel import mesh_metadata, stream_call
-from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.errors import from_rpc_error
 from meshkit.settings import MeshSettings
 from services.agent.domain.prompt import RunSpec
 
@@ -56,18 +56,16 @@ class MemoryClient:
         """
         if not spec.user and spec.ordinal <= 1:
             return (), {}  # a session of nobody has nothing to recall before its first run is over
-        # Raised after `except*`: before Python 3.11.4 what is raised within it comes out as a group.
-        failed: list[HermeshError] = []
         try:
             async with asyncio.TaskGroup() as group:
                 recalled = group.create_task(self._recall(spec, query, timeout))
                 preferences = group.create_task(self._preferences(spec, timeout))
-        except* grpc.aio.AioRpcError as errors:
+        except ExceptionGroup as errors:
+            # Not `except*`: before Python 3.11.4 what is raised within it comes out as a group.
             first = errors.exceptions[0]
-            assert isinstance(first, grpc.aio.AioRpcError)
-            failed.append(from_rpc_error(first))
-        if failed:
-            raise failed[0]
+            if not isinstance(first, grpc.aio.AioRpcError):
+                raise
+            raise from_rpc_error(first) from None
         return recalled.result(), preferences.result()
 
     async def _recall(self, spec: RunSpec, query: str, timeout: float) -> Sequence[Recalled]:
