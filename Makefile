@@ -14,19 +14,21 @@ UV := UV_PROJECT_ENVIRONMENT=$(VENV) UV_PYTHON_DOWNLOADS=never $(BIN)/uv
 ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= 1
 endif
+# An environment holds its own path: in a checkout that was moved its commands cannot be run.
+MOVED := { status=$$?; [ $$status -ne 127 ] || echo "The environment is of another place; was this folder moved? rm -rf $(VENV), then make again."; exit $$status; }
 SOURCES := meshkit services gateway launcher bench tools
 RELEASED := protos/released.binpb
 
 ##@ Run it
 .PHONY: up down status
 up: $(VENV)/.run-ready ## Install everything, start the mesh in the background, stream one real reply
-	@$(BIN)/hermesh up $(ARGS)
+	@$(BIN)/hermesh up $(ARGS) || $(MOVED)
 
 down: ## Stop the mesh and everything embedded
-	@if [ -x $(BIN)/hermesh ]; then $(BIN)/hermesh down; else echo "Nothing is installed, so nothing runs."; fi
+	@if [ -x $(BIN)/hermesh ]; then $(BIN)/hermesh down || $(MOVED); else echo "Nothing is installed, so nothing runs."; fi
 
 status: $(VENV)/.run-ready ## Show what runs and how it is
-	@$(BIN)/hermesh status
+	@$(BIN)/hermesh status || $(MOVED)
 
 ##@ Test it
 .PHONY: test test-unit test-integration test-e2e bench-smoke
@@ -91,9 +93,8 @@ install: $(VENV)/.dev-ready ## The environment with everything a developer needs
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Hermesh needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 ..."; exit 1; }
-	@$(PYTHON) -m venv $(VENV) > /tmp/hermesh-venv-$$$$.log 2>&1 || \
-	  { cat /tmp/hermesh-venv-$$$$.log; rm -rf $(VENV); echo "No virtual environment could be made. On Debian: apt-get install python3-venv"; exit 1; }
-	@rm -f /tmp/hermesh-venv-*.log
+	@said=$$($(PYTHON) -m venv $(VENV) 2>&1) || \
+	  { echo "$$said"; rm -rf $(VENV); echo "No virtual environment could be made. On Debian: apt-get install python3-venv"; exit 1; }
 	@echo "Installing uv $(UV_VERSION) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)" || \
 	  { rm -rf $(VENV); echo "uv could not be installed: see pip's message above (is the package index reachable?)"; exit 1; }
