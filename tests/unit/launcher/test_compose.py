@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,23 @@ def test_secrets_have_no_default(compose: dict[str, Any]) -> None:
         assert re.search(rf"\${{{name}:\?", text)
         assert not re.search(rf"\${{{name}:-", text)
         assert f"{name}=" in (ROOT / "deploy/docker/env.example").read_text()
+
+
+def test_the_image_gets_what_the_build_needs() -> None:
+    copied = {
+        source
+        for line in (ROOT / "deploy/docker/Dockerfile").read_text().splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for source in line.split()[1:-1]
+    }
+    assert all((ROOT / source).exists() for source in copied)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {
+        *wheel["packages"],
+        *wheel["force-include"],
+        "pyproject.toml",
+        "uv.lock",
+        "README.md",
+        "LICENSE",
+    }
+    assert {path for path in needed if not any(f"{path}/".startswith(f"{c}/") for c in copied)} == set()
