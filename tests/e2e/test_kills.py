@@ -51,7 +51,8 @@ async def test_a_killed_agents_run_is_finished_by_another(mesh: Mesh) -> None:
     expected_text(frames)
     starts = [frame for frame in frames if frame.event == "run.started"]
     assert len(starts) == 2
-    assert starts[0].data["data"]["replica"] != starts[1].data["data"]["replica"]
+    # By another process for certain: usually the other replica, now and then the dead one's quick successor.
+    assert [frame.data["data"]["attempt"] for frame in starts] == [1, 2]
     assert "attempt.reset" in [frame.event for frame in frames]
     assert starts[1].data["time"] / 1000 - killed < LEASE_TTL_SECONDS + 2
 
