@@ -152,11 +152,6 @@ class SessionCursor:
         return fresh
 
 
-def event_id(run_id: str, seq: int) -> str:
-    """Returns an event's id as SSE carries it."""
-    return f"{run_id}:{seq}"
-
-
 def parse_event_id(text: str) -> tuple[str, int]:
     """Splits `run_id:seq`.
 

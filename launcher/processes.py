@@ -28,7 +28,7 @@ class Identity:
     @property
     def alive(self) -> bool:
         """Whether this very process runs; a zombie does not."""
-        fields = _stat(self.pid)
+        fields = stat_fields(self.pid)
         return bool(fields) and int(fields[19]) == self.start_time and fields[0] not in "ZX"
 
     def send(self, number: signal.Signals) -> None:
@@ -46,7 +46,8 @@ class Identity:
             os.close(handle)
 
 
-def _stat(pid: int) -> list[str]:
+def stat_fields(pid: int) -> list[str]:
+    """Returns /proc/PID/stat from its third field (the state) on; empty if there is no such process."""
     # The command may hold spaces and brackets; what follows its last bracket does not.
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -65,7 +66,7 @@ def boot_id() -> str:
 
 def identify(pid: int) -> Identity | None:
     """Returns the identity of the process that has this pid now."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return Identity(pid, int(fields[19])) if fields else None
 
 

@@ -5,6 +5,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from bench.mesh import Mesh
 from tests.e2e.client import Frame, assert_whole, http, new_session, submit, text_of, watch, watch_to_end
 
@@ -57,19 +59,9 @@ async def test_a_killed_agents_run_is_finished_by_another(mesh: Mesh) -> None:
     assert starts[1].data["time"] / 1000 - killed < LEASE_TTL_SECONDS + 2
 
 
-async def test_a_killed_session_replica_costs_no_run(mesh: Mesh) -> None:
-    pid = mesh.of("session")[0].pid
-    runs = [await start(mesh) for _ in range(4)]
-    os.kill(pid, signal.SIGKILL)
-    for _, follower, _ in runs:
-        frames = await asyncio.wait_for(follower, 60)
-        assert_whole(frames)
-        assert frames[-1].event == "run.completed"
-        expected_text(frames)
-
-
-async def test_a_killed_gateway_costs_a_reconnect(mesh: Mesh) -> None:
-    pid = mesh.of("gateway")[0].pid
+@pytest.mark.parametrize("service", ["session", "gateway"])
+async def test_a_killed_replica_of_what_runs_pass_through_costs_none(mesh: Mesh, service: str) -> None:
+    pid = mesh.of(service)[0].pid
     runs = [await start(mesh) for _ in range(4)]
     os.kill(pid, signal.SIGKILL)
     for _, follower, _ in runs:
