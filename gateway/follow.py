@@ -17,6 +17,7 @@ from gateway.cursor import GapError, RunCursor, SessionCursor
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1 import session_service_pb2 as session_pb
+from meshkit import failpoints
 from meshkit.channel import stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.tasks import Backoff
@@ -33,6 +34,8 @@ _HEALTHY = 5.0
 _RUN_TRIES = 3
 # How long a stream may take to end by itself after the terminal event.
 _TAIL = 2.0
+
+_passed_on = failpoints.point("gateway.events")
 
 # One for all: seeding one a stream would cost more than all else here.
 _jitter = random.Random()  # noqa: S311 -- spreads load, keeps no secret
@@ -179,6 +182,7 @@ class _Follower:
                         self._backoff.reset()
                         if fresh:
                             yield fresh
+                            _passed_on()
                         if cursor.finished:
                             await _read_out(stream)
                             return

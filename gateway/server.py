@@ -20,7 +20,7 @@ from gateway.clients import SAFE_METHODS
 from gateway.context import Gateway
 from gateway.settings import GatewaySettings
 from gateway.streams import ABORT_EXTENSION
-from meshkit import tracing
+from meshkit import failpoints, tracing
 from meshkit.channel import open_channel
 from meshkit.lifecycle import StopSignals, bind_failure, reachable, remove_ready_file, write_ready_file
 from meshkit.probes import ProbeServer
@@ -141,6 +141,7 @@ async def serve(settings: GatewaySettings) -> None:
         StartupError: It cannot start.
     """
     setup_logging(settings, "gateway")
+    failpoints.arm(settings.failpoints)
     end_tracing = tracing.configure("gateway", settings.replica, settings.trace_file)
     try:
         sock = bind(settings.listen)

@@ -14,7 +14,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from meshkit import tracing
+from meshkit import failpoints, tracing
 from meshkit.auth import Authenticator
 from meshkit.channel import MAX_MESSAGE_BYTES
 from meshkit.context import current_request_id, remaining
@@ -128,6 +128,7 @@ class Server:
         async with AsyncExitStack() as stack:
             if self._configure_logging:
                 setup_logging(self._settings, self._service)
+            failpoints.arm(self._settings.failpoints)
             stack.callback(
                 tracing.configure(self._service, self._settings.replica, self._settings.trace_file)
             )

@@ -74,6 +74,10 @@ class MeshSettings(BaseSettings):
     trace_file: Path | None = Field(
         None, description="File to which finished spans are appended as JSON lines."
     )
+    failpoints: str = Field(
+        "",
+        description="For tests only: where in the code the process is to crash; see meshkit/failpoints.py.",
+    )
 
     @classmethod
     def service_name(cls) -> str:

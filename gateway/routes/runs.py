@@ -29,6 +29,7 @@ from gateway.problems import violation
 from gateway.routes.sessions import IDEMPOTENCY, PAGE_TOKEN
 from gateway.streams import EventStream
 from hermesh.session.v1 import session_service_pb2 as pb
+from meshkit import failpoints
 from meshkit.errors import OutOfRangeError
 
 # How long new input may take to be accepted before the caller gets 504.
@@ -38,11 +39,15 @@ LAST_EVENT_ID = Param(
     "Last-Event-ID", "header", "The id of the last event received, `<run_id>:<seq>`; goes before the query."
 )
 
+_before_submit = failpoints.point("gateway.submit.before")
+_after_submit = failpoints.point("gateway.submit.after")
+
 
 async def create(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/sessions/{session_id}/runs."""
     session_id = session_id_of(request)
     body = await read_model(gateway, request, models.CreateRun, limit=MAX_INPUT_BODY)
+    _before_submit()
     model = await gateway.mesh.check_model(body.chosen_model)
     if body.stream:
         submit = body.run_request(session_id, idempotency_key(request, always=True))
@@ -54,6 +59,7 @@ async def create(gateway: Gateway, request: Request) -> ASGIApp:
     order = body.submit_request(session_id, idempotency_key(request))
     order.options.model = model
     answer = await call(gateway.mesh.sessions.SubmitRun(order))
+    _after_submit()
     run = models.run_json(answer.run)
     return json_response(run, 202, {"location": f"/v1/runs/{run['run_id']}"})
 

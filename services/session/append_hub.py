@@ -8,6 +8,7 @@ from uuid import UUID
 import structlog
 
 from hermesh.session.v1 import session_internal_service_pb2 as internal
+from meshkit import failpoints
 from meshkit.errors import HermeshError, UnavailableError
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import convert, metrics
@@ -26,6 +27,9 @@ _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
 _SHORTEN_TRIES_S = 5.0
+
+_before_ack = failpoints.point("session.ack.before")
+_after_ack = failpoints.point("session.ack.after")
 
 
 class Leases(Protocol):
@@ -329,7 +333,9 @@ class AppendStream:
             if self._full:
                 response, self._response = self._response, internal.AppendResponse()
                 self._full = False
+                _before_ack()
                 yield response
+                _after_ack()
                 # Only what was sent makes room: a writer that does not read its answers is not read either.
                 self._outstanding -= len(response.results) + len(response.reattached)
                 self._room.set()

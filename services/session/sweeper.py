@@ -13,6 +13,7 @@ import grpc
 import structlog
 
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
+from meshkit import failpoints
 from meshkit.channel import stream_call
 from meshkit.errors import HermeshError
 from meshkit.tasks import Backoff, TaskOwner
@@ -25,6 +26,8 @@ _BATCH = 64
 _HOLD_SECONDS = 6 * 3600.0
 # After a notice the sweep waits this long for more of them: many commits, one sweep.
 _GATHER_S = 0.002
+
+_dispatching = failpoints.point("session.dispatch")
 _LATER = frozenset(
     {
         grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -115,6 +118,7 @@ class Sweeper:
     async def _dispatch(self, run_id: UUID) -> None:
         result = "ended"
         try:
+            _dispatching()
             request = agent_pb.ExecuteRequest(run_id=str(run_id))
             async with stream_call(self._agent.Execute(request, timeout=_HOLD_SECONDS)) as call:
                 async for response in call:

@@ -18,6 +18,7 @@ from uuid import UUID
 
 import structlog
 
+from meshkit import failpoints
 from meshkit.errors import (
     AbortedError,
     CancelledCallError,
@@ -372,6 +373,7 @@ def _context(execution: Execution, entry: Entry, loop: asyncio.AbstractEventLoop
     )
 
 
+@failpoints.around("tool.act")
 async def _call(found: Tool, arguments: Mapping[str, Any], context: ToolContext) -> str | Exception:
     try:
         value = await found.function(arguments, context)

@@ -9,6 +9,7 @@ import grpc.aio
 
 from hermesh.session.v1 import resources_pb2, session_internal_service_pb2
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
+from meshkit import failpoints
 from meshkit.channel import mesh_metadata
 from meshkit.errors import InternalError, from_rpc_error
 from meshkit.settings import MeshSettings
@@ -37,6 +38,7 @@ class MeshJournal:
         self._stub = SessionInternalServiceStub(channel)
         self._settings = settings
 
+    @failpoints.around("tool.begin")
     async def begin(self, request: CallRequest) -> tuple[BeginOutcome, Entry]:
         """Calls BeginToolCall."""
         try:
@@ -56,6 +58,7 @@ class MeshJournal:
             raise InternalError(message="the journal gave an answer that is not known") from error
         return outcome, _entry(response.tool_call)
 
+    @failpoints.around("tool.complete")
     async def complete(self, request: CallRequest, outcome: Outcome) -> Entry:
         """Calls CompleteToolCall."""
         try:

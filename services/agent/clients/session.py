@@ -22,6 +22,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunRequest, SubmitRunResponse
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from meshkit import failpoints
 from meshkit.channel import mesh_metadata
 from meshkit.errors import HermeshError, UnavailableError, from_rpc_error
 from meshkit.ids import uuid7
@@ -89,6 +90,7 @@ class SessionClient:
         self._settings = settings
         self._mesh = mesh_metadata(settings)
 
+    @failpoints.around("agent.submit")
     async def submit(self, request: RunRequest, tenant_id: str, *, claim: bool) -> Submitted:
         """Accept input, and take the session's lease in the same transaction when `claim`.
 
@@ -130,6 +132,7 @@ class SessionClient:
             )
         return Submitted(response.run, response.created, response.duplicate, taken)
 
+    @failpoints.around("agent.claim")
     async def claim(self, run_id: str) -> Claim | NotClaimed:
         """Take the lease of a queued or orphaned run.
 
@@ -197,6 +200,7 @@ class SessionClient:
             ttl = response.ttl_ms / 1000
         return Renewal(lost, cancelled, ttl)
 
+    @failpoints.around("agent.release")
     async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:
         """Give a lease up; False when that could not be said (it ends by itself then)."""
         request = ReleaseLeaseRequest(lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence))

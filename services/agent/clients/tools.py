@@ -26,6 +26,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.tool.v1.tool_service_pb2 import CancelRequest, ExecuteRequest, ListToolsRequest
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
+from meshkit import failpoints
 from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.settings import MeshSettings
@@ -113,6 +114,7 @@ class ToolClient:
             if not token:
                 return tools
 
+    @failpoints.around("agent.tool")
     async def execute(
         self,
         spec: RunSpec,

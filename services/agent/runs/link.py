@@ -25,6 +25,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     Reattach,
     ReattachResult,
 )
+from meshkit import failpoints
 from services.agent.runs.writer import Attachment, RunWriter, WriterStopped
 
 _log = structlog.get_logger("agent.link")
@@ -37,6 +38,8 @@ WATCH_SECONDS = 1.0
 # The longest that text gathers, seconds: a reader still sees it flow.
 MAX_PACE = 0.05
 MAX_MESSAGE = 4 * 1024 * 1024
+
+_sent = failpoints.point("agent.append.sent")
 
 
 class AppendCall(Protocol):
@@ -162,6 +165,7 @@ class AppendLink:
                     message.owner = self._owner
                     first = False
                 await call.write(message)
+                _sent()
                 continue
             await self._wake.wait()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import structlog
 
+from meshkit import failpoints
 from meshkit.errors import HermeshError
 from services.agent import metrics
 from services.agent.clients.tools import ToolInfo, allowed
@@ -42,6 +43,10 @@ LAST_WRITE_SECONDS = 30.0
 RELEASE_SECONDS = 1.0
 _BROKE_OFF = "model_stream_broke"
 _TAKEN_OVER = "taken_over"
+
+_first_token = failpoints.point("agent.model.first_token")
+_turn_done = failpoints.point("agent.model.turn_done")
+_last_write = failpoints.point("agent.run.last_write")
 
 
 class Runner:
@@ -323,12 +328,14 @@ class Runner:
             self._turn_text = "".join(pieces)
         self._usage = self._usage + turn.usage
         self._turns += 1
+        _turn_done()
         return self._end_turn(state, turn)
 
     def _first_token(self) -> None:
         seconds = self._world.monotonic() - self._began
         self._ttft_ms = max(1, round(seconds * 1000))
         metrics.first_token.observe(seconds)
+        _first_token()
 
     def _end_turn(self, state: LoopState, turn: Turn) -> LoopState:
         if not turn.calls:
@@ -429,6 +436,7 @@ class Runner:
 
     async def _last_write(self) -> None:
         """Wait for the run's last events to be stored, so long that only a takeover can help after it."""
+        _last_write()
         try:
             async with asyncio.timeout(LAST_WRITE_SECONDS):
                 await self._writer.flush()

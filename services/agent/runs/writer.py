@@ -27,6 +27,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     RunAppend,
     StepCommit,
 )
+from meshkit import failpoints
 from services.agent.runs.subscription import Subscription
 
 MAX_TEXT = 64 * 1024
@@ -34,6 +35,8 @@ MAX_APPEND = 512 * 1024
 HIGH_WATER = 1024 * 1024
 # A fast model's first token comes within this time, seconds; then a turn's opening costs no write of its own.
 PATIENCE = 0.015
+
+_acknowledged = failpoints.point("agent.append.acknowledged")
 
 
 class WriterStopped(Exception):
@@ -355,6 +358,7 @@ class RunWriter:
             self.stop(WriterStopped("lost", "the log went on without this writer"))
 
     def _stored(self, append: RunAppend) -> None:
+        _acknowledged()
         self._in_flight = None
         self._sent = False
         self.next_seq = append.first_seq + len(append.events)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
+from meshkit import failpoints
 from meshkit.postgres import load_sql
 from services.session.domain import BeginOutcome, NewEvent, Run, ToolCall, ToolCallState
 from services.session.store.postgres_base import PostgresPart, not_found
@@ -16,11 +17,13 @@ _SQL = load_sql("services.session.store.sql", "journal.sql")
 class PostgresJournal(PostgresPart):
     """See `port.Journal`."""
 
+    @failpoints.around("session.begin")
     async def begin(self, call_id: str, session_id: UUID, fence: int) -> tuple[BeginOutcome, ToolCall]:
         """See the port. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         row = await self._one(_SQL["begin"], call_id, session_id, fence, call_id=call_id)
         return BeginOutcome(row["outcome"]), tool_call_of(row)
 
+    @failpoints.around("session.complete")
     async def complete(
         self, call_id: str, fence: int, state: ToolCallState, content: str, content_ref: str
     ) -> ToolCall:
@@ -30,6 +33,7 @@ class PostgresJournal(PostgresPart):
         )
         return tool_call_of(row)
 
+    @failpoints.around("session.reconcile")
     async def reconcile(self, call_id: str, state: ToolCallState, content: str, content_ref: str) -> ToolCall:
         """See the port. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         row = await self._one(_SQL["reconcile"], call_id, int(state), content, content_ref, call_id=call_id)
@@ -39,6 +43,7 @@ class PostgresJournal(PostgresPart):
         """See the port."""
         return [tool_call_of(row) for row in await self._fetch(_SQL["calls_of_run"], tenant_id, run_id)]
 
+    @failpoints.around("session.resolve")
     async def resolve(
         self,
         tenant_id: UUID,

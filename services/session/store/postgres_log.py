@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
+from meshkit import failpoints
 from meshkit.errors import InvalidArgumentError, OutOfRangeError
 from meshkit.postgres import load_sql
 from services.session.domain import (
@@ -30,6 +31,7 @@ _NO_COMMIT = StepCommit()
 class PostgresLog(PostgresPart):
     """See `port.Log`."""
 
+    @failpoints.around("session.append")
     async def append(self, appends: Sequence[RunAppend]) -> list[AppendResult]:
         """See the port."""
         sessions = [append.session_id for append in appends]
@@ -89,6 +91,7 @@ class PostgresLog(PostgresPart):
                 append.run_id, append.first_seq, AppendOutcome(row["outcome"]), row["next_seq"]
             )
 
+    @failpoints.around("session.step")
     async def append_step(self, append: RunAppend) -> AppendResult:
         """See the port. One round trip: `session.append_step`."""
         commit = append.commit or _NO_COMMIT
@@ -112,6 +115,7 @@ class PostgresLog(PostgresPart):
         )
         return AppendResult(append.run_id, append.first_seq, AppendOutcome(row["outcome"]), row["next_seq"])
 
+    @failpoints.around("session.reattach")
     async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
         """See the port. Any fence of the same claim will do: an answer that got lost is asked for again."""
         row = await self._fetchrow(
@@ -126,6 +130,7 @@ class PostgresLog(PostgresPart):
             return None
         return Grant(ref.session_id, ref.run_id, row["fence"], row["attach"], row["next_seq"], self._ttl_ms)
 
+    @failpoints.around("session.renew")
     async def renew(self, refs: Sequence[LeaseRef]) -> Renewal:
         """See the port."""
         if not refs:
@@ -143,10 +148,12 @@ class PostgresLog(PostgresPart):
             cancelled=[row["run_id"] for row in rows if row["cancel_requested"]],
         )
 
+    @failpoints.around("session.release")
     async def release(self, ref: LeaseRef) -> bool:
         """See the port."""
         return await self._fetchrow(_SQL["release"], ref.session_id, ref.run_id, ref.fence) is not None
 
+    @failpoints.around("session.shorten")
     async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
         """See the port."""
         if not refs:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import orjson
 
+from meshkit import failpoints
 from meshkit.clock import now_ms
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
@@ -32,6 +33,7 @@ _LAST_ORDINAL = 2**31 - 1
 class PostgresRuns(PostgresPart):
     """See `port.Runs`."""
 
+    @failpoints.around("session.submit")
     async def submit(self, tenant_id: UUID, submission: Submission, *, history: bool = True) -> Submitted:
         """See the port. One round trip: `session.submit_run`."""
         session_id = submission.session_id
@@ -70,6 +72,7 @@ class PostgresRuns(PostgresPart):
             claim = self._claim_of(row, run)
         return Submitted(run, created, row["duplicate"], claim)
 
+    @failpoints.around("session.claim")
     async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """See the port. One round trip: `session.claim_run`.
 
@@ -120,6 +123,7 @@ class PostgresRuns(PostgresPart):
         rows = await self._fetch(_SQL["runs_from"], tenant_id, session_id, ordinal, limit)
         return [run_of(row) for row in rows]
 
+    @failpoints.around("session.cancel")
     async def cancel(self, tenant_id: UUID, run_id: UUID, reason: str) -> tuple[Run, Event | None]:
         """See the port."""
         row = await self._one(_SQL["cancel"], tenant_id, run_id, reason, run_id=run_id)
@@ -128,6 +132,7 @@ class PostgresRuns(PostgresPart):
             return run, None
         return run, Event(run_id, row["event_seq"], "run.cancelled", row["event_time_ms"], row["event_data"])
 
+    @failpoints.around("session.due")
     async def due(self, limit: int) -> list[UUID]:
         """See the port."""
         return [row["run_id"] for row in await self._fetch(_SQL["due"], limit, DISPATCH_AGAIN)]

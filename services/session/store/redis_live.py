@@ -18,6 +18,7 @@ from uuid import UUID
 import redis.asyncio
 import structlog
 
+from meshkit import failpoints
 from meshkit.errors import UnavailableError
 from meshkit.redis import REDIS_ERRORS, Breaker
 from services.session.domain import Event
@@ -130,6 +131,7 @@ class RedisStreams:
         """True while Redis is known to be down."""
         return self._breaker.is_open
 
+    @failpoints.around("session.publish")
     async def publish(self, items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
         """Writes publications in order; see `publisher.Streams`."""
         keys: list[str] = []

@@ -14,12 +14,12 @@ harness
 clients (every record has `client`)
     session     session, replay: a session was made
     submit      key, session, digest, policy, attempt: input is about to be sent, again if attempt > 1
-    accepted    key, session, run, status, duplicate: the input was acknowledged; from here it must never be lost
-    refused     key, session, status, reason, retryable: a typed refusal; nothing was accepted for this key yet
+    accepted    key, session, run, status, duplicate: the input was acknowledged and must not be lost
+    refused     key, session, status, reason, retryable: a typed refusal; nothing was accepted yet
     open        stream, via ("sse" | "grpc" | "ws"), run, after: a stream is asked for, from a cursor on
     event       stream, run, seq, type, digest: an event was received
-    closed      stream, reason ("terminal" | "reconnect" | "cut" | "broken" | "none left"): the stream is over;
-                "cut" was our own doing, "broken" was not
+    closed      stream, reason ("terminal" | "reconnect" | "cut" | "broken" | "none left"): the stream is
+                over; "cut" was our own doing, "broken" was not
     cancel      run, status: a cancel was asked for and answered
     resolve     run, call, decision, status: a person's word was given and answered
     error       where, detail: what a client must never see (a 500, a malformed answer, an untyped error)
@@ -29,8 +29,8 @@ the tool ledger (a process of its own that nothing kills)
                 happened, before its tool was told so
 
 the service side (PostgreSQL's own triggers, written in the transaction that they tell of)
-    grant       order, session, run, fence, attach, next_seq, owner: a lease was taken, re-attached or revoked; its
-                `next_seq` is the first seq that may be written under the fence
+    grant       order, session, run, fence, attach, next_seq, owner: a lease was taken, re-attached or
+                revoked; its `next_seq` is the first seq that may be written under the fence
     call        order, call, run, from, to, fence: a tool call changed its state (0 = it was made)
 
 Redis, read from outside now and then and at the end
