@@ -284,7 +284,7 @@ class Plan:
 
     def _service_environment(self, service: str) -> dict[str, str]:
         environment = _base_environment() | {
-            "HERMESH_MESH_ADDRESS": f"127.0.0.1:{self.ports['mesh']}",
+            "HERMESH_MESH_ADDRESS": self.settings.mesh_address or f"127.0.0.1:{self.ports['mesh']}",
             "HERMESH_MESH_TOKEN": self.mesh_token,
         }
         if service in ("session", "memory"):

@@ -28,6 +28,12 @@ class LauncherSettings(BaseSettings):
     )
     http_port: int = Field(8080, ge=1, le=65535, description="Port of the HTTP API and the chat page.")
     grpc_port: int = Field(50051, ge=1, le=65535, description="Port of the public gRPC services.")
+    mesh_port: int = Field(
+        0, ge=0, le=65535, description="Port of Envoy's inner listener, on loopback; 0 picks a free one."
+    )
+    mesh_address: str = Field(
+        "", description="host:port at which services reach it, where that is not the listener itself."
+    )
     database_url: SecretStr = Field(
         SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
     )

@@ -63,6 +63,8 @@ class Supervisor:
         self.strangers = [] if same else left
         if not self.leftovers:
             self.state.ports.clear()
+        if settings.mesh_port:
+            self.state.ports["mesh"] = settings.mesh_port
         for name in ("mesh", "model"):
             self.state.ports.setdefault(name, free_port())
         self.plan = Plan(settings, self.folder, self.state.ports)
