@@ -1,0 +1,187 @@
+"""One episode: traffic and faults drawn from a seed, a history, and what the checker says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from tests.chaos.faults.audit import Audit, LiveEyes
+from tests.chaos.faults.cluster import Cluster
+from tests.chaos.faults.faults import Fault, Stage
+from tests.chaos.faults.plan import Planned, plan, theme_of
+from tests.chaos.model.history import History, Recorder
+from tests.chaos.traffic.clients import Client
+from tests.chaos.traffic.transport import Grpc, Http, Transport
+from tests.chaos.validate import check
+
+TRAFFIC_SECONDS = 8.0
+CLIENTS = 10
+# From the last fault's end until every run must be over: a lease's life, five idle claims, and a little.
+SETTLE_SECONDS = 45.0
+_LOOK_SECONDS = 0.7
+# A client of gRPC and three of HTTP, and so on.
+_GRPC_SHARE = 0.25
+
+
+@dataclass
+class Verdict:
+    """How an episode ended."""
+
+    seed: int
+    theme: str
+    faults: list[str]
+    seconds: float
+    settled: bool
+    violations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was broken that must hold."""
+        return not self.violations
+
+
+@dataclass
+class Episode:
+    """An episode on a running cluster.
+
+    Attributes:
+        seed: what everything is drawn from.
+        folder: gets `history.jsonl` and `verdict.json`.
+        theme: of the faults; the seed's own if empty.
+        faults: these and no others, in place of a theme.
+    """
+
+    cluster: Cluster
+    seed: int
+    folder: Path
+    theme: str = ""
+    faults: Sequence[Planned] | None = None
+    clients: int = CLIENTS
+    seconds: float = TRAFFIC_SECONDS
+
+    async def run(self) -> Verdict:
+        """Plays the episode and checks its history."""
+        began = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "history.jsonl"
+        path.unlink(missing_ok=True)
+        theme = self.theme or theme_of(self.seed)
+        rng = random.Random(self.seed)
+        planned = list(self.faults) if self.faults is not None else plan(rng, theme, self.seconds)
+        ledger_from = self.cluster.ledger_file.stat().st_size if self.cluster.ledger_file.exists() else 0
+        audit = Audit(self.cluster.postgres.url)
+        await audit.forget()
+        with Recorder(path) as recorder:
+            recorder.write("run", seed=self.seed, theme=theme, plan=[str(one) for one in planned])
+            settled = await self._play(Stage(self.cluster, audit, recorder, rng), planned)
+            recorder.write("end", settled=settled, seconds=round(time.monotonic() - began, 1))
+        ledger = self.folder / "ledger.jsonl"
+        with self.cluster.ledger_file.open("rb") as source:
+            source.seek(ledger_from)
+            ledger.write_bytes(source.read())
+        history = History.load(path, ledger)
+        violations = [
+            {"invariant": one.invariant, "text": one.text, "records": one.records[:10]}
+            for one in check(history)
+        ]
+        names = [
+            f"{one['fault']} {one['target']} {one.get('detail', '')}".strip() for one in history["fault"]
+        ]
+        verdict = Verdict(self.seed, theme, names, round(time.monotonic() - began, 1), settled, violations)
+        (self.folder / "verdict.json").write_text(json.dumps(vars(verdict), indent=1) + "\n")
+        return verdict
+
+    async def _play(self, stage: Stage, planned: Sequence[Planned]) -> bool:
+        recorder = stage.recorder
+        sessions: list[str] = []
+        runs: list[tuple[str, str]] = []
+        stopping = asyncio.Event()
+        drawn = random.Random(f"clients-{self.seed}")
+        mesh = self.cluster.mesh
+        clients = []
+        for number in range(1, self.clients + 1):
+            transport: Transport = (
+                Grpc(mesh.grpc_address, mesh.api_key)
+                if drawn.random() < _GRPC_SHARE
+                else Http(mesh.url, mesh.headers)
+            )
+            name = f"e{self.seed}-c{number}"
+            clients.append(
+                Client(
+                    name,
+                    transport,
+                    random.Random(f"{self.seed}-{number}"),
+                    recorder,
+                    stopping,
+                    sessions.append,
+                    lambda session, run: runs.append((session, run)),
+                )
+            )
+        eyes = LiveEyes(self.cluster.valkey.url, recorder)
+        settled = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                working = [group.create_task(_guarded(client, recorder)) for client in clients]
+                looking = group.create_task(_look(eyes, runs))
+                breaking = [group.create_task(_later(stage, one)) for one in planned]
+                await asyncio.sleep(self.seconds)
+                stopping.set()
+                await asyncio.wait(breaking) if breaking else None
+                _, late = await asyncio.wait(working, timeout=SETTLE_SECONDS)
+                for task in late:
+                    task.cancel()
+                settled = not late and await _at_rest(stage.audit, sessions)
+                looking.cancel()
+            await eyes.look(list(dict.fromkeys(runs)))
+        finally:
+            await eyes.close()
+        healthy = await self.cluster.healthy()
+        if not healthy:
+            recorder.write("mark", text="the mesh is not healthy at the end")
+        await stage.audit.record(recorder, sessions)
+        return settled and healthy
+
+
+async def _guarded(client: Client, recorder: Recorder) -> None:
+    try:
+        await client.run()
+    except Exception as error:
+        # A bug of the suite must be seen, and must not look like one of the mesh.
+        recorder.write(
+            "error", client=client.name, where="suite", detail="".join(traceback.format_exception(error))
+        )
+
+
+async def _later(stage: Stage, planned: Planned) -> None:
+    await asyncio.sleep(planned.at)
+    await planned.fault(stage)
+
+
+async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        await eyes.look(list(dict.fromkeys(runs[-30:])))
+
+
+async def _at_rest(audit: Audit, sessions: Sequence[str]) -> bool:
+    """Waits until no run is queued or running any more."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError, asyncpg.PostgresError, TimeoutError):
+            if not await audit.unfinished(sessions):
+                return True
+        await asyncio.sleep(0.2)
+    return False
+
+
+__all__ = ["Episode", "Fault", "Verdict"]

@@ -1,0 +1,118 @@
+"""The suite's own eyes in PostgreSQL and Redis, past every proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import redis.asyncio
+import redis.exceptions
+
+from meshkit.postgres import load_sql
+from services.session.store.redis_live import fence_key, stream_key
+from tests.chaos.model.history import Recorder, digest
+
+_SQL = load_sql(Path(__file__).parent, "audit.sql")
+_RECORDED = ("grants", "calls", "log", "run_row", "message", "lease_row", "call_row")
+_KINDS = {"grants": "grant", "calls": "call"}
+_TEXTS = {"log": "data", "message": "content"}
+_TIMEOUT = 10.0
+
+
+class Audit:
+    """Reads, and sets the clock of, a database whose schema has the suite's additions."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        return await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
+
+    async def _run(self, name: str, *args: Any) -> list[asyncpg.Record]:
+        connection = await self._connect()
+        try:
+            if args:
+                return list(await connection.fetch(_SQL[name], *args))
+            await connection.execute(_SQL[name])
+            return []
+        finally:
+            await connection.close()
+
+    async def prepare_clock(self) -> None:
+        """Before the services' schema is made."""
+        await self._run("clock")
+
+    async def install(self) -> None:
+        """Once the services' schema is there."""
+        await self._run("triggers")
+
+    async def forget(self) -> None:
+        """Begins a new record."""
+        await self._run("forget")
+
+    async def set_clock(self, seconds: float) -> None:
+        """Moves PostgreSQL's clock, as its functions see it, away from the true time."""
+        await self._run("set_clock", timedelta(seconds=seconds))
+
+    async def unfinished(self, sessions: Sequence[str]) -> list[str]:
+        """Runs that are neither over nor waiting for a person."""
+        return [str(row["run_id"]) for row in await self._run("unfinished", list(sessions))]
+
+    async def record(self, recorder: Recorder, sessions: Sequence[str]) -> None:
+        """Writes down what PostgreSQL holds of some sessions, and what its triggers saw."""
+        connection = await self._connect()
+        try:
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                runs: list[str] = []
+                for name in _RECORDED:
+                    for row in await connection.fetch(_SQL[name], list(sessions)):
+                        fields = dict(row)
+                        text = _TEXTS.get(name)
+                        if text:
+                            fields["digest"] = digest(fields.pop(text))
+                        recorder.write(_KINDS.get(name, name), **fields)
+                        if name == "run_row":
+                            runs.append(fields["run"])
+                for row in await connection.fetch(_SQL["key_row"], runs):
+                    recorder.write("key_row", **dict(row))
+        finally:
+            await connection.close()
+
+
+class LiveEyes:
+    """Looks at the live streams of some runs again and again, and writes down what is new."""
+
+    def __init__(self, url: str, recorder: Recorder) -> None:
+        self._client = redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2)
+        self._recorder = recorder
+        self._seen: dict[str, dict[str, str]] = {}
+
+    async def look(self, runs: Sequence[tuple[str, str]]) -> None:
+        """Reads the streams of (session, run) pairs; while Valkey is down there is nothing to see."""
+        try:
+            for session, run in runs:
+                await self._look(session, run)
+        except (redis.exceptions.RedisError, OSError):
+            return
+
+    async def _look(self, session: str, run: str) -> None:
+        seen = self._seen.setdefault(run, {})
+        for entry, fields in await self._client.xrange(stream_key(session, run)):  # type: ignore[arg-type]
+            kind, _, data = fields[b"e"].decode().split(" ", 2)
+            mark = digest(data)
+            place = entry.decode()
+            # The same place with other bytes is a finding of its own.
+            if seen.get(place) != mark:
+                seen[place] = mark
+                seq = int(place.partition("-")[0])
+                self._recorder.write("live", session=session, run=run, seq=seq, type=kind, digest=mark)
+        fence = await self._client.get(fence_key(session))  # type: ignore[arg-type]
+        if fence is not None:
+            self._recorder.write("live_fence", session=session, fence=int(fence))
+
+    async def close(self) -> None:
+        """Lets go of the connection."""
+        await self._client.aclose()

@@ -1,0 +1,283 @@
+"""A mesh to break: real processes, stores that the suite itself starts and stops, proxies on every path.
+
+The mesh is what `hermesh up` starts; PostgreSQL and Valkey are ours, so that they can be stopped for as long
+as a fault asks, and the supervisor of the mesh cannot bring them back. Nothing here ends a process by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench.mesh import Mesh, ModelServer, Replica, free_ports
+from launcher import probes
+from launcher.embedded.postgres import Postgres
+from launcher.embedded.valkey import Valkey
+from tests.chaos.faults.audit import Audit
+from tests.chaos.traffic.tools import LEDGER
+
+ROOT = Path(__file__).resolve().parents[3]
+REPLICAS = "gateway=2,agent=3,session=2,tool=2,memory=1"
+ROUTES = ("postgres", "valkey", "mesh", "model", "ledger")
+START_SECONDS = 30.0
+_HEALTHY_SECONDS = 60.0
+_DISK_BYTES = 1536 * 1024 * 1024
+
+
+@dataclass
+class Store:
+    """PostgreSQL or Valkey as a process of ours, at one place however often it starts."""
+
+    name: str
+    server: Postgres | Valkey
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket(self) -> Path:
+        """Its unix socket."""
+        return self.server.socket
+
+    @property
+    def url(self) -> str:
+        """Its URL past the proxies."""
+        return self.server.url() if isinstance(self.server, Postgres) else self.server.url
+
+    async def start(self) -> None:
+        """Starts it and returns once it answers."""
+        if isinstance(self.server, Postgres):
+            self.server.prepare()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.server.command(), stdout=log, stderr=log, cwd="/")
+        async with asyncio.timeout(START_SECONDS):
+            while not await self._answers():
+                await asyncio.sleep(0.05)
+
+    async def _answers(self) -> bool:
+        if isinstance(self.server, Postgres):
+            return await probes.postgres(self.url)
+        return await probes.valkey(self.url)
+
+    async def stop(self, number: signal.Signals) -> None:
+        """Ends it by a signal: SIGQUIT is PostgreSQL's immediate stop."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            await asyncio.to_thread(self.process.wait, 30)
+            self.process = None
+
+
+class Proxies:
+    """The proxy process and its control socket."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._process: subprocess.Popen[bytes] | None = None
+        self.ports: dict[str, int] = {}
+
+    async def start(self, targets: Mapping[str, str]) -> None:
+        """Listens for every route; a target need not be there yet."""
+        self.ports = dict(zip(targets, free_ports(len(targets)), strict=True))
+        routes = {name: {"port": self.ports[name], "to": to} for name, to in targets.items()}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.faults.proxy", str(self._socket), json.dumps(routes)],
+            cwd=ROOT,
+        )
+        async with asyncio.timeout(START_SECONDS):
+            while not self._socket.exists():
+                await asyncio.sleep(0.02)
+
+    async def set(self, route: str, mode: str, **fields: Any) -> None:
+        """Changes what a route does; see `proxy`."""
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_unix_connection(self._socket)
+            writer.write(json.dumps({"route": route, "mode": mode} | fields).encode() + b"\n")
+            await reader.readline()
+            writer.close()
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(timeout=10)
+
+
+@dataclass
+class Cluster:
+    """Everything that runs, with handles to break it.
+
+    Attributes:
+        folder: where histories of the ledger and logs go; the caller's.
+        source: the tree whose code runs; another one than this for mutations.
+        prefill: whether the model continues a reply that was cut off.
+        disk: where PostgreSQL's data is, if that can be filled up: a mounted one of its own.
+    """
+
+    folder: Path
+    source: Path = ROOT
+    replicas: str = REPLICAS
+    prefill: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
+    mesh: Mesh = field(init=False)
+    proxies: Proxies = field(init=False)
+    postgres: Store = field(init=False)
+    valkey: Store = field(init=False)
+    failpoints: Path = field(init=False)
+    disk: Path | None = field(init=False, default=None)
+    _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
+    _ledger: subprocess.Popen[bytes] | None = field(init=False, default=None)
+
+    async def __aenter__(self) -> Self:
+        """Starts all of it and waits until it is healthy."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops it and leaves no process."""
+        await self._stack.aclose()
+
+    @property
+    def ledger_file(self) -> Path:
+        """Where the ledger writes."""
+        return self.folder / "ledger.jsonl"
+
+    async def _start(self) -> None:
+        stack = self._stack
+        work = Path(tempfile.mkdtemp(prefix="hm-chaos-"))
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        self.failpoints = work / "failpoints"
+        self.failpoints.mkdir()
+        self.disk = _mount(work / "disk")
+        if self.disk is not None:
+            stack.callback(_unmount, self.disk)
+        pg = Postgres.in_folder((self.disk or work) / "pg", work, "chaos-password")
+        await asyncio.to_thread(pg.initialize)
+        self.postgres = Store("postgres", pg, self.folder / "postgresql.log")
+        self.valkey = Store(
+            "valkey", Valkey(work, work / "valkey.conf", "chaos-password"), self.folder / "valkey.log"
+        )
+        for store in (self.postgres, self.valkey):
+            stack.push_async_callback(store.stop, signal.SIGKILL)
+            await store.start()
+        audit = Audit(self.postgres.url)
+        await audit.prepare_clock()
+        model = await asyncio.to_thread(ModelServer.start, work)
+        stack.callback(model.stop)
+        ledger_port, mesh_port = free_ports(2)
+        self._ledger = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.traffic.ledger", str(ledger_port), str(self.ledger_file)],
+            cwd=ROOT,
+        )
+        stack.callback(self._ledger.kill)
+        self.proxies = Proxies(work / "proxy.sock")
+        stack.callback(self.proxies.stop)
+        await self.proxies.start(
+            {
+                "postgres": str(self.postgres.socket),
+                "valkey": str(self.valkey.socket),
+                "mesh": f"127.0.0.1:{mesh_port}",
+                "model": model.url.removeprefix("http://").removesuffix("/v1"),
+                "ledger": f"127.0.0.1:{ledger_port}",
+            }
+        )
+        ports = self.proxies.ports
+        password = "chaos-password"
+        self.mesh = Mesh(
+            scripted_model=False,
+            replicas=self.replicas,
+            settings={
+                "PYTHONPATH": f"{self.source}:{self.source / 'gen'}",
+                LEDGER: f"127.0.0.1:{ports['ledger']}",
+                "HERMESH_DATABASE_URL": f"postgresql://postgres:{password}@127.0.0.1:{ports['postgres']}/postgres",
+                "HERMESH_REDIS_URL": f"redis://:{password}@127.0.0.1:{ports['valkey']}/0",
+                "HERMESH_MESH_PORT": str(mesh_port),
+                "HERMESH_MESH_ADDRESS": f"127.0.0.1:{ports['mesh']}",
+                "HERMESH_LLM_BASE_URL": f"http://127.0.0.1:{ports['model']}/v1",
+                "HERMESH_LLM_MODEL": "scripted",
+                "HERMESH_LLM_TOOL_MODE": "native",
+                "HERMESH_LLM_PREFILL": "true" if self.prefill else "false",
+                "HERMESH_LLM_FIRST_BYTE_TIMEOUT": "3",
+                "HERMESH_LLM_IDLE_TIMEOUT": "5",
+                "HERMESH_TOOL_MODULES": "tests.chaos.traffic.tools",
+                "HERMESH_FAILPOINTS": str(self.failpoints),
+            }
+            | dict(self.settings),
+        )
+        stack.callback(self._leave_mesh)
+        await asyncio.to_thread(self.mesh.__enter__)
+        await audit.install()
+
+    def _leave_mesh(self) -> None:
+        # What was stopped must hear that it is to end.
+        for row in self._rows():
+            _signal(row.pid, signal.SIGCONT)
+        logs = self.mesh.data_dir / "logs"
+        if logs.is_dir():
+            shutil.copytree(logs, self.folder / "logs", dirs_exist_ok=True)
+        self.mesh.__exit__(None, None, None)
+
+    def _rows(self) -> list[Replica]:
+        """Who runs, from the file that the supervisor keeps: a command would cost a second of a core."""
+        state = json.loads((self.mesh.data_dir / "state.json").read_text())
+        return [
+            Replica(c["service"], c["replica"], c["pid"], c["address"], "", c.get("restarts", 0))
+            for c in state["children"]
+        ]
+
+    def of(self, service: str) -> list[Replica]:
+        """The living replicas of a service, or of `envoy`."""
+        return [row for row in self._rows() if row.service == service and row.pid]
+
+    def signal(self, replica: Replica, number: signal.Signals) -> None:
+        """Sends a signal to one replica."""
+        _signal(replica.pid, number)
+
+    async def healthy(self, seconds: float = _HEALTHY_SECONDS) -> bool:
+        """Returns once a call goes through every service; False if it does not within the time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                rows = await asyncio.to_thread(self.mesh.status)
+            except Exception:
+                rows = []
+            if rows and all(row.health == "healthy" for row in rows):
+                return True
+            await asyncio.sleep(0.3)
+        return False
+
+
+def _mount(folder: Path) -> Path | None:
+    """Mounts a disk that can be filled up; None where that is not allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES},mode=755", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    return folder if done.returncode == 0 else None
+
+
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, timeout=10, check=False)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass

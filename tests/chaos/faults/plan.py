@@ -1,0 +1,73 @@
+"""Which faults an episode has, and when: drawn from its seed alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.chaos.faults import faults
+from tests.chaos.faults.faults import Fault
+
+# A theme: faults to draw from with their weights, and how many there are.
+THEMES: dict[str, tuple[dict[Fault, int], tuple[int, int]]] = {
+    "points": ({faults.point: 1}, (4, 7)),
+    "kills": ({faults.kill: 5, faults.kill_envoy: 1, faults.point: 1}, (3, 6)),
+    "freezes": ({faults.freeze: 3, faults.pause: 2, faults.kill: 1}, (2, 3)),
+    "network": ({faults.network: 3, faults.partition: 3}, (2, 4)),
+    "stores": (
+        {
+            faults.flush: 2,
+            faults.valkey_down: 2,
+            faults.postgres_down: 3,
+            faults.disk_full: 2,
+            faults.clock: 3,
+            faults.point: 1,
+        },
+        (3, 4),
+    ),
+    "drains": ({faults.drain: 1}, (2, 3)),
+    "mixed": (
+        {
+            faults.point: 4,
+            faults.kill: 3,
+            faults.network: 3,
+            faults.partition: 2,
+            faults.freeze: 1,
+            faults.pause: 2,
+            faults.flush: 1,
+            faults.valkey_down: 1,
+            faults.postgres_down: 2,
+            faults.clock: 2,
+            faults.kill_envoy: 1,
+            faults.drain: 1,
+        },
+        (4, 6),
+    ),
+}
+_WEIGHTS = {"points": 5, "kills": 3, "freezes": 2, "network": 4, "stores": 3, "drains": 1, "mixed": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One fault at its time, seconds after the traffic began."""
+
+    at: float
+    fault: Fault
+
+    def __str__(self) -> str:
+        return f"{self.at:.1f} {self.fault.__name__}"
+
+
+def theme_of(seed: int) -> str:
+    """The theme of a seed: drawn by weight, and the same whatever else is drawn."""
+    return random.Random(f"theme-{seed}").choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+
+
+def plan(rng: random.Random, theme: str, seconds: float) -> list[Planned]:
+    """Draws the faults of an episode whose traffic lasts so many seconds."""
+    drawn, (least, most) = THEMES[theme]
+    count = rng.randint(least, most)
+    chosen = rng.choices(list(drawn), list(drawn.values()), k=count)
+    return sorted(
+        (Planned(rng.uniform(0.5, seconds * 0.85), fault) for fault in chosen), key=lambda planned: planned.at
+    )
