@@ -28,6 +28,8 @@ LEASE_TTL = 10.0
 SERVICES = ("agent", "session", "tool", "gateway")
 # Longest that a point may stay armed without anybody coming by.
 _ARMED_SECONDS = 4.0
+# After which an agent has certainly given up a session replica that does not answer.
+_LATE_SECONDS = 13.0
 _BALLAST = "ballast"
 
 
@@ -68,7 +70,7 @@ async def point(stage: Stage) -> None:
     await at_point(stage, name, f"{action}@{stage.rng.choice([1, 1, 1, 2, 3, 5])}")
 
 
-async def at_point(stage: Stage, name: str, action: str) -> None:
+async def at_point(stage: Stage, name: str, action: str, seconds: float = _ARMED_SECONDS) -> None:
     """Arms a point and waits until somebody was hit there, or nobody came."""
     armed = stage.cluster.failpoints / name
     async with stage.broken("point", name, action):
@@ -76,7 +78,7 @@ async def at_point(stage: Stage, name: str, action: str) -> None:
         # By rename: nobody reads half an action.
         armed.with_suffix(".arming").rename(armed)
         try:
-            async with asyncio.timeout(_ARMED_SECONDS):
+            async with asyncio.timeout(seconds):
                 while armed.exists():
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -170,6 +172,25 @@ async def partition(stage: Stage) -> None:
     mode = stage.rng.choice(["hold", "refuse", "swallow"])
     stage.recorder.write("mark", text=f"partition of {victim.replica} on {route}")
     await on_route(stage, route, mode, seconds, (victim.pid,))
+
+
+async def late_flush(stage: Stage) -> None:
+    """A session replica stops with appends in its hands, and goes on when their runs have moved elsewhere.
+
+    The agents give it up after some seconds and re-attach under a new fence on another replica. That one is
+    held up right after the first re-attachment, and the stopped one let go: what it still has to write is of
+    an old fence, and finds the log exactly where it expects it.
+    """
+    living = stage.cluster.of("session")
+    if len(living) < 2:
+        return
+    victim = stage.rng.choice(living)
+    async with stage.broken("late_flush", victim.replica):
+        stage.cluster.signal(victim, signal.SIGSTOP)
+        try:
+            await at_point(stage, "session.reattach.after", "hang:2.5", seconds=_LATE_SECONDS)
+        finally:
+            stage.cluster.signal(victim, signal.SIGCONT)
 
 
 async def flush(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from tests.chaos.faults.faults import Fault
 THEMES: dict[str, tuple[dict[Fault, int], tuple[int, int]]] = {
     "points": ({faults.point: 1}, (4, 7)),
     "kills": ({faults.kill: 5, faults.kill_envoy: 1, faults.point: 1}, (3, 6)),
-    "freezes": ({faults.freeze: 3, faults.pause: 2, faults.kill: 1}, (2, 3)),
+    "freezes": ({faults.freeze: 3, faults.late_flush: 1, faults.pause: 2, faults.kill: 1}, (2, 3)),
     "network": ({faults.network: 3, faults.partition: 3}, (2, 4)),
     "stores": (
         {

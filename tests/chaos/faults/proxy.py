@@ -86,6 +86,11 @@ class Route:
         """Listens from now on."""
         self.server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
+    async def ended(self) -> None:
+        """Returns once no connection is left."""
+        while self.connections:
+            await asyncio.sleep(0.01)
+
     def set(self, mode: Mode) -> int:
         """Changes the mode; returns how many connections it cut."""
         before, self.mode = self.mode, mode
@@ -144,7 +149,7 @@ class Route:
                 await asyncio.sleep(mode.seconds)
             sink.write(data)
             await sink.drain()
-        if sink.can_write_eof():
+        if sink.can_write_eof() and not sink.is_closing():
             sink.write_eof()
 
 
@@ -154,10 +159,12 @@ def owner_of(peer: tuple[str, int], pids: frozenset[int]) -> int:
     if inode:
         wanted = f"socket:[{inode}]"
         for pid in pids:
+            folder = f"/proc/{pid}/fd"
             try:
-                if any(os.readlink(entry.path) == wanted for entry in os.scandir(f"/proc/{pid}/fd")):
+                if any(os.readlink(f"{folder}/{name}") == wanted for name in os.listdir(folder)):
                     return pid
             except OSError:
+                # It ended, or closed one meanwhile.
                 continue
     return 0
 
