@@ -43,6 +43,7 @@ class Verdict:
     seconds: float
     settled: bool
     violations: list[dict[str, Any]] = field(default_factory=list)
+    mutation: str = ""
 
     @property
     def ok(self) -> bool:
@@ -59,6 +60,7 @@ class Episode:
         folder: gets `history.jsonl` and `verdict.json`.
         theme: of the faults; the seed's own if empty.
         faults: these and no others, in place of a theme.
+        mutation: the bug that the code was given, if any; it goes into the verdict.
     """
 
     cluster: Cluster
@@ -68,6 +70,7 @@ class Episode:
     faults: Sequence[Planned] | None = None
     clients: int = CLIENTS
     seconds: float = TRAFFIC_SECONDS
+    mutation: str = ""
 
     async def run(self) -> Verdict:
         """Plays the episode and checks its history."""
@@ -97,7 +100,8 @@ class Episode:
         names = [
             f"{one['fault']} {one['target']} {one.get('detail', '')}".strip() for one in history["fault"]
         ]
-        verdict = Verdict(self.seed, theme, names, round(time.monotonic() - began, 1), settled, violations)
+        seconds = round(time.monotonic() - began, 1)
+        verdict = Verdict(self.seed, theme, names, seconds, settled, violations, self.mutation)
         (self.folder / "verdict.json").write_text(json.dumps(vars(verdict), indent=1) + "\n")
         return verdict
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
 from tests.chaos.faults import faults
 from tests.chaos.faults.faults import Fault
@@ -55,7 +56,10 @@ class Planned:
     fault: Fault
 
     def __str__(self) -> str:
-        return f"{self.at:.1f} {self.fault.__name__}"
+        fault = self.fault
+        if isinstance(fault, partial):
+            return f"{self.at:.1f} {fault.func.__name__} {fault.keywords}"
+        return f"{self.at:.1f} {fault.__name__}"
 
 
 def theme_of(seed: int) -> str:

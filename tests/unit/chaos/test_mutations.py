@@ -1,0 +1,24 @@
+"""Every mutation still finds the code that it is to break."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults.cluster import ROOT
+from tests.chaos.mutations import MUTATIONS, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_changes_the_code_of_today(mutation: Mutation, tmp_path: Path) -> None:
+    target = tmp_path / mutation.file
+    target.parent.mkdir(parents=True)
+    shutil.copy(ROOT / mutation.file, target)
+    mutation.apply(tmp_path)
+    assert target.read_text() != (ROOT / mutation.file).read_text()
+
+
+def test_there_are_a_dozen_with_names_of_their_own() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 12
