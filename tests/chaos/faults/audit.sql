@@ -14,13 +14,15 @@ ALTER DATABASE postgres SET search_path = chaos, pg_catalog, public;
 
 -- name: triggers
 -- Once the services' schema is there.
+-- One order for both: what they tell of is done under the lock of the session's lease row.
+CREATE SEQUENCE chaos.place;
 CREATE TABLE chaos.grants (
-    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    n bigint PRIMARY KEY DEFAULT nextval('chaos.place'),
     at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     session uuid, run uuid, fence bigint, attach integer, next_seq integer, owner text
 );
 CREATE TABLE chaos.calls (
-    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    n bigint PRIMARY KEY DEFAULT nextval('chaos.place'),
     at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     session uuid, call text, run uuid, old smallint, new smallint, fence bigint
 );

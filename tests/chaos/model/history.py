@@ -28,7 +28,7 @@ the tool ledger (a process of its own that nothing kills)
     act         tool, effect ("pure" | "idempotent" | "non_idempotent"), call, key, run, pid: the side effect
                 happened, before its tool was told so
 
-the service side (PostgreSQL's own triggers, written in the transaction that they tell of)
+the service side (PostgreSQL's own triggers, in the transaction that they tell of; one `order` for both)
     grant       order, session, run, fence, attach, next_seq, owner: a lease was taken, re-attached or
                 revoked; its `next_seq` is the first seq that may be written under the fence
     call        order, call, run, from, to, fence: a tool call changed its state (0 = it was made)
