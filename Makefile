@@ -47,6 +47,18 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: first token, CPU a process
 	@$(BIN)/python -m bench.smoke $(ARGS)
 
+##@ Break it
+SEEDS ?= 20
+.PHONY: chaos chaos-mutations chaos-report
+chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check what is left: SEEDS=20, ARGS="--seed 7"
+	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) $(ARGS)
+
+chaos-mutations: $(VENV)/.dev-ready ## Break the code on purpose: the suite must notice each time
+	@$(BIN)/python -m tests.chaos.mutate $(ARGS)
+
+chaos-report: $(VENV)/.dev-ready ## Write the figures of the last runs into docs/reliability.md
+	@$(BIN)/python -m tests.chaos.report build/chaos --mutations build/chaos-mutations --into docs/reliability.md $(ARGS)
+
 ##@ Check it
 .PHONY: check lint format types protos check-protos release-protos docs check-docs
 check: lint types check-protos check-docs ## Everything that needs no running part
