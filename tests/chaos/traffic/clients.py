@@ -271,7 +271,9 @@ class Client:
             self._write("error", where="stream", detail=str(malformed), run=reader.run)
             raise
         finally:
-            self._write("closed", stream=stream, reason=reason)
+            # A call that was refused, or never answered, was no stream.
+            if reader.run:
+                self._write("closed", stream=stream, reason=reason)
 
     async def _cancel(self, run: str) -> None:
         async def call() -> str:
