@@ -2,7 +2,8 @@
 
 -- name: append
 -- Writes plain appends of many runs at once. An append is won if session, run, fence and next seq match and
--- the lease is held; returned are the places of those that won.
+-- the lease is held; returned are the places of those that won. An event keeps the fence that its writer
+-- named, so that the log itself shows who wrote it.
 -- $1 session_id[], $2 run_id[], $3 fence[], $4 first_seq[], $5 n[], one of each an append, sessions distinct;
 -- $6 place of the append[], $7 seq[], $8 type[], $9 time_ms[], $10 data[], one of each an event
 WITH b AS (
@@ -16,7 +17,7 @@ WITH b AS (
     FROM b JOIN held USING (session_id)
     WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence
       AND l.next_seq = b.first_seq AND l.owner IS NOT NULL
-    RETURNING b.i, l.run_id, l.session_id, l.tenant_id, l.fence
+    RETURNING b.i, l.run_id, l.session_id, l.tenant_id, b.fence
 ), ins AS (
     INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
     SELECT w.run_id, c.seq, c.time_ms, w.tenant_id, w.session_id, w.fence, c.type, c.data
