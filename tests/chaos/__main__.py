@@ -8,7 +8,6 @@ python -m tests.chaos --check FOLDER           judge a recorded episode again
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from tests.chaos.episode import Episode, Verdict
 from tests.chaos.faults.cluster import ROOT, Cluster
 from tests.chaos.faults.plan import THEMES
 from tests.chaos.model.history import History
+from tests.chaos.running import run
 from tests.chaos.validate import check
 
 DEFAULT_FOLDER = ROOT / "build" / "chaos"
@@ -84,7 +84,7 @@ def main() -> int:
     arguments = _arguments()
     if arguments.check is not None:
         return _check(arguments.check)
-    return asyncio.run(_play(arguments))
+    return run(_play(arguments))
 
 
 if __name__ == "__main__":

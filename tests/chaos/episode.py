@@ -61,6 +61,7 @@ class Episode:
         theme: of the faults; the seed's own if empty.
         faults: these and no others, in place of a theme.
         mutation: the bug that the code was given, if any; it goes into the verdict.
+        settle: how long clients, and then runs, may take to come to their end.
     """
 
     cluster: Cluster
@@ -71,6 +72,7 @@ class Episode:
     clients: int = CLIENTS
     seconds: float = TRAFFIC_SECONDS
     mutation: str = ""
+    settle: float = SETTLE_SECONDS
 
     async def run(self) -> Verdict:
         """Plays the episode and checks its history."""
@@ -141,15 +143,15 @@ class Episode:
                 await asyncio.sleep(self.seconds)
                 stopping.set()
                 await asyncio.wait(breaking) if breaking else None
-                _, late = await asyncio.wait(working, timeout=SETTLE_SECONDS)
+                _, late = await asyncio.wait(working, timeout=self.settle)
                 for task in late:
                     task.cancel()
-                settled = not late and await _at_rest(stage.audit, sessions)
+                settled = not late and await _at_rest(stage.audit, sessions, self.settle)
                 looking.cancel()
             await eyes.look(list(dict.fromkeys(runs)))
         finally:
             await eyes.close()
-        healthy = await self.cluster.healthy()
+        healthy = await self.cluster.healthy(self.settle)
         if not healthy:
             recorder.write("mark", text="the mesh is not healthy at the end")
         await stage.audit.record(recorder, sessions)
@@ -177,9 +179,9 @@ async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
         await eyes.look(list(dict.fromkeys(runs[-30:])))
 
 
-async def _at_rest(audit: Audit, sessions: Sequence[str]) -> bool:
+async def _at_rest(audit: Audit, sessions: Sequence[str], seconds: float) -> bool:
     """Waits until no run is queued or running any more."""
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(OSError, asyncpg.PostgresError, TimeoutError):
             if not await audit.unfinished(sessions):

@@ -8,7 +8,6 @@ Fails if a bug is not caught, or if the code without any is not found clean unde
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import tempfile
 import time
@@ -18,15 +17,20 @@ from pathlib import Path
 from tests.chaos.episode import Episode, Verdict
 from tests.chaos.faults.cluster import ROOT, Cluster
 from tests.chaos.mutations import MUTATIONS, Mutation, copy_tree
+from tests.chaos.running import run
 
 DEFAULT_FOLDER = ROOT / "build" / "chaos-mutations"
 # Of the seeds that bugs are looked for with; any would do.
 _BASE = 9000
+# Longer than a takeover after a silent death; code with a bug may never come to rest.
+_SETTLE_SECONDS = 20.0
 
 
 def _episode(cluster: Cluster, mutation: Mutation, seed: int, folder: Path, name: str) -> Episode:
     faults = mutation.faults or None
-    return Episode(cluster, seed, folder, theme=mutation.theme, faults=faults, mutation=name)
+    return Episode(
+        cluster, seed, folder, theme=mutation.theme, faults=faults, mutation=name, settle=_SETTLE_SECONDS
+    )
 
 
 async def hunt(mutation: Mutation, source: Path, folder: Path) -> list[Verdict]:
@@ -101,8 +105,8 @@ def main() -> int:
         for one in chosen:
             print(f"{one.name:26} {one.what}")
         return 0
-    missed = asyncio.run(_catch(chosen, arguments.folder))
-    unclean = 0 if arguments.no_control else asyncio.run(control(chosen, arguments.folder))
+    missed = run(_catch(chosen, arguments.folder))
+    unclean = 0 if arguments.no_control else run(control(chosen, arguments.folder))
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations caught", flush=True)
     return 1 if missed or unclean else 0
 

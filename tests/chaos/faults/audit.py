@@ -89,6 +89,7 @@ class LiveEyes:
         self._client = redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2)
         self._recorder = recorder
         self._seen: dict[str, dict[str, str]] = {}
+        self._fences: dict[str, int] = {}
 
     async def look(self, runs: Sequence[tuple[str, str]]) -> None:
         """Reads the streams of (session, run) pairs; while Valkey is down there is nothing to see."""
@@ -110,7 +111,8 @@ class LiveEyes:
                 seq = int(place.partition("-")[0])
                 self._recorder.write("live", session=session, run=run, seq=seq, type=kind, digest=mark)
         fence = await self._client.get(fence_key(session))  # type: ignore[arg-type]
-        if fence is not None:
+        if fence is not None and self._fences.get(session) != int(fence):
+            self._fences[session] = int(fence)
             self._recorder.write("live_fence", session=session, fence=int(fence))
 
     async def close(self) -> None:
