@@ -38,7 +38,7 @@ Redis, read from outside now and then and at the end
     live_fence  session, fence
 
 PostgreSQL at the end, one record a row
-    log         run, session, seq, type, digest, fence
+    log         run, session, seq, type, digest, fence, reason?: reason is that of a run.failed
     run_row     run, session, ordinal, status (1-6, RunStatus), last_seq, attempt, cancel_requested
     message     session, message, run, ordinal, role, digest, rolled_back
     lease_row   session, run, fence, next_seq, owner (or null)
