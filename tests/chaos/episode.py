@@ -21,7 +21,8 @@ from tests.chaos.faults.faults import Fault, Stage
 from tests.chaos.faults.plan import Planned, plan, theme_of
 from tests.chaos.model.history import History, Recorder
 from tests.chaos.traffic.clients import Client
-from tests.chaos.traffic.transport import Grpc, Http, Transport
+from tests.chaos.traffic.transport import Grpc, Http, SessionTransport, Transport, Ws
+from tests.chaos.traffic.watchers import Watcher
 from tests.chaos.validate import check
 
 TRAFFIC_SECONDS = 8.0
@@ -31,6 +32,8 @@ SETTLE_SECONDS = 45.0
 _LOOK_SECONDS = 0.7
 # A client of gRPC and three of HTTP, and so on.
 _GRPC_SHARE = 0.25
+# Sessions that somebody else watches, one by each way there is.
+_WATCH_GAP_SECONDS = 0.5
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Episode:
             async with asyncio.TaskGroup() as group:
                 working = [group.create_task(_guarded(client, recorder)) for client in clients]
                 looking = group.create_task(_look(eyes, runs))
+                watching = group.create_task(self._watch(sessions, recorder))
                 breaking = [group.create_task(_later(stage, one)) for one in planned]
                 await asyncio.sleep(self.seconds)
                 stopping.set()
@@ -148,6 +152,7 @@ class Episode:
                     task.cancel()
                 settled = not late and await _at_rest(stage.audit, sessions, self.settle)
                 looking.cancel()
+                watching.cancel()
             await eyes.look(list(dict.fromkeys(runs)))
         finally:
             await eyes.close()
@@ -156,6 +161,22 @@ class Episode:
             recorder.write("mark", text="the mesh is not healthy at the end")
         await stage.audit.record(recorder, sessions)
         return settled and healthy
+
+    async def _watch(self, sessions: Sequence[str], recorder: Recorder) -> None:
+        """Watches a few sessions by each way, as soon as they are there, until cancelled."""
+        mesh = self.cluster.mesh
+        ways: list[SessionTransport] = [
+            Http(mesh.url, mesh.headers),
+            Grpc(mesh.grpc_address, mesh.api_key),
+            Ws(mesh.url, mesh.headers),
+        ]
+        async with asyncio.TaskGroup() as group:
+            for number, way in enumerate(ways):
+                while len(sessions) <= number:
+                    await asyncio.sleep(_WATCH_GAP_SECONDS)
+                name = f"e{self.seed}-w{number + 1}"
+                rng = random.Random(f"{self.seed}-w{number}")
+                group.create_task(Watcher(name, sessions[number], way, rng, recorder).watch())
 
 
 async def _guarded(client: Client, recorder: Recorder) -> None:

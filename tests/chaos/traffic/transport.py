@@ -13,6 +13,8 @@ import grpc.aio
 import httpx
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from websockets.asyncio.client import connect
+from websockets.exceptions import WebSocketException
 
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -81,6 +83,20 @@ class Malformed(Exception):
 
 
 Item = Event | Reconnect
+
+
+class SessionTransport(Protocol):
+    """What a watcher of a session does with the mesh."""
+
+    via: str
+
+    def watch_session(self, session: str, cursor: str) -> AsyncIterator[Item]:
+        """Yields a session's events, run after run, without end."""
+        ...
+
+    async def close(self) -> None:
+        """Ends its connections."""
+        ...
 
 
 class Transport(Protocol):
@@ -173,6 +189,14 @@ class Http:
             async for item in stream:
                 yield item
 
+    async def watch_session(self, session: str, cursor: str) -> AsyncIterator[Item]:
+        """Yields a session's events past a cursor `<run>:<seq>`, or from its start, without end."""
+        headers = {"Last-Event-ID": cursor} if cursor else {}
+        stream = self._stream("GET", f"/v1/sessions/{session}/events", headers=headers)
+        async with aclosing(stream):
+            async for item in stream:
+                yield item
+
     async def _stream(self, method: str, path: str, **fields: Any) -> AsyncIterator[Item]:
         try:
             async with self._client.stream(method, path, **fields) as response:
@@ -204,23 +228,77 @@ def _item(lines: list[str]) -> Item | None:
     if "id" not in fields:
         raise Malformed(f"a frame without an id: {lines}")
     run, _, seq = fields["id"].rpartition(":")
+    if json.loads(data)["seq"] != int(seq):
+        raise Malformed(f"an event whose id is another's: {lines}")
+    return Event(run, int(seq), fields["event"], _data_of(data))
+
+
+@dataclass
+class Ws:
+    """The WebSocket of a session: only watching is done by it here."""
+
+    base_url: str
+    headers: Mapping[str, str]
+    via: str = "ws"
+
+    async def close(self) -> None:
+        """Nothing is kept open between calls."""
+
+    async def watch_session(self, session: str, cursor: str) -> AsyncIterator[Item]:
+        """As `Http.watch_session`."""
+        url = f"{self.base_url.replace('http', 'ws', 1)}/v1/sessions/{session}/ws"
+        url += f"?after={cursor}" if cursor else ""
+        try:
+            async with connect(
+                url, additional_headers=self.headers, open_timeout=CALL_SECONDS, close_timeout=1, proxy=None
+            ) as socket:
+                async for text in socket:
+                    item = _ws_item(str(text))
+                    if item is not None:
+                        yield item
+        except (WebSocketException, OSError, TimeoutError) as error:
+            raise Broken(type(error).__name__) from error
+
+
+def _ws_item(text: str) -> Item | None:
+    message = json.loads(text)
+    if "seq" in message:
+        return Event(message["run_id"], message["seq"], message["type"], _data_of(text))
+    if message["type"] == "reconnect":
+        return Reconnect(message["data"].get("after_ms", 0) / 1000)
+    if message["type"] == "error":
+        problem = message["data"]
+        return _raise(_problem(int(problem["status"]), problem, {}))
+    return None
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _data_of(text: str) -> str:
     # The event's data is the last member: what PostgreSQL holds, byte for byte.
-    head, mark, rest = data.partition(',"data":')
-    if not mark or not rest.endswith("}") or json.loads(data)["seq"] != int(seq):
-        raise Malformed(f"an event of another form: {head[:200]}")
-    return Event(run, int(seq), fields["event"], rest[:-1])
+    _, mark, rest = text.partition(',"data":')
+    if not mark or not rest.endswith("}"):
+        raise Malformed(f"an event of another form: {text[:200]}")
+    return rest[:-1]
 
 
 def _refusal(status: int, content: bytes, headers: Mapping[str, str]) -> Exception:
     """A problem document, or what is none."""
     try:
         problem = json.loads(content)
-        reason = str(problem["reason"])
-    except (ValueError, KeyError, TypeError):
+        assert problem["reason"]
+    except (ValueError, KeyError, TypeError, AssertionError):
         # Envoy itself answers so while no gateway is there, and says it in plain text.
         if status in (502, 503, 504):
             return Refused(status, "(edge)", True)
         return Malformed(f"{status} without a problem document: {content[:200]!r}")
+    return _problem(status, problem, headers)
+
+
+def _problem(status: int, problem: Mapping[str, Any], headers: Mapping[str, str]) -> Exception:
+    reason = str(problem["reason"])
     if reason == "INTERNAL" or status == 500:
         return Malformed(f"{status} {reason}: {problem.get('detail', '')}")
     return Refused(status, reason, status in _RETRYABLE_STATUS, float(headers.get("retry-after", 0)))
@@ -290,6 +368,15 @@ class Grpc:
     async def watch(self, run: str, after: int) -> AsyncIterator[Item]:
         request = session_pb.WatchRunRequest(run_id=run, after_seq=after)
         async for item in self._stream(self._sessions.WatchRun(request, metadata=self._metadata)):
+            yield item
+
+    async def watch_session(self, session: str, cursor: str) -> AsyncIterator[Item]:
+        """As `Http.watch_session`."""
+        run, _, seq = cursor.rpartition(":")
+        request = session_pb.WatchSessionRequest(
+            session_id=session, after_run_id=run, after_seq=int(seq or 0)
+        )
+        async for item in self._stream(self._sessions.WatchSession(request, metadata=self._metadata)):
             yield item
 
     async def _stream(self, opened: Any) -> AsyncIterator[Item]:
