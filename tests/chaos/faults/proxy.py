@@ -147,6 +147,9 @@ class Route:
                 continue
             if mode.name == "delay":
                 await asyncio.sleep(mode.seconds)
+            if sink.is_closing():
+                # Reset while this waited.
+                return
             sink.write(data)
             await sink.drain()
         if sink.can_write_eof() and not sink.is_closing():
