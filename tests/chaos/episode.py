@@ -151,8 +151,7 @@ class Episode:
                 for task in late:
                     task.cancel()
                 settled = not late and await _at_rest(stage.audit, sessions, self.settle)
-                looking.cancel()
-                watching.cancel()
+                await _end({looking, watching})
             await eyes.look(list(dict.fromkeys(runs)))
         finally:
             await eyes.close()
@@ -198,6 +197,14 @@ async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
         await eyes.look(list(dict.fromkeys(runs[-30:])))
+
+
+async def _end(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they have heard it: under Python 3.11 redis-py loses a cancellation now and then."""
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=1)
 
 
 async def _at_rest(audit: Audit, sessions: Sequence[str], seconds: float) -> bool:
