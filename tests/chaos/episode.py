@@ -200,7 +200,7 @@ async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
 
 
 async def _end(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancels tasks until they have heard it: under Python 3.11 redis-py loses a cancellation now and then."""
+    """Cancels tasks until they have heard it: under Python 3.11 redis-py loses one now and then."""
     while tasks:
         for task in tasks:
             task.cancel()
