@@ -1,7 +1,8 @@
 """Takeovers: which runs moved to another owner, after what, and how long their readers waited.
 
 A takeover is a grant to an owner, not a re-attachment, of a run that an owner had before. A run that waited
-for a person in between is none: it was let go of, and its clients waited for that person.
+for a person in between is none: it was let go of, and its clients waited for that person. That shows in the
+grant under which the store wrote the person's word.
 
 Its cause is the last thing that was broken between the former grant and this one and that names the former
 owner: its replica, or a point in the code of its service at which a process crashed. Failing that it is the
@@ -121,18 +122,20 @@ class Takeovers:
         """Returns them in the order of their grants, session by session."""
         found = []
         for grants in self._facts.grants.values():
-            held: dict[str, Record] = {}
+            held: dict[str, Record | None] = {}
             for grant in grants:
-                if grant["owner"] is None:
-                    continue
                 before = held.get(grant["run"])
+                if grant["owner"] is None:
+                    # Its events were the store's own: a person's word, or the run's end.
+                    held[grant["run"]] = None
+                    continue
                 if before is not None and not grant["attach"] and not self._had_waited(grant):
                     found.append(self._takeover(before, grant))
                 held[grant["run"]] = grant
         return found
 
     def _had_waited(self, grant: Record) -> bool:
-        """Whether the run had let go of its lease to wait for a person."""
+        """Whether the run had let go of its lease to wait for a person who spoke before it did."""
         entries = self._facts.log.get(grant["run"], [])
         for entry in reversed(entries[: grant["next_seq"] - 1]):
             if entry["type"] != "action.resolved":
