@@ -16,7 +16,8 @@ clients (every record has `client`)
     submit      key, session, digest, policy, attempt: input is about to be sent, again if attempt > 1
     accepted    key, session, run, status, duplicate: the input was acknowledged and must not be lost
     refused     key, session, status, reason, retryable: a typed refusal; nothing was accepted yet
-    open        stream, via ("sse" | "grpc" | "ws"), run, after: a stream is asked for, from a cursor on
+    open        stream, via ("sse" | "grpc" | "ws"), run, after, session?: a stream is asked for, from a
+                cursor on; session is named by those who follow it run by run
     event       stream, run, seq, type, digest: an event was received
     closed      stream, reason ("terminal" | "reconnect" | "cut" | "broken" | "none left"): the stream is
                 over; "cut" was our own doing, "broken" was not
@@ -38,7 +39,9 @@ Redis, read from outside now and then and at the end
     live_fence  session, fence
 
 PostgreSQL at the end, one record a row
-    log         run, session, seq, type, digest, fence, reason?: reason is that of a run.failed
+    log         run, session, seq, type, digest, fence, reason?, call?, committed?: reason is that of a
+                run.failed, call that of an action.*, committed when its transaction was
+                (pg_xact_commit_timestamp), Unix seconds
     run_row     run, session, ordinal, status (1-6, RunStatus), last_seq, attempt, cancel_requested
     message     session, message, run, ordinal, role, digest, rolled_back
     lease_row   session, run, fence, next_seq, owner (or null)

@@ -23,6 +23,8 @@ EFFECTS = {"pure": PURE, "idempotent": IDEMPOTENT, "non_idempotent": NON_IDEMPOT
 # A trigger's time is that of its statement, a little before the commit that makes it true; whatever lies
 # closer together than this (seconds) counts as at once.
 SLACK = 0.1
+# Times are written with microseconds; what differs by less than this (seconds) is as good as equal.
+PRECISION = 0.001
 # The status of a word that was given and is not answered yet.
 ASKED = "asked"
 
@@ -70,6 +72,17 @@ def server_failed(status: int | str | None) -> bool:
     if isinstance(status, str):
         return status in _SERVER_FAILED
     return status is not None and status >= 500
+
+
+def same_entry(logged: Record, seen: Record) -> bool:
+    """Whether what was seen of an entry is what the log has."""
+    return bool(logged["type"] == seen["type"] and logged["digest"] == seen["digest"])
+
+
+def too_early(logged: Record, seen: Record) -> bool:
+    """Whether an entry was seen before it was committed, where it is known when that was."""
+    committed = logged.get("committed")
+    return committed is not None and seen["t"] < committed - PRECISION
 
 
 def grouped(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from tests.chaos.model.history import Record
-from tests.chaos.validate.facts import BEGUN, RUNNING, TERMINAL, Facts, Violation, grouped
+from tests.chaos.validate.facts import (
+    BEGUN,
+    RUNNING,
+    TERMINAL,
+    Facts,
+    Violation,
+    grouped,
+    same_entry,
+    too_early,
+)
 
 # What the store itself writes to a run that nobody holds.
 _A_WORD = "action.resolved"
@@ -244,8 +253,6 @@ def check_live_entries(facts: Facts) -> Iterator[Violation]:
         elif not same_entry(logged, entry) or logged["session"] != entry["session"]:
             text = f"entry {entry['seq']} of run {entry['run']} in Redis is not the log's"
             yield Violation(7, text, [logged, entry])
-
-
-def same_entry(one: Record, other: Record) -> bool:
-    """Whether two records tell of the same event."""
-    return bool(one["type"] == other["type"] and one["digest"] == other["digest"])
+        elif too_early(logged, entry):
+            text = f"entry {entry['seq']} of run {entry['run']} was in Redis before it was committed"
+            yield Violation(7, text, [logged, entry])

@@ -78,17 +78,31 @@ def _waits(facts: Facts, row: Record, calls: list[Record]) -> Iterator[Violation
     for call in calls:
         if call["state"] == BEGUN:
             yield Violation(8, f"run {run} waits for a person while {call['call']} is under way", [row, call])
-    # Some of its calls may be resolved by now and others not: what counts is that this claim asked.
-    for entry in reversed(facts.log.get(run, [])):
-        if entry["type"] == "action.required":
-            break
-        if entry["type"] != "action.resolved":
-            yield Violation(8, f"run {run} waits for a person and does not say so", [row, entry])
-            break
-    else:
-        yield Violation(8, f"run {run} waits for a person and does not say so", [row])
+    unasked = _unasked(facts.log.get(run, []), [call for call in calls if call["state"] in (INTENT, UNKNOWN)])
+    if unasked:
+        yield Violation(8, f"run {run} waits for a person and does not say so", [row, *unasked])
     if row["cancel_requested"]:
         yield Violation(8, f"run {run} waits for a person although it was cancelled", [row])
+
+
+def _unasked(entries: list[Record], calls: list[Record]) -> list[Record]:
+    """Returns calls that wait although nobody was asked about them since they were decided last.
+
+    A run may ask about a call long before it waits, and wait for the rest once one is decided. An intent that
+    needs no approval cannot be told from one that does: it is enough that somebody was asked about one call.
+    Where entries do not say which call they are about, more questions than answers must be there.
+    """
+    asked: dict[str | None, bool] = {}
+    balance = 0
+    for entry in entries:
+        if entry["type"] in ("action.required", "action.resolved"):
+            asked[entry.get("call")] = entry["type"] == "action.required"
+            balance += 1 if entry["type"] == "action.required" else -1
+    if None in asked or not asked:
+        return [] if balance > 0 else calls
+    unasked = [call for call in calls if not asked.get(call["call"])]
+    unknown = [call for call in unasked if call["state"] == UNKNOWN]
+    return unknown or (calls if len(unasked) == len(calls) else [])
 
 
 def _ended(facts: Facts, row: Record) -> Iterator[Violation]:

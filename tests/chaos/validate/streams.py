@@ -1,7 +1,8 @@
 """Each client's stream is a gap-free, duplicate-free prefix of the log (6), and errors stay away (10).
 
 A stream that follows one run knows it when it is opened. One that was opened without a run, or as a
-WebSocket, follows a session: run after run, each to its end.
+WebSocket, follows a session: run after run, each to its end. A client that follows a session may also write
+down each run's part as a stream of its own, opened with that session's name.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.chaos.model.history import Record
-from tests.chaos.validate.facts import TERMINAL, Facts, Violation, server_failed
-from tests.chaos.validate.fences import same_entry
+from tests.chaos.validate.facts import TERMINAL, Facts, Violation, same_entry, server_failed, too_early
 
 # For so many seconds a fault explains what a client meets, counted from when it was undone if it was.
 AFTERMATH = 5.0
@@ -43,6 +43,7 @@ class _Client:
 
     streams: dict[str, _Stream] = field(default_factory=dict)
     have: dict[str, int] = field(default_factory=dict)
+    followed: dict[str, _Stream] = field(default_factory=dict)
 
 
 def check_streams(facts: Facts) -> Iterator[Violation]:
@@ -55,7 +56,7 @@ def check_streams(facts: Facts) -> Iterator[Violation]:
         client = clients.setdefault(record["client"], _Client())
         stream = client.streams.get(record["stream"])
         if kind == "open":
-            yield from _opened(client, record)
+            yield from _opened(facts, client, record)
         elif stream is None or stream.closed:
             yield Violation(6, f"{kind} on stream {record['stream']}, which is not open", [record])
         elif kind == "event":
@@ -70,7 +71,7 @@ def check_streams(facts: Facts) -> Iterator[Violation]:
     yield from _terminals(facts)
 
 
-def _opened(client: _Client, record: Record) -> Iterator[Violation]:
+def _opened(facts: Facts, client: _Client, record: Record) -> Iterator[Violation]:
     run, after = record["run"], record["after"]
     if record["stream"] in client.streams:
         yield Violation(6, f"stream {record['stream']} was opened twice", [record])
@@ -82,7 +83,13 @@ def _opened(client: _Client, record: Record) -> Iterator[Violation]:
             yield Violation(6, text, [record])
     # A session is followed from its cursor, from its beginning (0), or from wherever it stands (none).
     cursor = after if run is None and record["via"] == "ws" else after or 0
-    client.streams[record["stream"]] = _Stream(record, run, cursor)
+    stream = client.streams[record["stream"]] = _Stream(record, run, cursor)
+    if record.get("session") is not None:
+        before = client.followed.get(record["session"])
+        if before is not None and before.run != run and not _follows(facts, before, run):
+            text = f"{record['client']} goes from run {before.run} of its session to {run} out of order"
+            yield Violation(6, text, [before.last or before.opened, record])
+        client.followed[record["session"]] = stream
 
 
 def _received(facts: Facts, client: _Client, stream: _Stream, event: Record) -> Iterator[Violation]:
@@ -106,6 +113,8 @@ def _received(facts: Facts, client: _Client, stream: _Stream, event: Record) -> 
         yield Violation(6, f"{where} has {seq} of run {run}, which is not in the log", [event])
     elif not same_entry(logged, event):
         yield Violation(6, f"{where} has another {seq} of run {run} than the log", [logged, event])
+    elif too_early(logged, event):
+        yield Violation(6, f"{where} had {seq} of run {run} before it was committed", [logged, event])
     stream.last = event
     stream.cursor = max(cursor, seq)
     # What a client got in a row counts; after a gap, which was reported, it goes on from there.
@@ -113,25 +122,31 @@ def _received(facts: Facts, client: _Client, stream: _Stream, event: Record) -> 
 
 
 def _next_run(facts: Facts, stream: _Stream, event: Record) -> Iterator[Violation]:
-    before, after = facts.runs.get(stream.run or ""), facts.runs.get(event["run"])
     evidence = [event] if stream.last is None else [stream.last, event]
     if not stream.follows_session:
         text = f"stream {event['stream']} of run {stream.run} has an event of run {event['run']}"
         yield Violation(6, text, evidence)
-    elif (
-        before is None
-        or after is None
-        or before["session"] != after["session"]
-        or before["ordinal"] + 1 != after["ordinal"]
-        or stream.cursor != facts.last_seq(stream.run or "")
-        or not facts.over(stream.run or "")
-    ):
+    elif not _follows(facts, stream, event["run"]):
         text = f"stream {event['stream']} goes from run {stream.run} to {event['run']} out of order"
         yield Violation(6, text, evidence)
 
 
+def _follows(facts: Facts, stream: _Stream, run: str | None) -> bool:
+    """Whether a session goes on with a run after a stream of the one before."""
+    before, after = facts.runs.get(stream.run or ""), facts.runs.get(run or "")
+    return (
+        before is not None
+        and after is not None
+        and before["session"] == after["session"]
+        and before["ordinal"] + 1 == after["ordinal"]
+        and stream.cursor == facts.last_seq(before["run"])
+        and facts.over(before["run"])
+    )
+
+
 def _closed(facts: Facts, stream: _Stream, record: Record) -> Iterator[Violation]:
-    if record["reason"] not in ("terminal", "none left"):
+    # Who got something and says that nothing is left stopped waiting; an empty stream is told so.
+    if record["reason"] != "terminal" and (record["reason"] != "none left" or stream.last is not None):
         return
     run = stream.run
     evidence = [record] if stream.last is None else [stream.last, record]

@@ -321,6 +321,15 @@ def test_an_entry_of_redis_that_a_stale_writer_made(world: World, field: str, va
     assert_found(world, 7, "is not the log's")
 
 
+def test_an_entry_that_redis_had_before_its_commit(world: World) -> None:
+    live = of(world, "live")[0]
+    logged = of(world, "log", run=live["run"], seq=live["seq"])[0]
+    logged["committed"] = live["t"]
+    assert_clean(world)
+    logged["committed"] = live["t"] + 0.002
+    assert_found(world, 7, "before it was committed")
+
+
 def test_an_entry_of_redis_in_a_foreign_session(world: World) -> None:
     of(world, "live")[0]["session"] = "session-of-another"
     assert_found(world, 7, "is not the log's")

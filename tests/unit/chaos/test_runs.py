@@ -52,6 +52,21 @@ def test_a_run_may_wait_for_the_rest_of_what_it_asked() -> None:
     assert_clean(world)
 
 
+def test_a_run_may_have_asked_long_before_it_waits() -> None:
+    world = World()
+    run = world.submit(world.session())
+    world.claim(run)
+    call = world.call(run, approval=True)
+    world.ask(call)
+    world.tool(run)
+    world.fault()
+    world.claim(run, "agent-2")
+    world.append(run, "tool.progress")
+    world.park(run)
+    assert len(of(world, "log", type="action.required")) == 1
+    assert_clean(world)
+
+
 def test_a_run_may_wait_again() -> None:
     world, (call,) = waiting()
     world.resolve(call, "retry")
@@ -180,6 +195,41 @@ def test_a_run_that_waits_again_and_does_not_say_so_again() -> None:
     world.claim(call.run)
     world.begin(call)
     world.park(call.run)
+    assert_clean(world)
+    of(world, "log", type="action.required")[-1]["type"] = "tool.progress"
+    assert_found(world, 8, "does not say so")
+
+
+def test_a_run_that_waits_for_a_call_it_did_not_ask_about() -> None:
+    """It asked about another one."""
+    world, (_, other) = waiting(calls=2)
+    assert_clean(world)
+    of(world, "log", type="action.required")[1]["call"] = of(world, "log", type="action.required")[0]["call"]
+    assert_found(world, 8, "does not say so")
+    assert other.waits
+
+
+def test_a_run_that_waits_for_approval_and_asked_about_nothing() -> None:
+    world, _ = waiting(approval=True)
+    entry = of(world, "log", type="action.required")[0]
+    entry["call"] = "another"
+    assert_found(world, 8, "does not say so")
+
+
+def forget_calls(world: World) -> None:
+    """What entries are about may not be recorded."""
+    for entry in of(world, "log"):
+        entry.pop("call", None)
+
+
+def test_where_calls_are_not_named_questions_and_answers_are_counted() -> None:
+    world, (call,) = waiting()
+    world.resolve(call, "retry")
+    world.claim(call.run)
+    world.begin(call)
+    world.park(call.run)
+    world.history()
+    forget_calls(world)
     assert_clean(world)
     of(world, "log", type="action.required")[-1]["type"] = "tool.progress"
     assert_found(world, 8, "does not say so")

@@ -148,6 +148,18 @@ def test_an_event_that_is_not_in_the_log(world: World) -> None:
     assert_found(world, 6, "which is not in the log")
 
 
+def test_an_event_before_its_commit(world: World) -> None:
+    """It was committed after all, and nobody but its reader could have known."""
+    event = events(world)[2]
+    logged = of(world, "log", seq=3)[0]
+    logged["committed"] = event["t"] - 1
+    for other in of(world, "event", seq=3):
+        other["t"] = max(other["t"], logged["committed"])
+    assert_clean(world)
+    logged["committed"] = event["t"] + 0.002
+    assert_found(world, 6, "had 3 of run run-4 before it was committed")
+
+
 def test_an_event_of_a_foreign_run(world: World) -> None:
     other = world.whole(world.submit(world.session("eve"), "eve"))
     drop(world, *[record for record in world.records if record["kind"] in ("end", "lease_row", "message")])
@@ -204,17 +216,20 @@ def test_a_stream_that_ended_as_complete_before_its_run(world: World) -> None:
 
 
 def test_nothing_left_although_there_is(world: World) -> None:
-    of(world, "closed", reason="broken")[0]["reason"] = "none left"
+    of(world, "open", client="ada")[-1]["after"] -= 1
     assert_found(world, 6, "ended as complete")
+
+
+def test_a_client_may_stop_waiting_for_more(world: World) -> None:
+    of(world, "closed", reason="broken")[0]["reason"] = "none left"
+    assert_clean(world)
 
 
 def test_nothing_left_of_a_run_that_has_not_ended() -> None:
     world = World()
     run = world.submit(world.session())
     world.claim(run)
-    stream = world.open(run)
-    world.receive(stream)
-    world.close(stream, "none left")
+    world.close(world.open(run, after=2), "none left")
     world.begin(world.call(run))
     world.park(run)
     world.history()
@@ -281,6 +296,38 @@ def test_a_session_of_which_the_next_run_does_not_begin_at_its_beginning() -> No
     world, _, runs = followed()
     drop(world, of(world, "event", run=runs[1].name)[0])
     assert_found(world, 6, "has a gap")
+
+
+def by_run() -> tuple[World, list[Run]]:
+    """A session that is followed, each run's part as a stream of its own."""
+    world = World()
+    session = world.session()
+    runs = [world.whole(world.submit(session)) for _ in range(3)]
+    for run in runs:
+        first = world.open(run, "bob")
+        world.receive(first, 3)
+        world.close(first, "cut")
+        second = world.open(run, "bob")
+        world.receive(second)
+        world.close(second)
+    for opened in of(world, "open"):
+        opened["session"] = session.name
+    assert_clean(world)
+    return world, runs
+
+
+def test_a_session_followed_by_run_of_which_one_was_passed_over() -> None:
+    world, runs = by_run()
+    gone = [opened["stream"] for opened in of(world, "open", run=runs[1].name)]
+    drop(world, *[record for record in world.records if record.get("stream") in gone])
+    assert_found(world, 6, "out of order")
+
+
+def test_a_session_followed_by_run_of_which_one_was_left_before_its_end() -> None:
+    world, runs = by_run()
+    second = of(world, "open", run=runs[0].name)[1]["stream"]
+    drop(world, *[record for record in world.records if record.get("stream") == second])
+    assert_found(world, 6, "out of order")
 
 
 # errors

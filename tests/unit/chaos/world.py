@@ -23,6 +23,7 @@ class Call:
     state: int = 0
     fence: int = 0
     needs_approval: bool = False
+    asked: bool = False
 
     @property
     def waits(self) -> bool:
@@ -206,10 +207,10 @@ class World:
         session.attach += 1
         self._grant(session)
 
-    def append(self, run: Run, *types: str) -> None:
+    def append(self, run: Run, *types: str, call: str | None = None) -> None:
         for kind in types:
             assert run.session.run is run
-            self._log(run, kind, run.session.fence)
+            self._log(run, kind, run.session.fence, call)
             run.session.next_seq += 1
 
     def reply(self, run: Run, text: str | None = None) -> None:
@@ -251,7 +252,7 @@ class World:
                 one["rolled_back"] = one["rolled_back"] or one["run"] == run.name
             assert [one["ordinal"] for one in kept] == list(range(1, len(kept) + 1))
 
-    def unheld(self, run: Run, *types: str) -> None:
+    def unheld(self, run: Run, *types: str, call: str | None = None) -> None:
         session = run.session
         if session.run in (None, run) or session.run.over:
             session.run, session.owner, session.attach = run, None, 0
@@ -259,7 +260,7 @@ class World:
             session.next_seq = run.last_seq + 1 + len(types)
             self._grant(session)
         for kind in types:
-            self._log(run, kind, session.fence)
+            self._log(run, kind, session.fence, call if kind.startswith("action.") else None)
             if kind in ENDS:
                 self._over(run, ENDS[kind])
 
@@ -276,10 +277,11 @@ class World:
             owner=session.owner,
         )
 
-    def _log(self, run: Run, kind: str, fence: int) -> None:
+    def _log(self, run: Run, kind: str, fence: int, call: str | None = None) -> None:
         seq = run.last_seq + 1
         run.log.append(
-            {
+            ({"call": call} if call is not None else {})
+            | {
                 "run": run.name,
                 "session": run.session.name,
                 "seq": seq,
@@ -355,13 +357,20 @@ class World:
         self.complete(call)
         return call
 
+    def ask(self, call: Call) -> None:
+        """A person is asked, while the run goes on or because it does not."""
+        self.append(call.run, "action.required", call=call.name)
+        call.asked = True
+
     def park(self, run: Run) -> None:
         """The run waits for a person."""
         for call in run.calls:
             if call.state == 2:
                 self.move(call, 5)
-        self.append(run, *("action.required" for _ in run.waiting))
         assert run.waiting
+        for call in run.waiting:
+            if not call.asked:
+                self.ask(call)
         run.status = 3
         run.session.owner = None
 
@@ -369,16 +378,16 @@ class World:
         run = call.run
         assert run.status == 3
         self.note("resolve", client=client, run=run.name, call=call.name, decision=decision, status=status)
-        call.needs_approval = False
+        call.needs_approval = call.asked = False
         if decision in SETTLED:
             self.move(call, SETTLED[decision])
         elif decision == "retry" and call.state == 5:
             self.move(call, 1)
         if decision == "abandon":
             run.cancel_requested = True
-            self.unheld(run, "action.resolved", "run.cancelled")
+            self.unheld(run, "action.resolved", "run.cancelled", call=call.name)
             return
-        self.unheld(run, "action.resolved")
+        self.unheld(run, "action.resolved", call=call.name)
         if not run.waiting:
             run.status = 1
 
@@ -444,7 +453,7 @@ class World:
     def live(self, run: Run, first: int = 1) -> None:
         """Redis is read."""
         for entry in run.log[first - 1 :]:
-            self.note("live", **{key: value for key, value in entry.items() if key != "fence"})
+            self.note("live", **{key: value for key, value in entry.items() if key not in ("fence", "call")})
         self.note("live_fence", session=run.session.name, fence=run.session.fence)
 
     def end(self) -> None:

@@ -1,0 +1,1 @@
+"""Makes the figures of a folder of episodes: `python -m tests.chaos.report FOLDER`."""
