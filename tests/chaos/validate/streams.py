@@ -213,17 +213,23 @@ def drains(facts: Facts) -> list[Drain]:
 
 
 def _faults(facts: Facts) -> Iterator[tuple[float, float]]:
+    """Yields from when to when a fault explains what clients meet."""
+    stopped: dict[str, float] = {}
     for fault in facts["fault"]:
+        t = fault["t"]
         if fault["fault"] == _DRAIN:
+            # One replica that stops is nothing; two of a service at once may leave nobody to go to.
+            service = fault["target"].rpartition("-")[0]
+            if t - stopped.get(service, float("-inf")) < STOPS_WITHIN:
+                yield t, t + STOPS_WITHIN
+            stopped[service] = t
             continue
         healed = [
             healed["t"]
             for healed in facts["healed"]
-            if healed["fault"] == fault["fault"]
-            and healed["target"] == fault["target"]
-            and healed["t"] >= fault["t"]
+            if healed["fault"] == fault["fault"] and healed["target"] == fault["target"] and healed["t"] >= t
         ]
-        yield fault["t"] - NOTICED, min(healed, default=fault["t"]) + AFTERMATH
+        yield t - NOTICED, min(healed, default=t) + AFTERMATH
 
 
 def check_clients(facts: Facts) -> Iterator[Violation]:
@@ -236,7 +242,7 @@ def check_clients(facts: Facts) -> Iterator[Violation]:
         if not refusal["reason"] or refusal["reason"] in ("INTERNAL", "DATA_CORRUPT"):
             text = f"a client was refused without a reason that it can use: {refusal['reason'] or 'none'}"
             yield Violation(10, text, [refusal])
-    first = min((fault["t"] for fault in facts["fault"] if fault["fault"] != _DRAIN), default=float("inf"))
+    first = min((begin for begin, _ in _faults(facts)), default=float("inf"))
     between = drains(facts)
     for record in (*facts["closed"], *facts["refused"]):
         if record["reason"] != "broken" and not server_failed(record.get("status")):
@@ -246,7 +252,7 @@ def check_clients(facts: Facts) -> Iterator[Violation]:
         if drain is not None:
             text = f"{_what(record)} while {drain.what} was drained"
             yield Violation(10, text, [drain.begin, record])
-        elif record["t"] < first - NOTICED:
+        elif record["t"] < first:
             yield Violation(10, f"{_what(record)} before anything was broken", [record])
 
 

@@ -403,6 +403,20 @@ def test_a_replica_that_is_told_to_stop_is_a_drain() -> None:
     assert_found(world, 10, "broke while gateway-2 was drained")
 
 
+@pytest.mark.parametrize(("other", "excused"), [("gateway-1", True), ("agent-1", False)])
+def test_two_replicas_of_a_service_that_stop_at_once_may_leave_nobody(other: str, excused: bool) -> None:
+    world, stream = drained()
+    begin = of(world, "drain", phase="begin")[0]
+    drop(world, *of(world, "drain"))
+    fault = begin | {"kind": "fault", "fault": "drain", "detail": ""}
+    world.records += [fault | {"target": "gateway-2", "t": begin["t"] - 0.2}, fault | {"target": other}]
+    of(world, "closed", stream=stream.name)[0]["reason"] = "broken"
+    if excused:
+        assert_clean(world)
+    else:
+        assert_found(world, 10, "was drained")
+
+
 @pytest.mark.parametrize("status", [503, "UNAVAILABLE"])
 def test_a_drain_in_which_input_is_refused(status: int | str) -> None:
     world, _ = drained()
