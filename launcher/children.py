@@ -155,7 +155,7 @@ class Children:
             raise failed
 
     async def drain(self, child: Child, grace: float) -> None:
-        """Takes a replica out: Envoy first, then the process, which finishes what it has."""
+        """Ends a replica for good: taken out of Envoy's list, told to end, and forgotten when it has."""
         child.stop()
         self._publish()
         await self.end(child, grace)

@@ -22,6 +22,7 @@ from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
 from launcher.plan import Plan, fingerprint, parse_replicas
 from launcher.ports import port_problem
+from launcher.restart import parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from launcher.talk import show
@@ -114,9 +115,7 @@ def up(
     console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
     key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
     console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
-    if answer["settings_changed"]:
-        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
-        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
+    _warn_of_settings(changed=answer["settings_changed"])
     if reply:
         question = "What is the capital of France?"
         console.print(f"\n> {question}", highlight=False)
@@ -207,6 +206,33 @@ def scale(
         console.print(
             f"[yellow]No {name} is left: what needs one waits, or fails, until one is added.[/yellow]"
         )
+
+
+@app.command()
+def restart(
+    service: Annotated[str, typer.Argument(help="agent, session, gateway, tool, memory, or all of them.")],
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="One by one, each successor first: no client notices.")
+    ] = False,
+) -> None:
+    """Start new processes in place of those that run, with the settings of hermesh up.
+
+    Without --rolling all replicas of a service end before the new ones start: calls fail meanwhile.
+    """
+    _, folder = _settings()
+    parse_service(service)
+    _require_running(folder)
+    request = {"command": "restart", "service": service, "rolling": rolling, "settings": fingerprint()}
+    began = time.monotonic()
+    answer = control.ask(folder, request, lambda text: console.print(text, highlight=False))
+    console.print(f"Restarted {service} in {time.monotonic() - began:.1f} s.", highlight=False)
+    _warn_of_settings(changed=answer["settings_changed"])
+
+
+def _warn_of_settings(*, changed: bool) -> None:
+    if changed:
+        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
+        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
 
 
 @app.command()
