@@ -128,6 +128,7 @@ async def stopped(stops: int) -> Report:
     report.note("agents stopped in mid-reply", len(moves))
     longest = max(move.seen for move in moves)
     report.at_most("SIGSTOP to next event, longest", longest, TTL_SECONDS + 2, " s")
+    report.note("SIGSTOP to next event written, longest", f"{max(move.written for move in moves):.2f} s")
     report.at_most("logs in which a stale owner wrote", regressions, 0)
     report.streams(seen)
     return report
