@@ -24,6 +24,7 @@ from launcher import envoy
 from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
+from launcher.hangs import HangWatch
 from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
@@ -99,6 +100,9 @@ class Supervisor:
                 group.create_task(self._trim_logs(), name="trim-logs"),
                 group.create_task(self.write_again(), name="write-again"),
             ]
+            if self.plan.settings.hang_seconds:
+                watch = HangWatch(self.children, self.plan.settings.hang_seconds)
+                upkeep.append(group.create_task(watch.run(), name="hangs"))
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stopped.set)
             server = await asyncio.start_unix_server(self._serve, socket)
