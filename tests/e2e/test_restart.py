@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from bench.mesh import Mesh, MeshError, wait_until
-from tests.chaos.drills.load import load
+from tests.chaos.drills.load import Script, load
 from tests.e2e.client import http, new_session, run_to_end
 
 HANG_SECONDS = 11.0
@@ -24,7 +24,7 @@ def mesh() -> Iterator[Mesh]:
 
 async def test_a_rolling_restart_of_all_is_unnoticed(mesh: Mesh) -> None:
     before = {row.pid for row in mesh.status() if row.service in ("agent", "session", "gateway")}
-    async with load(mesh, 6, [(20, 10), (200, 10)]) as seen:
+    async with load(mesh, 6, [Script(20, 10), Script(200, 10), Script(20, 10, tool=True)]) as seen:
         said = await asyncio.to_thread(mesh.command, "restart", "all", "--rolling", seconds=100)
     assert said.count("drained and ended") == 7
     assert (seen.errors, seen.refused, seen.wrong) == ([], [], [])

@@ -10,7 +10,7 @@ import signal
 import time
 
 from bench.mesh import Mesh
-from tests.chaos.drills.load import at_gateways, load
+from tests.chaos.drills.load import Script, at_gateways, load
 from tests.chaos.drills.parts import healthy, process
 from tests.chaos.drills.report import Report
 
@@ -21,7 +21,9 @@ async def drill(streams: int) -> Report:
     """0 takeovers, 0 gaps, and no stream that a client has breaks."""
     report = Report("envoy")
     with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1") as mesh:
-        async with load(mesh, streams, [(150, 10)], at_gateways(mesh)) as seen:
+        async with load(
+            mesh, streams, [Script(150, 10), Script(30, 10, tool=True)], at_gateways(mesh)
+        ) as seen:
             before = time.monotonic()
             for _ in range(KILLS):
                 process(mesh, "envoy-1").send(signal.SIGKILL)

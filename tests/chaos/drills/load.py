@@ -28,13 +28,33 @@ STUCK_SECONDS = 60.0
 Addresses = Callable[[], Sequence[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What a client's runs are: so many words at so many a second, and with `tool` a call and its result."""
+
+    tokens: int
+    rate: int
+    tool: bool = False
+
+    @property
+    def text(self) -> str:
+        """What to say to the scripted model."""
+        call = '[[tool=calculator {"expression":"2+2"}]]' if self.tool else ""
+        return f"[[tokens={self.tokens} rate={self.rate}]] {call}"
+
+    @property
+    def words(self) -> int:
+        """How many words the whole reply has; "The tool said: 4" among them."""
+        return self.tokens + (4 if self.tool else 0)
+
+
 @dataclass(slots=True)
 class Run:
     """One run as its client saw it.
 
     Attributes:
-        text: what was sent.
-        tokens: how many words the whole reply has.
+        script: what it is.
+        text: what was sent: no other run's is the same.
         run_id: empty until its first event came: until then it is not acknowledged.
         seq: the last seq that came.
         words: the reply so far, as (seq, text); an `attempt.reset` discards from its `from_seq` on.
@@ -43,14 +63,17 @@ class Run:
         arrivals: when each batch of events came, by the monotonic clock.
     """
 
-    text: str
-    tokens: int
+    script: Script
+    text: str = ""
     run_id: str = ""
     seq: int = 0
     words: list[tuple[int, str]] = field(default_factory=list)
     attempts: list[tuple[str, float, float]] = field(default_factory=list)
     ended: str = ""
     arrivals: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.text = f"{self.script.text} {uuid.uuid4()}"
 
     @property
     def reply(self) -> str:
@@ -108,10 +131,10 @@ class Load:
             while sum(bool(run.words) and not run.ended for run in self.runs) < streams:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
-    async def client(self, session_id: str, script: str, tokens: int) -> None:
+    async def client(self, session_id: str, script: Script) -> None:
         """One client: run after run, until the load is to stop and the last one has ended."""
         while not self.stopping.is_set():
-            run = Run(f"{script} {uuid.uuid4()}", tokens)
+            run = Run(script)
             self.runs.append(run)
             await self.follow(session_id, run)
 
@@ -144,8 +167,9 @@ class Load:
             elif time.monotonic() - since > STUCK_SECONDS:
                 self.wrong.append(f"{run.run_id or 'a submission'}: stuck after seq {run.seq}")
                 return
-        if run.ended == "run.completed" and len(run.reply.split()) != run.tokens:
-            self.wrong.append(f"{run.run_id}: {len(run.reply.split())} words in place of {run.tokens}")
+        said, wanted = len(run.reply.split()), run.script.words
+        if run.ended == "run.completed" and said != wanted:
+            self.wrong.append(f"{run.run_id}: {said} words in place of {wanted}")
 
     async def _read(self, run: Run, frames: AsyncIterator[Frame]) -> None:
         async for frame in frames:
@@ -193,14 +217,14 @@ def at_gateways(mesh: Mesh) -> Addresses:
 
 @asynccontextmanager
 async def load(
-    mesh: Mesh, streams: int, scripts: Sequence[tuple[int, int]], addresses: Addresses | None = None
+    mesh: Mesh, streams: int, scripts: Sequence[Script], addresses: Addresses | None = None
 ) -> AsyncIterator[Load]:
     """Has `streams` replies flow inside the block; leaving it lets every run end.
 
     Args:
         mesh: where.
         streams: how many clients.
-        scripts: (tokens, tokens a second) of the clients' runs, in turn.
+        scripts: what the clients' runs are, in turn.
         addresses: where clients connect to; Envoy if None.
     """
     found = Load(mesh, addresses or through_envoy(mesh))
@@ -211,8 +235,8 @@ async def load(
             answer.raise_for_status()
             sessions.append(str(answer.json()["session_id"]))
     async with asyncio.TaskGroup() as group:
-        for session_id, (tokens, rate) in zip(sessions, itertools.cycle(scripts), strict=False):
-            group.create_task(found.client(session_id, f"[[tokens={tokens} rate={rate}]]", tokens))
+        for session_id, script in zip(sessions, itertools.cycle(scripts), strict=False):
+            group.create_task(found.client(session_id, script))
         try:
             await found.flowing(streams * 9 // 10)
             yield found

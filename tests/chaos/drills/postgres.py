@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from bench.mesh import Mesh
-from tests.chaos.drills.load import Run, load
+from tests.chaos.drills.load import Run, Script, load
 from tests.chaos.drills.parts import OwnPostgres, folder, healthy
 from tests.chaos.drills.report import Report
 
@@ -49,7 +49,7 @@ async def drill(streams: int) -> Report:
         try:
             settings = {"HERMESH_DATABASE_URL": postgres.url}
             with Mesh(settings=settings, replicas="gateway=2,agent=2,session=2,tool=1,memory=1") as mesh:
-                async with load(mesh, streams, [(150, 10), (60, 10)]) as seen:
+                async with load(mesh, streams, [Script(150, 10), Script(60, 10)]) as seen:
                     await asyncio.sleep(5)
                     down = time.monotonic()
                     await postgres.end(signal.SIGQUIT)

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from bench.mesh import HERMESH, Mesh
-from tests.chaos.drills.load import load
+from tests.chaos.drills.load import Script, load
 from tests.chaos.drills.report import Report
 
 ROLL_SECONDS = 150.0
@@ -33,10 +33,10 @@ async def restart(mesh: Mesh, service: str) -> float:
 
 
 async def drill(streams: int) -> Report:
-    """0 client errors and 0 gaps. Half of the replies end within an agent's grace, half do not."""
+    """0 client errors and 0 gaps. Some replies end within an agent's grace, some do not, some call tools."""
     report = Report("rolling")
     with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1") as mesh:
-        async with load(mesh, streams, [(40, 10), (300, 10)]) as seen:
+        async with load(mesh, streams, [Script(40, 10), Script(300, 10), Script(30, 10, tool=True)]) as seen:
             before = time.monotonic()
             took = await restart(mesh, "all")
             after = time.monotonic()

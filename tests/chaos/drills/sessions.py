@@ -9,7 +9,7 @@ import signal
 import time
 
 from bench.mesh import Mesh
-from tests.chaos.drills.load import load
+from tests.chaos.drills.load import Script, load
 from tests.chaos.drills.parts import healthy, process
 from tests.chaos.drills.report import Report
 from tests.chaos.drills.rolling import restart
@@ -19,7 +19,7 @@ async def drill(streams: int) -> Report:
     """0 takeovers, 0 client errors, 0 gaps."""
     report = Report("sessions")
     with Mesh(replicas="gateway=2,agent=2,session=2,tool=1,memory=1") as mesh:
-        async with load(mesh, streams, [(150, 10)]) as seen:
+        async with load(mesh, streams, [Script(150, 10), Script(30, 10, tool=True)]) as seen:
             before = time.monotonic()
             await restart(mesh, "session")
             rolled, by_roll = time.monotonic(), seen.takeovers

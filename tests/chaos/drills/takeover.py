@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 
 from bench.mesh import Mesh
-from tests.chaos.drills.load import Load, Run, through_envoy
+from tests.chaos.drills.load import Load, Run, Script, through_envoy
 from tests.chaos.drills.parts import healthy, process
 from tests.chaos.drills.report import Report, percentile
 
@@ -20,7 +20,7 @@ P50_SECONDS = 1.2
 P99_SECONDS = 2.5
 TTL_SECONDS = 10.0
 WAIT_SECONDS = 30.0
-SCRIPT, TOKENS = "[[tokens=100 rate=50]]", 100
+SCRIPT = Script(100, 50)
 SEED = 4
 
 
@@ -39,7 +39,7 @@ class Moved:
 
 async def _victim(seen: Load, session_id: str, group: asyncio.TaskGroup) -> Run:
     """Begins a run and returns when its reply flows."""
-    run = Run(SCRIPT, TOKENS)
+    run = Run(SCRIPT)
     seen.runs.append(run)
     group.create_task(seen.follow(session_id, run))
     async with asyncio.timeout(WAIT_SECONDS):

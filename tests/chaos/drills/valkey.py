@@ -7,7 +7,7 @@ import signal
 import time
 
 from bench.mesh import Mesh
-from tests.chaos.drills.load import load
+from tests.chaos.drills.load import Script, load
 from tests.chaos.drills.parts import OwnValkey, folder
 from tests.chaos.drills.report import Report
 
@@ -24,7 +24,7 @@ async def drill(streams: int) -> Report:
         try:
             settings = {"HERMESH_REDIS_URL": valkey.url}
             with Mesh(settings=settings, replicas="gateway=2,agent=2,session=2,tool=1,memory=1") as mesh:
-                async with load(mesh, streams, [(150, 10)]) as seen:
+                async with load(mesh, streams, [Script(150, 10)]) as seen:
                     await asyncio.sleep(8)
                     down = time.monotonic()
                     valkey.send(signal.SIGSTOP)
