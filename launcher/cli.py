@@ -20,6 +20,7 @@ from launcher import control
 from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
+from launcher.patience import explained
 from launcher.plan import Plan, fingerprint, parse_replicas
 from launcher.ports import port_problem
 from launcher.restart import parse_service
@@ -120,7 +121,7 @@ def up(
         question = "What is the capital of France?"
         console.print(f"\n> {question}", highlight=False)
         with _api(folder, settings) as api:
-            show(api.run(api.create_session("Hello"), question), console)
+            show(_explained(api, api.run(api.create_session("Hello"), question)), console)
 
 
 @contextmanager
@@ -262,7 +263,7 @@ def run(
     """Say one thing and stream the reply; with --json, its events."""
     settings, folder = _settings()
     with _api(folder, settings) as api:
-        events = api.run(session or api.create_session(), message)
+        events = _explained(api, api.run(session or api.create_session(), message))
         if not as_json:
             show(events, console)
             return
@@ -273,6 +274,11 @@ def run(
                 failed = event["data"]["message"]
         if failed:
             raise LaunchError(f"the run failed: {failed}")
+
+
+def _explained(api: Api, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Has a run that is silent say what it waits for, on stderr: the output is the reply's."""
+    return explained(events, api.problem, lambda text: notes.print(text, style="dim", highlight=False))
 
 
 @app.command()
@@ -310,7 +316,7 @@ def _exchange(api: Api, session: str, text: str) -> None:
             yield event
 
     try:
-        show(noted(api.run(session, text)), console)
+        show(noted(_explained(api, api.run(session, text))), console)
     except KeyboardInterrupt:
         if current:
             api.cancel(current)
