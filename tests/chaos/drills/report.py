@@ -44,13 +44,19 @@ class Report:
         if not ok:
             self.broken.append(name)
 
-    def streams(self, load: Load, *, errors: int | None = 0, refused: int | None = 0) -> None:
-        """Adds what every drill asks of its clients; None where errors are told and not bounded."""
+    def streams(self, load: Load, *, refused: int | None = 0, asked: int = 0) -> None:
+        """Adds what every drill asks of its clients.
+
+        Args:
+            load: what they saw.
+            refused: how often new input may be refused; None where that is told and not bounded.
+            asked: how many streams must have been asked to come back: none if the drill is no drain.
+        """
         self.at_least("runs completed", load.completed, 1)
         self.at_most("runs that ended otherwise", len(load.runs) - load.completed, 0)
         self.at_most("gaps, duplicates, replies not whole", len(load.wrong), 0)
         for name, found, bound in (
-            ("client errors", load.errors, errors),
+            ("client errors", load.errors, 0),
             ("input refused, sent again", load.refused, refused),
         ):
             if bound is None:
@@ -60,7 +66,7 @@ class Report:
             self.notes += [
                 f"{name}: {many} x {what}" for what, many in Counter(e[1] for e in found).most_common(5)
             ]
-        self.note("came back by cursor when asked", load.reconnects)
+        self.at_least("came back by cursor when asked", load.reconnects, asked)
         self.notes += load.wrong[:10]
 
     def waits(self, load: Load, phases: Sequence[tuple[str, float, float]]) -> None:
