@@ -31,7 +31,7 @@ status: $(VENV)/.run-ready ## Show what runs and how it is
 	@$(BIN)/hermesh status || $(MOVED)
 
 ##@ Test it
-.PHONY: test test-unit test-integration test-e2e drill bench-smoke
+.PHONY: test test-unit test-integration test-e2e bench-smoke
 test: $(VENV)/.dev-ready ## Every test, on real parts; starts what it needs by itself
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -44,15 +44,15 @@ test-integration: $(VENV)/.dev-ready ## The tests of one service on real Postgre
 test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among them
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
-drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|envoy|sessions|valkey|postgres|takeover
-	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
-
 bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: first token, CPU a process
 	@$(BIN)/python -m bench.smoke $(ARGS)
 
 ##@ Break it
 SEEDS ?= 20
-.PHONY: chaos chaos-mutations chaos-report
+.PHONY: drill chaos chaos-mutations chaos-report
+drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|envoy|sessions|valkey|postgres|takeover
+	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
+
 chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check what is left: SEEDS=20, ARGS="--seed 7"
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) $(ARGS)
 
