@@ -165,8 +165,8 @@ class Supervisor:
                 return await self.status()
             case "up":
                 await self._unless_stopped(self.up(request.get("replicas") or {}, say))
-                # Whatever became of the file meanwhile.
-                self.save()
+                # Whatever became of the files meanwhile.
+                self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "scale":
                 await self._unless_stopped(self.scale(request["replicas"], say))

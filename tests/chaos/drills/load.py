@@ -128,7 +128,7 @@ class Load:
     async def flowing(self, streams: int, seconds: float = 60.0) -> None:
         """Returns once this many replies flow."""
         async with asyncio.timeout(seconds):
-            while sum(bool(run.words) and not run.ended for run in self.runs) < streams:  # noqa: ASYNC110
+            while sum(bool(run.words) and not run.ended for run in self.runs) < streams:
                 await asyncio.sleep(0.05)
 
     async def client(self, session_id: str, script: Script) -> None:

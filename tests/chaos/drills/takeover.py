@@ -43,7 +43,7 @@ async def _victim(seen: Load, session_id: str, group: asyncio.TaskGroup) -> Run:
     seen.runs.append(run)
     group.create_task(seen.follow(session_id, run))
     async with asyncio.timeout(WAIT_SECONDS):
-        while not run.words:  # noqa: ASYNC110
+        while not run.words:
             await asyncio.sleep(0.005)
     return run
 
@@ -55,7 +55,7 @@ async def _moved(run: Run, number: signal.Signals, mesh: Mesh) -> Moved:
     clock, wall = time.monotonic(), time.time()
     holder.send(number)
     async with asyncio.timeout(WAIT_SECONDS):
-        while len(run.attempts) == before and not run.ended:  # noqa: ASYNC110
+        while len(run.attempts) == before and not run.ended:
             await asyncio.sleep(0.005)
     if len(run.attempts) == before:
         raise RuntimeError(f"the run ended as {run.ended} before its agent was gone: the drill is too slow")
