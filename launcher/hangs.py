@@ -64,6 +64,7 @@ class HangWatch:
             and child.spec.service not in NEVER
         ]
         answers = await asyncio.gather(*(self._lives(child, identity) for child, identity in asked))
+        self._cpu = {identity: self._cpu[identity] for _, identity in asked if identity in self._cpu}
         now = self._clock()
         slept, self._looked = now - self._looked > LATE_SECONDS, now
         silent = [one for one, answered in zip(asked, answers, strict=True) if not answered]

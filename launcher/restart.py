@@ -15,6 +15,8 @@ from launcher.plan import SERVICES, Plan
 ORDER = ("session", "memory", "tool", "agent", "gateway")
 # A successor that nobody needs any more has nothing to finish.
 FAILED_SECONDS = 1.0
+# Whoever asked hears something this often: a drain may take as long as HERMESH_DRAIN_SECONDS says.
+NEWS_SECONDS = 15.0
 
 Say = Callable[[str], Awaitable[None]]
 
@@ -70,8 +72,10 @@ class Restart:
             for service in services
             for child in sorted(self._children.of(service), key=lambda child: child.spec.number)
         ]
+        if not found and len(services) > 1:
+            raise LaunchError("nothing runs that could be restarted; start it with: hermesh up")
         if not found:
-            name = services[0] if len(services) == 1 else "service"
+            name = services[0]
             raise LaunchError(f"no {name} runs, so none is restarted; hermesh scale {name}=1 starts one")
         return found
 
@@ -102,9 +106,7 @@ class Restart:
                 f"work{'s' if len(left) == 1 else ''} on as before. Mend that, then: {again}"
             ) from error
         await self._say(f"{name}: {successor.spec.replica} serves after {time.monotonic() - began:.1f} s")
-        began = time.monotonic()
-        await self._take_out(child)
-        await self._say(f"{name}: drained and ended in {time.monotonic() - began:.1f} s")
+        await self._end([child])
 
     async def at_once(self, services: Sequence[str]) -> None:
         """Ends all replicas of these services, each with its drain, and starts them again under their names.
@@ -114,9 +116,22 @@ class Restart:
         """
         old = self._replicas(services)
         names = ", ".join(child.spec.replica for child in old)
-        await self._say(f"ending {names}")
-        await asyncio.gather(*(self._take_out(child) for child in old))
+        await self._end(old)
         await self._say(f"starting {names}")
         new = [self._children.start(child.spec, None) for child in old]
         await self._children.wait_ready(new)
         await self._balanced(new)
+
+    async def _end(self, children: Sequence[Child]) -> None:
+        """Takes replicas out, and says now and then that they still finish what they have."""
+        began = time.monotonic()
+        names = ", ".join(child.spec.replica for child in children)
+        await self._say(f"{names}: draining")
+        ending = asyncio.gather(*(self._take_out(child) for child in children))
+        try:
+            while not (await asyncio.wait((ending,), timeout=NEWS_SECONDS))[0]:
+                await self._say(f"{names}: still at work after {time.monotonic() - began:.0f} s")
+            await ending
+        finally:
+            ending.cancel()
+        await self._say(f"{names}: ended after {time.monotonic() - began:.1f} s")

@@ -26,7 +26,7 @@ async def test_a_rolling_restart_of_all_is_unnoticed(mesh: Mesh) -> None:
     before = {row.pid for row in mesh.status() if row.service in ("agent", "session", "gateway")}
     async with load(mesh, 6, [Script(20, 10), Script(200, 10), Script(20, 10, tool=True)]) as seen:
         said = await asyncio.to_thread(mesh.command, "restart", "all", "--rolling", seconds=100)
-    assert said.count("drained and ended") == 7
+    assert said.count("ended after") == 7
     assert (seen.errors, seen.refused, seen.wrong) == ([], [], [])
     assert seen.completed == len(seen.runs)
     assert seen.reconnects > 0

@@ -7,11 +7,12 @@ import asyncio
 import sys
 import time
 
-from tests.chaos.drills import envoy, postgres, rolling, sessions, takeover, valkey
+from tests.chaos.drills import drain, envoy, postgres, rolling, sessions, takeover, valkey
 from tests.chaos.drills.report import Report
 
 STREAMS = {
     "rolling": rolling.drill,
+    "drain": drain.drill,
     "envoy": envoy.drill,
     "sessions": sessions.drill,
     "valkey": valkey.drill,

@@ -54,7 +54,7 @@ class Mesh:
         assert all(child.ready.is_set() for child in children)
 
     async def take_out(self, child: Child) -> None:
-        await self.children.drain(child, 5)
+        await self.children.drain(child, 10)
 
     async def say(self, text: str) -> None:
         self.said.append(text)
@@ -147,12 +147,24 @@ async def test_all_at_once_keeps_the_names(tmp_path: Path) -> None:
         assert min(mesh.counts) == 0
 
 
+async def test_a_long_drain_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.restart.NEWS_SECONDS", 0.05)
+    async with running(tmp_path) as mesh:
+        mesh.script = "trap 'sleep 0.3; exit 0' TERM; " + SERVES + "while :; do sleep 0.02; done"
+        await mesh.start("agent-1")
+        await mesh.restart.rolling(["agent"])
+        assert [text for text in mesh.said if text.startswith("agent-1: still at work after")]
+        assert mesh.said[-1].startswith("agent-1: ended after")
+
+
 async def test_a_service_without_replicas_is_not_restarted(tmp_path: Path) -> None:
     async with running(tmp_path) as mesh:
         await mesh.start("tool-1")
         for restart in (mesh.restart.rolling, mesh.restart.at_once):
             with pytest.raises(LaunchError, match="hermesh scale agent=1"):
                 await restart(["agent"])
+        with pytest.raises(LaunchError, match="hermesh up"):
+            await mesh.restart.rolling(["agent", "session"])
         await mesh.restart.rolling(["agent", "tool"])
         assert list(mesh.pids()) == ["tool-2"]
 
