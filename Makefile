@@ -49,7 +49,10 @@ bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: f
 
 ##@ Break it
 SEEDS ?= 20
-.PHONY: chaos chaos-mutations chaos-report
+.PHONY: drill chaos chaos-mutations chaos-report
+drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover
+	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
+
 chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check what is left: SEEDS=20, ARGS="--seed 7"
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) $(ARGS)
 

@@ -18,6 +18,7 @@ TERMINAL = ("run.completed", "run.failed", "run.cancelled")
 # Longer than a lease and the takeover after it.
 PATIENCE_SECONDS = 30.0
 PAUSE_SECONDS = 0.2
+PROBE_SECONDS = 2.5
 
 
 class _AwayError(Exception):
@@ -65,6 +66,20 @@ class Api:
     def cancel(self, run_id: str) -> None:
         """Asks for a run to be cancelled."""
         self._json("POST", f"/v1/runs/{run_id}/cancel", json={})
+
+    def problem(self) -> str:
+        """What of the mesh does not answer, and what to do; empty when all does."""
+        try:
+            checks = self._client.get("/ready", timeout=PROBE_SECONDS).json()["checks"]
+        except (httpx.HTTPError, ValueError, KeyError):
+            return "waiting: the gateway does not answer; hermesh status shows what runs"
+        away = [name for name, said in checks.items() if said != "ok"]
+        if not away:
+            return ""
+        return (
+            f"waiting: no {' and no '.join(away)} answers; hermesh status shows what runs, "
+            f"hermesh scale {away[0]}=1 starts one where none does"
+        )
 
     def run(self, session_id: str, text: str) -> Iterator[dict[str, Any]]:
         """Submits input and yields the run's events, coming back by cursor when the stream breaks.

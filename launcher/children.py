@@ -46,6 +46,8 @@ class Child:
     identity: Identity | None = None
     process: subprocess.Popen[bytes] | None = None
     address: str = ""
+    metrics_address: str = ""
+    hung: str = ""
     restarts: int = 0
     failures: int = 0
     last_exit: str = ""
@@ -155,7 +157,7 @@ class Children:
             raise failed
 
     async def drain(self, child: Child, grace: float) -> None:
-        """Takes a replica out: Envoy first, then the process, which finishes what it has."""
+        """Ends a replica for good: taken out of Envoy's list, told to end, and forgotten when it has."""
         child.stop()
         self._publish()
         await self.end(child, grace)
@@ -270,6 +272,9 @@ class Children:
 
     def _describe_exit(self, child: Child) -> str:
         code = child.process.wait() if child.process else None
+        hung, child.hung = child.hung, ""
+        if hung:
+            return hung
         if code is None:
             return "it ended under another supervisor"
         if code < 0:
@@ -318,6 +323,9 @@ async def _asked_ready(child: Child) -> str:
         return child.spec.address if await child.spec.probe() else ""
     try:
         record = json.loads(child.spec.ready_file.read_text())
-        return str(record["address"]) if record["pid"] == child.identity.pid else ""
+        if record["pid"] != child.identity.pid:
+            return ""
+        child.metrics_address = str(record.get("metrics_address", ""))
+        return str(record["address"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

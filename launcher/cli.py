@@ -20,8 +20,10 @@ from launcher import control
 from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
+from launcher.patience import explained
 from launcher.plan import Plan, fingerprint, parse_replicas
 from launcher.ports import port_problem
+from launcher.restart import parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from launcher.talk import show
@@ -114,14 +116,12 @@ def up(
     console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
     key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
     console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
-    if answer["settings_changed"]:
-        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
-        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
+    _warn_of_settings(changed=answer["settings_changed"])
     if reply:
         question = "What is the capital of France?"
         console.print(f"\n> {question}", highlight=False)
         with _api(folder, settings) as api:
-            show(api.run(api.create_session("Hello"), question), console)
+            show(_explained(api, api.run(api.create_session("Hello"), question)), console)
 
 
 @contextmanager
@@ -210,6 +210,33 @@ def scale(
 
 
 @app.command()
+def restart(
+    service: Annotated[str, typer.Argument(help="agent, session, gateway, tool, memory, or all of them.")],
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="One by one, each successor first: no client notices.")
+    ] = False,
+) -> None:
+    """Start new processes in place of those that run, with the settings of hermesh up.
+
+    Without --rolling all replicas of a service end before the new ones start: calls fail meanwhile.
+    """
+    _, folder = _settings()
+    parse_service(service)
+    _require_running(folder)
+    request = {"command": "restart", "service": service, "rolling": rolling, "settings": fingerprint()}
+    began = time.monotonic()
+    answer = control.ask(folder, request, lambda text: console.print(text, highlight=False))
+    console.print(f"Restarted {service} in {time.monotonic() - began:.1f} s.", highlight=False)
+    _warn_of_settings(changed=answer["settings_changed"])
+
+
+def _warn_of_settings(*, changed: bool) -> None:
+    if changed:
+        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
+        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
+
+
+@app.command()
 def logs(
     service: Annotated[str, typer.Argument(help="A service or a replica; all if left out.")] = "",
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come.")] = False,
@@ -236,7 +263,7 @@ def run(
     """Say one thing and stream the reply; with --json, its events."""
     settings, folder = _settings()
     with _api(folder, settings) as api:
-        events = api.run(session or api.create_session(), message)
+        events = _explained(api, api.run(session or api.create_session(), message))
         if not as_json:
             show(events, console)
             return
@@ -247,6 +274,11 @@ def run(
                 failed = event["data"]["message"]
         if failed:
             raise LaunchError(f"the run failed: {failed}")
+
+
+def _explained(api: Api, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Has a run that is silent say what it waits for, on stderr: the output is the reply's."""
+    return explained(events, api.problem, lambda text: notes.print(text, style="dim", highlight=False))
 
 
 @app.command()
@@ -284,7 +316,7 @@ def _exchange(api: Api, session: str, text: str) -> None:
             yield event
 
     try:
-        show(noted(api.run(session, text)), console)
+        show(noted(_explained(api, api.run(session, text))), console)
     except KeyboardInterrupt:
         if current:
             api.cancel(current)

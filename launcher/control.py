@@ -109,7 +109,8 @@ def stop(folder: Folder) -> int:
     count = len(_living(folder)) + (supervisor is not None)
     if supervisor is not None:
         try:
-            ask(folder, {"command": "down"})
+            # What the file says may be damaged; the supervisor knows whom it keeps.
+            count = ask(folder, {"command": "down"})["processes"] + 1
             deadline = time.monotonic() + DOWN_SECONDS
             while supervisor.alive and time.monotonic() < deadline:
                 time.sleep(0.05)

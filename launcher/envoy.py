@@ -25,7 +25,9 @@ _GRPC = """\
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         explicit_http_config:
           http2_protocol_options:
-            connection_keepalive: {interval: 10s, timeout: 5s}
+            # A replica that hangs keeps its connections, and the streams of clients with them: they have to
+            # break before its leases end, so that who reads on is there when another replica goes on.
+            connection_keepalive: {interval: 5s, timeout: 4s}
             # What one slow reader may leave unread in Envoy, and what all those of one replica may.
             initial_stream_window_size: 262144
             initial_connection_window_size: 67108864

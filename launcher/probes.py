@@ -14,6 +14,21 @@ NO_ANSWER = "does not answer"
 # The drivers are imported where they are used: most commands of `hermesh` ask nothing of them.
 
 
+async def alive(address: str) -> bool:
+    """Whether a service's event loop runs: 200 from /health at its metrics address."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(SECONDS):
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            try:
+                writer.write(b"GET /health HTTP/1.1\r\nhost: hermesh\r\nconnection: close\r\n\r\n")
+                return (await reader.readline()).split(b" ")[1:2] == [b"200"]
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError):
+        return False
+
+
 async def postgres(url: str) -> bool:
     """Whether PostgreSQL takes connections with these credentials."""
     return not await postgres_problem(url)

@@ -31,6 +31,12 @@ class Identity:
         fields = stat_fields(self.pid)
         return bool(fields) and int(fields[19]) == self.start_time and fields[0] not in "ZX"
 
+    @property
+    def cpu_ticks(self) -> int:
+        """How much CPU time it has used, in clock ticks; 0 once it is gone."""
+        fields = stat_fields(self.pid)
+        return int(fields[11]) + int(fields[12]) if fields else 0
+
     def send(self, number: signal.Signals) -> None:
         """Sends a signal, to this very process or to none."""
         try:

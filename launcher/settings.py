@@ -53,6 +53,15 @@ class LauncherSettings(BaseSettings):
         description="API key of the first tenant; empty makes one and keeps it in <data folder>/api-key.",
     )
 
+    hang_seconds: float = Field(
+        20.0,
+        ge=0,
+        description=(
+            "Seconds after which a process that runs and does not answer is killed and started again; more "
+            "than a lease's 10 s. 0 = never. PostgreSQL never is."
+        ),
+    )
+
     @property
     def folder(self) -> Path:
         """The data folder, absolute."""

@@ -16,17 +16,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from itertools import count
 from typing import Any
 
 from launcher import envoy
 from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
+from launcher.hangs import HangWatch
 from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
 from launcher.processes import identify, raise_open_files
+from launcher.restart import Restart, parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from meshkit.settings import load
@@ -34,6 +37,8 @@ from meshkit.settings import load
 SETUP_SECONDS = 60.0
 TRIM_SECONDS = 30.0
 WRITE_AGAIN_SECONDS = 1.0
+# An endpoint file is seen within milliseconds; an Envoy that does not answer must not hold a drain up.
+REMOVED_SECONDS = 2.0
 
 Say = Callable[[str], Awaitable[None]]
 
@@ -95,6 +100,9 @@ class Supervisor:
                 group.create_task(self._trim_logs(), name="trim-logs"),
                 group.create_task(self.write_again(), name="write-again"),
             ]
+            if self.plan.settings.hang_seconds:
+                watch = HangWatch(self.children, self.plan.settings.hang_seconds)
+                upkeep.append(group.create_task(watch.run(), name="hangs"))
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stopped.set)
             server = await asyncio.start_unix_server(self._serve, socket)
@@ -157,15 +165,21 @@ class Supervisor:
                 return await self.status()
             case "up":
                 await self._unless_stopped(self.up(request.get("replicas") or {}, say))
-                # Whatever became of the file meanwhile.
-                self.save()
+                # Whatever became of the files meanwhile.
+                self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "scale":
                 await self._unless_stopped(self.scale(request["replicas"], say))
                 return None
+            case "restart":
+                services = parse_service(request["service"])
+                await self._unless_stopped(self.restart(services, say, rolling=bool(request["rolling"])))
+                return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "down":
+                # Whatever became of the file meanwhile: if we do not get to the end, it says who is left.
+                self.save()
                 self.stopped.set()
-                return None
+                return {"processes": sum(child.identity.alive for child in self.state.children)}
             case other:
                 raise LaunchError(f"the supervisor knows no command {other!r}")
 
@@ -209,7 +223,9 @@ class Supervisor:
         await self.children.wait_ready(self.children.all[spec.replica] for spec in parts)
         await self._prepare_database(say)
         wanted = {
-            service: replicas.get(service, max(self.children.count(service), self._left(service)) or default)
+            service: replicas.get(
+                service, max(self.children.count(service), len(self._left(service))) or default
+            )
             for service, default in DEFAULT_REPLICAS.items()
         }
         await self.scale(wanted, say)
@@ -221,25 +237,32 @@ class Supervisor:
         starting = [name for name in SERVICES if self.children.count(name) < wanted.get(name, 0)]
         if starting:
             await say(f"starting {', '.join(starting)}")
+        surplus: list[Child] = []
         for service, number in wanted.items():
             # What an earlier supervisor left beyond that is taken over too, to be drained.
-            for index in range(1, max(number, self._left(service, highest=True)) + 1):
-                replica = f"{service}-{index}"
-                if index <= number or replica in self.leftovers:
-                    self.start(self.plan.service(service, index))
-        surplus = [
-            child
-            for service, number in wanted.items()
-            for child in self.children.of(service)
-            if child.spec.number > number
-        ]
+            for left in self._left(service):
+                self.start(self.plan.service(service, left))
+            while self.children.count(service) < number:
+                self.start(self.plan.service(service, self.free_number(service)))
+            surplus += sorted(self.children.of(service), key=lambda child: child.spec.number)[number:]
         await self.children.wait_ready(c for c in self.children.all.values() if c not in surplus)
         if surplus:
             await say(f"draining {', '.join(child.spec.replica for child in surplus)}")
-            grace = self.plan.drain_seconds
-            await asyncio.gather(*(self.children.drain(child, grace) for child in surplus))
+            await asyncio.gather(*(self._take_out(child) for child in surplus))
         await say("waiting until Envoy finds every replica healthy")
-        await self._wait_balanced()
+        await self._wait_balanced([child for service in SERVICES for child in self.children.of(service)])
+
+    async def restart(self, services: Sequence[str], say: Say, *, rolling: bool) -> None:
+        """Restarts services with the settings that the mesh was started with; see `Restart`."""
+        restart = Restart(
+            self.plan,
+            self.children,
+            number=self.free_number,
+            balanced=self._wait_balanced,
+            take_out=self._take_out,
+            say=say,
+        )
+        await (restart.rolling if rolling else restart.at_once)(services)
 
     async def status(self) -> list[dict[str, Any]]:
         """One row a process, parts that a URL names among them."""
@@ -286,13 +309,29 @@ class Supervisor:
         if spec.replica not in self.children.all:
             self.children.start(spec, self.leftovers.pop(spec.replica, None))
 
-    def _left(self, service: str, *, highest: bool = False) -> int:
-        numbers = [
+    def _left(self, service: str) -> list[int]:
+        return [
             int(child.replica.rpartition("-")[2])
             for child in self.leftovers.values()
             if child.service == service
         ]
-        return max(numbers, default=0) if highest else len(numbers)
+
+    def free_number(self, service: str) -> int:
+        """The lowest number from 1 that no replica of a service has, not even one that is about to end."""
+        taken = {child.spec.number for child in self.children.all.values() if child.spec.service == service}
+        taken.update(self._left(service))
+        return next(number for number in count(1) if number not in taken)
+
+    async def _take_out(self, child: Child) -> None:
+        """Takes a replica out: Envoy sends it nothing more; only then it is told to finish and end."""
+        child.stop()
+        self.publish()
+        place = f"{child.spec.service}/{child.address}"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REMOVED_SECONDS):
+                while place in await self.plan.admin.healthy():  # noqa: ASYNC110 - Envoy has no event for it
+                    await asyncio.sleep(0.02)
+        await self.children.drain(child, self.plan.drain_seconds)
 
     async def stop_everything(self) -> None:
         """Ends services, then the parts they need."""
@@ -374,11 +413,11 @@ class Supervisor:
             why = lines[-1].removeprefix("hermesh: ") if lines else f"status {process.returncode}"
             raise LaunchError(f"{what} failed: {why}")
 
-    async def _wait_balanced(self) -> None:
+    async def _wait_balanced(self, children: Sequence[Child]) -> None:
         missing: list[str] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_SECONDS):
-                while missing := await self._unbalanced():  # noqa: ASYNC110 - Envoy has no event for it
+                while missing := await self._unbalanced(children):  # noqa: ASYNC110 - Envoy has no event
                     await asyncio.sleep(0.05)
         if missing:
             raise LaunchError(
@@ -386,13 +425,12 @@ class Supervisor:
                 f"see {self.folder.logs}"
             )
 
-    async def _unbalanced(self) -> list[str]:
+    async def _unbalanced(self, children: Sequence[Child]) -> list[str]:
         found = await self.plan.admin.healthy()
         return [
             child.spec.replica
-            for service in SERVICES
-            for child in self.children.of(service)
-            if not found.get(f"{service}/{child.address}")
+            for child in children
+            if not child.stopping and not found.get(f"{child.spec.service}/{child.address}")
         ]
 
 

@@ -105,6 +105,16 @@ def test_down_ends_a_supervisor_whose_state_is_damaged(folder: Folder, text: str
     assert not first.alive
 
 
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_down_with_a_damaged_state_counts_and_ends_all(folder: Folder, text: str) -> None:
+    _, left = sleeper(folder, "tool-7")
+    State(settings=fingerprint(), ports={"mesh": 1, "model": 1}, children=[left]).save(folder.state_file)
+    start_supervisor()
+    folder.state_file.write_text(text)
+    assert control.stop(folder) == 2
+    assert not left.identity.alive
+
+
 def test_two_that_start_one_at_once_get_the_same(folder: Folder) -> None:
     failed: list[BaseException] = []
 

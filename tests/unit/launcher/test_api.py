@@ -137,6 +137,16 @@ def test_a_gateway_that_is_being_started_is_waited_for(gateway: Gateway, api: Ap
     assert len(gateway.asked) == 4
 
 
+def test_what_does_not_answer_is_named(gateway: Gateway, api: Api) -> None:
+    gateway.answers = {"/ready": (200, {"status": "ready", "checks": {"session": "ok", "agent": "ok"}})}
+    assert api.problem() == ""
+    checks = {"session": "ok", "agent": "SERVICE_UNAVAILABLE"}
+    gateway.answers = {"/ready": (200, {"status": "degraded", "checks": checks})}
+    assert api.problem().startswith("waiting: no agent answers; hermesh status")
+    gateway.answers = {"/ready": (502, "<html>")}
+    assert "the gateway does not answer" in api.problem()
+
+
 def test_what_is_no_text_and_no_key_is_one_line(gateway: Gateway, api: Api) -> None:
     with pytest.raises(LaunchError, match="UTF-8"):
         next(api.run("s", "bad \udcff bytes"))

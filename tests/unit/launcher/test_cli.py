@@ -32,7 +32,16 @@ def hermesh(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("run", "hello"), ("chat",), ("sessions",), ("scale", "agent=2"), ("migrate",), ("status",)]
+    "arguments",
+    [
+        ("run", "hello"),
+        ("chat",),
+        ("sessions",),
+        ("scale", "agent=2"),
+        ("migrate",),
+        ("status",),
+        ("restart", "all"),
+    ],
 )
 def test_what_needs_a_mesh_says_how_to_start_one(
     folder: Folder,

@@ -13,7 +13,7 @@ from launcher.errors import LaunchError
 from launcher.plan import Spec
 from launcher.processes import identify
 from launcher.settings import LauncherSettings
-from launcher.state import State
+from launcher.state import Remembered, State
 from launcher.supervisor import Supervisor
 from meshkit.settings import load
 
@@ -128,3 +128,14 @@ def test_a_process_gets_only_the_secrets_it_needs(
     words = " ".join(word for part in supervisor.plan.parts() for word in part.command)
     for secret in ("mesh-token", "postgresql-password", "valkey-password", "model-key", "api-key"):
         assert supervisor.folder.secret(secret) not in words
+
+
+async def test_a_new_replica_gets_a_number_that_none_has(supervisor: Supervisor) -> None:
+    async with asyncio.TaskGroup() as group:
+        child = serving(supervisor, group)
+        assert supervisor.free_number("tool") == 2
+        assert supervisor.free_number("agent") == 1
+        # One that is about to end still has its name, and so has one that an earlier supervisor left.
+        child.stop()
+        supervisor.leftovers["tool-2"] = Remembered("tool", "tool-2", 1, 1)
+        assert supervisor.free_number("tool") == 3

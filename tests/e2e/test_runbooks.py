@@ -1,0 +1,59 @@
+"""Every command of the runbooks, run as it stands on a mesh that is healthy: only its place differs."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.mesh import HERMESH, Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "docs" / "runbooks"
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([\w-]+\.md)\)")
+SECONDS = 200
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[Mesh]:
+    settings = {"HERMESH_DRAIN_DELAY_SECONDS": "0.5"}
+    with Mesh(scripted_model=False, settings=settings) as mesh:
+        yield mesh
+
+
+def commands(page: Path) -> str:
+    return "\n".join(BLOCK.findall(page.read_text()))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", sorted(page.name for page in PAGES.glob("*.md")))
+def test_every_command_works(embedded: Mesh, name: str) -> None:
+    # The functions of the index are known on every page.
+    script = "\n".join(dict.fromkeys((commands(PAGES / "README.md"), commands(PAGES / name))))
+    script = script.replace("127.0.0.1:8080", f"127.0.0.1:{embedded.http_port}")
+    script = script.replace(".hermesh/", f"{embedded.data_dir}/").replace("df -h .hermesh", "df -h .")
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail"],
+        input=script,
+        cwd=ROOT,
+        env=embedded.environment | {"PATH": f"{HERMESH.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ERROR" not in done.stderr
+    assert "hermesh_" not in script or "hermes_active_sessions" in done.stdout
+    for asked in re.findall(r"^\s*figure (\w+)", script, re.MULTILINE):
+        assert re.search(rf" {asked}\b", done.stdout) or asked == "hermesh_agent_model_errors_total", asked
+
+
+def test_the_index_names_every_page_and_each_link_leads_to_one() -> None:
+    named = set(LINK.findall((PAGES / "README.md").read_text()))
+    assert named == {page.name for page in PAGES.glob("*.md")} - {"README.md"}
+    for page in PAGES.glob("*.md"):
+        assert {link for link in LINK.findall(page.read_text()) if not (PAGES / link).exists()} == set()
