@@ -46,6 +46,7 @@ class Child:
     identity: Identity | None = None
     process: subprocess.Popen[bytes] | None = None
     address: str = ""
+    metrics_address: str = ""
     restarts: int = 0
     failures: int = 0
     last_exit: str = ""
@@ -318,6 +319,9 @@ async def _asked_ready(child: Child) -> str:
         return child.spec.address if await child.spec.probe() else ""
     try:
         record = json.loads(child.spec.ready_file.read_text())
-        return str(record["address"]) if record["pid"] == child.identity.pid else ""
+        if record["pid"] != child.identity.pid:
+            return ""
+        child.metrics_address = str(record.get("metrics_address", ""))
+        return str(record["address"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from launcher import envoy
+from launcher import envoy, probes
 from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
@@ -253,16 +253,18 @@ class Supervisor:
                 "pid": child.identity.pid if child.identity else None,
                 "address": child.address,
                 "health": well,
+                "reason": why,
                 "restarts": child.restarts,
                 "last_exit": child.last_exit,
                 "external": False,
             }
-            for child, well in zip(children, health, strict=True)
+            for child, (well, why) in zip(children, health, strict=True)
         ]
         for service, address, problem in self.plan.external():
+            wrong = await problem()
             rows.append(
                 {"service": service, "replica": service, "pid": None, "address": address}
-                | {"health": "unhealthy" if await problem() else "healthy"}
+                | {"health": "unhealthy" if wrong else "healthy", "reason": wrong}
                 | {"restarts": 0, "last_exit": "", "external": True}
             )
         order = (*PARTS, *SERVICES)
@@ -270,14 +272,18 @@ class Supervisor:
             rows, key=lambda row: (order.index(row["service"]), len(row["replica"]), row["replica"])
         )
 
-    async def _health(self, child: Child, balanced: Any) -> str:
+    async def _health(self, child: Child, balanced: Any) -> tuple[str, str]:
+        """How a process is, in one word, and why."""
         if child.stopping:
-            return "draining"
+            return "draining", ""
         if not child.ready.is_set():
-            return "restarting" if child.restarts else "starting"
+            return ("restarting" if child.restarts else "starting"), ""
         if child.spec.probe:
-            return "healthy" if await child.spec.probe() else "unhealthy"
-        return "healthy" if balanced.get(f"{child.spec.service}/{child.address}") else "unhealthy"
+            return ("healthy", "") if await child.spec.probe() else ("unhealthy", probes.NO_ANSWER)
+        if not balanced.get(f"{child.spec.service}/{child.address}"):
+            return "unhealthy", "Envoy does not find it healthy"
+        why = await probes.degraded(child.metrics_address)
+        return ("degraded", why) if why else ("healthy", "")
 
     # Steps
 

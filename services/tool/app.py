@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from types import ModuleType
 
-import grpc
-
 from hermesh.tool.v1.tool_service_pb2_grpc import add_ToolServiceServicer_to_server
 from meshkit.auth import MeshAuthenticator
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import StartupError
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
@@ -74,10 +72,6 @@ async def serve(settings: ToolSettings) -> None:
         async def drain() -> None:
             await executor.drain(settings.drain_seconds)
 
-        async def mesh() -> str | None:
-            failing = channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-            return "the mesh cannot be reached" if failing else None
-
         server.on_drain(drain, after_delay=True)
-        server.add_readiness("mesh", mesh)
+        server.add_readiness("mesh", mesh_check(channel))
         await server.serve()
