@@ -199,7 +199,7 @@ class Supervisor:
             await asyncio.to_thread(end_leftovers, self.strangers)
             self.strangers = []
         # What somebody else has to mend is said before anything is started.
-        await self._check_external()
+        await self.check_external()
         parts = self.plan.parts()
         missing = [spec.service for spec in parts if spec.replica not in self.children.all]
         if missing:
@@ -260,8 +260,9 @@ class Supervisor:
             }
             for child, (well, why) in zip(children, health, strict=True)
         ]
-        for service, address, problem in self.plan.external():
-            wrong = await problem()
+        external = self.plan.external()
+        problems = await asyncio.gather(*(problem() for _, _, problem in external))
+        for (service, address, _), wrong in zip(external, problems, strict=True):
             rows.append(
                 {"service": service, "replica": service, "pid": None, "address": address}
                 | {"health": "unhealthy" if wrong else "healthy", "reason": wrong}
@@ -336,11 +337,22 @@ class Supervisor:
         note(f"{what} cannot be written: {error}")
         self.unwritten.set()
 
-    async def _check_external(self) -> None:
+    async def check_external(self) -> None:
+        """Raises LaunchError naming a part that a URL names and that does not work."""
+        names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
+        working: set[str] = set()
+        complaints: dict[str, str] = {}
         for service, address, problem in self.plan.external():
             if wrong := await problem():
-                names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
-                raise LaunchError(f"{service} at {address} {wrong}; check HERMESH_{names[service]}")
+                complaints.setdefault(
+                    service, f"{service} at {address} {wrong}; check HERMESH_{names[service]}"
+                )
+            else:
+                working.add(service)
+        for service, complaint in complaints.items():
+            # Of several model backends one is enough to begin with; hermesh status names the others.
+            if service not in working:
+                raise LaunchError(complaint)
 
     async def _prepare_database(self, say: Say) -> None:
         """Brings the schema up to date and makes the first tenant, unless this was done before."""

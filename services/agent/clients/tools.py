@@ -31,6 +31,7 @@ from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
+from services.agent import metrics
 from services.agent.domain.loop import Call, CallState
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ToolOffer
@@ -38,6 +39,7 @@ from services.agent.model.port import ToolOffer
 _log = structlog.get_logger("agent.tools")
 
 LIST_TIMEOUT = 2.0
+PROBE_TIMEOUT = 1.5
 REFRESH_SECONDS = 30.0
 EXECUTE_TRIES = 4
 # Above the tool's own timeout: the tool service reports that one itself, and better.
@@ -95,6 +97,16 @@ class ToolClient:
                 await asyncio.sleep(2.0 if self._tools is None else REFRESH_SECONDS)
                 continue
             await asyncio.sleep(REFRESH_SECONDS)
+
+    async def problem(self) -> str | None:
+        """Return None if the tool service answers, else what is wrong."""
+        try:
+            await self._stub.ListTools(
+                ListToolsRequest(page_size=1), metadata=self._mesh, timeout=PROBE_TIMEOUT
+            )
+        except grpc.aio.AioRpcError as error:
+            return f"the tool service does not answer: {from_rpc_error(error).reason}"
+        return None
 
     async def _load(self) -> Mapping[str, ToolInfo]:
         tools: dict[str, ToolInfo] = {}
@@ -163,6 +175,7 @@ class ToolClient:
                 return replace(call, state=CallState.FAILED, content=message)
             stale = reason == "FENCE_STALE"
             if backoff.attempts + 1 >= EXECUTE_TRIES and not stale:
+                metrics.unreached_calls.inc()
                 _log.warning("tool call failed", call_id=call.call_id, tool=call.name, reason=reason)
                 return await self._ask_journal(spec, call, fence, reason)
             # A stale fence ends the run by the writer's word, or is followed by a new one.

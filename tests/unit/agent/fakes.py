@@ -30,7 +30,9 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     ReattachResult,
     RunAppend,
 )
+from meshkit.errors import HermeshError
 from meshkit.ids import uuid7
+from services.agent.clients.memory import Known
 from services.agent.clients.session import Claim, NotClaimed
 from services.agent.clients.tools import ToolInfo
 from services.agent.domain.loop import Call, CallState, Limits
@@ -381,20 +383,18 @@ class FakeTools:
 
 
 class FakeMemory:
-    """Memories and preferences that are always the same; `error` is raised instead."""
+    """Memories and preferences that are always the same; with `error` they are missing for it."""
 
     def __init__(self, found: Sequence[Any] = (), preferences: Mapping[str, str] | None = None) -> None:
         self.found = found
         self.preferences = dict(preferences or {})
-        self.error: Exception | None = None
+        self.error: HermeshError | None = None
         self.kept: list[tuple[str, str]] = []
 
-    async def known(
-        self, spec: RunSpec, query: str, timeout: float
-    ) -> tuple[Sequence[Any], Mapping[str, str]]:
+    async def known(self, spec: RunSpec, query: str, timeout: float) -> Known:
         if self.error is not None:
-            raise self.error
-        return self.found, self.preferences
+            return Known(missing={"memory": self.error, "preferences": self.error})
+        return Known(self.found, self.preferences)
 
     async def remember(self, spec: RunSpec, text: str, timeout: float) -> None:
         if self.error is not None:
