@@ -56,10 +56,11 @@ async def serve(settings: ToolSettings) -> None:
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("tool"))
+        results = open_results(settings.object_store_url)
         executor = Executor(
             registry,
             MeshJournal(channel, settings),
-            open_results(settings.object_store_url),
+            results,
             owner,
             max_calls=settings.tool_max_calls,
             complete_seconds=settings.tool_complete_seconds,
@@ -73,5 +74,7 @@ async def serve(settings: ToolSettings) -> None:
             await executor.drain(settings.drain_seconds)
 
         server.on_drain(drain, after_delay=True)
+        if results is not None:
+            server.add_readiness("object_store", results.problem)
         server.add_readiness("mesh", mesh_check(channel))
         await server.serve()

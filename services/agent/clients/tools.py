@@ -42,7 +42,8 @@ LIST_TIMEOUT = 2.0
 PROBE_TIMEOUT = 1.5
 REFRESH_SECONDS = 30.0
 EXECUTE_TRIES = 4
-# Above the tool's own timeout: the tool service reports that one itself, and better.
+# Silence for longer than the tool's own timeout and this is a tool service that is gone: it reports the
+# timeout itself, and better, and tells when a result waits to be stored or recorded.
 EXECUTE_MARGIN = 5.0
 # The call cannot be made, whoever asks: the model is told, and may repair it.
 _MODEL_MAY_REPAIR = ("TOOL_NOT_FOUND", "TOOL_ARGUMENTS_INVALID", "INVALID_ARGUMENT", "ADDRESS_REFUSED")
@@ -149,6 +150,8 @@ class ToolClient:
         """
         backoff = Backoff(0.1, 1.0)
         metadata = mesh_metadata(self._settings, spec.tenant_id)
+        silence = info.timeout + EXECUTE_MARGIN
+        clock = asyncio.get_running_loop().time
         while True:
             used = fence()
             request = ExecuteRequest(
@@ -161,13 +164,18 @@ class ToolClient:
                 user=spec.user,
             )
             try:
-                stream = self._stub.Execute(request, metadata=metadata, timeout=info.timeout + EXECUTE_MARGIN)
-                async with stream_call(stream) as responses:
+                async with (
+                    asyncio.timeout(silence) as quiet,
+                    stream_call(self._stub.Execute(request, metadata=metadata)) as responses,
+                ):
                     async for response in responses:
+                        quiet.reschedule(clock() + silence)
                         if response.WhichOneof("kind") == "result":
                             return _settled(call, response.result.state, response.result.content)
                         on_progress(response.progress.text)
                 reason, message = "SERVICE_UNAVAILABLE", "the tool service sent no result"
+            except TimeoutError:
+                reason, message = "DEADLINE_EXCEEDED", "the tool service sent nothing for too long"
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 reason, message = error.reason, error.message

@@ -262,6 +262,18 @@ async def test_a_broken_tool_stream_is_asked_for_again(mesh):
     assert len(mesh.executed) == 3
 
 
+async def test_a_tool_service_that_shows_life_is_waited_for_and_a_silent_one_is_not(mesh, monkeypatch):
+    monkeypatch.setattr("services.agent.clients.tools.EXECUTE_MARGIN", 0.1)
+    # In all longer than the tool's timeout and the margin, and never silent for so long.
+    mesh.tool_script = ["slow"]
+    async with clients(mesh) as (tools, _):
+        assert (await execute(tools)).state is CallState.COMPLETED
+        assert len(mesh.executed) == 1
+        mesh.tool_script = ["hang", "ok"]
+        assert (await execute(tools)).state is CallState.COMPLETED
+    assert len(mesh.executed) == 3
+
+
 async def test_a_stale_fence_is_followed_by_the_new_one(mesh):
     mesh.tool_script = ["stale", "ok"]
     fences = iter([7, 8, 8, 8])
