@@ -29,7 +29,7 @@ from services.agent.model.port import Model, ModelEvent, ModelInfo, ModelRequest
 
 _log = structlog.get_logger("agent.model")
 
-# How long a backend that failed is asked last, seconds: doubled by each failure in a row.
+# How long a backend that failed is asked last, seconds: doubled by each failure after that time.
 COOL_FIRST = 1.0
 COOL_LIMIT = 30.0
 # A backend that nobody has used for this long is asked for its models, to know whether it still answers.
@@ -74,7 +74,7 @@ class Backend:
         name: host and port, for people.
         model: its adapter, which sends each request once.
         wrong: the reason of its last failure, "" while it works.
-        failures: in a row; a whole reply ends them.
+        failures: in a row, each after the time of the one before; a whole reply ends them.
         cools_until: on the pool's clock; until then the others are asked first.
         heard_at: when it last answered or failed.
     """
@@ -217,7 +217,9 @@ class Backends:
             return
         metrics.backend_errors.labels(backend.name, error.reason).inc()
         backend.wrong = error.reason
-        backend.failures += 1
+        if backend.heard_at >= backend.cools_until:
+            # Requests that fail together, or the tries of one, are one failure.
+            backend.failures += 1
         cools = COOL_FIRST * 2 ** min(backend.failures - 1, 10)
         if error.retry_after is not None:
             cools = max(cools, error.retry_after)

@@ -350,9 +350,12 @@ class FakeTools:
         self.executed: list[str] = []
         self.cancelled: list[str] = []
         self.approval: set[str] = set()
+        self.error: HermeshError | None = None
         self.started = asyncio.Event()
 
     async def tools(self) -> Mapping[str, ToolInfo]:
+        if self.error is not None:
+            raise self.error
         return {
             name: ToolInfo(
                 ToolOffer(name, f"does {name}", {"type": "object"}), self.effect, 5.0, name in self.approval

@@ -244,6 +244,16 @@ async def test_a_run_goes_on_without_memory_and_says_so(make_bench):
     ]
 
 
+async def test_a_run_goes_on_without_tools_and_says_so(make_bench):
+    model = FakeModel(HELLO)
+    bench = make_bench(model)
+    bench.tools.error = UnavailableError("SERVICE_UNAVAILABLE", "the tool service is away")
+    run = await bench.finish(bench.store.new_claim("hi", RunOptions(tools=["add"])))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert run.data("context.degraded") == [{"part": "tools", "detail": "the tool service is away"}]
+    assert model.requests[0].tools == []
+
+
 async def test_a_run_that_wants_no_memory_uses_none(make_bench):
     bench = make_bench(FakeModel(HELLO))
     bench.memory.error = AssertionError("not to be called")
