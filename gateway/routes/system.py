@@ -42,7 +42,7 @@ async def ready(gateway: Gateway, request: Request) -> ASGIApp:
     What does not answer is shared by all gateways. A balancer that took them all out would put its own words
     in the place of the problem document that says what is wrong and when to come back.
     """
-    problems = await gateway.readiness.problems()
+    problems = await gateway.readiness.soon()
     checks = {name: why or "ok" for name, why in problems.items()}
     degraded = any(why is not None for why in problems.values())
     if gateway.hub.leaving:

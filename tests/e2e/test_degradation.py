@@ -140,13 +140,12 @@ class Probe:
         return dict(answer.json())
 
     def degraded(self, part: str) -> str:
-        """Why a part degrades the process; and its gauge says the same."""
+        """Why a part degrades the process, once it does; and its gauge says the same."""
+        wait_until(lambda: not self.ready()["checks"][part]["ok"], 10, f"{part} to be missed")
         document = self.ready()
-        check = document["checks"][part]
         assert document["status"] == "degraded"
-        assert not check["ok"]
         assert self.figure(f'hermesh_dependency_up{{dependency="{part}"}}') == 0
-        return str(check["reason"])
+        return str(document["checks"][part]["reason"])
 
     def figure(self, name: str) -> float:
         """The value of a metric's sample; 0 for one that does not exist yet."""

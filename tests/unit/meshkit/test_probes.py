@@ -109,6 +109,23 @@ async def test_a_check_that_hangs_or_fails_is_a_reason_without_its_text() -> Non
     assert problems == {"hang": "no answer within 0.05 s", "broken": "the check failed"}
 
 
+async def test_ready_answers_soon_with_what_is_known_of_a_part_that_hangs() -> None:
+    readiness = Readiness(timeout=0.05, registry=CollectorRegistry())
+    hangs = asyncio.Event()
+
+    async def check() -> str | None:
+        if hangs.is_set():
+            await asyncio.Event().wait()
+        return None
+
+    readiness.add("redis", check)
+    assert await readiness.soon(0.01) == {"redis": None}
+    hangs.set()
+    assert await readiness.soon(0.01) == {"redis": None}
+    await readiness.problems()
+    assert await readiness.soon(0.01) == {"redis": "no answer within 0.05 s"}
+
+
 async def test_metrics_are_in_the_text_format(probes: ProbeServer) -> None:
     status, body = await get(probes, "/metrics?x=1")
     assert status == 200
