@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from uuid import UUID
 
 import grpc.aio
 
@@ -18,14 +17,13 @@ from hermesh.memory.v1.memory_service_pb2 import (
 from hermesh.memory.v1.memory_service_pb2_grpc import MemoryServiceStub
 from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.identity import PROBE_TENANT
 from meshkit.settings import MeshSettings
 from services.agent.domain.prompt import RunSpec
 
 MAX_QUERY = 16 * 1024
 MAX_TEXT = 4 * 1024
 PROBE_TIMEOUT = 1.5
-# No tenant has this id: a question on its behalf finds nothing, and reaches the database.
-NOBODY = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class MemoryClient:
         try:
             await self._stub.GetPreferences(
                 GetPreferencesRequest(user="readiness-probe"),
-                metadata=mesh_metadata(self._settings, NOBODY),
+                metadata=mesh_metadata(self._settings, PROBE_TENANT),
                 timeout=PROBE_TIMEOUT,
             )
         except grpc.aio.AioRpcError as error:

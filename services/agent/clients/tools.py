@@ -29,6 +29,7 @@ from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
 from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.identity import PROBE_TENANT
 from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
 from services.agent import metrics
@@ -103,7 +104,9 @@ class ToolClient:
         """Return None if the tool service answers, else what is wrong."""
         try:
             await self._stub.ListTools(
-                ListToolsRequest(page_size=1), metadata=self._mesh, timeout=PROBE_TIMEOUT
+                ListToolsRequest(page_size=1),
+                metadata=mesh_metadata(self._settings, PROBE_TENANT),
+                timeout=PROBE_TIMEOUT,
             )
         except grpc.aio.AioRpcError as error:
             return f"the tool service does not answer: {from_rpc_error(error).reason}"
