@@ -71,11 +71,12 @@ class ModelServer:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, folder: Path) -> Self:
-        """Starts one on a free port; its ready file goes into `folder`."""
-        ready = folder / "model-server.json"
+    def start(cls, folder: Path, port: int = 0) -> Self:
+        """Starts one on a port, 0 for a free one; its ready file goes into `folder`."""
+        ready = folder / f"model-server-{port}.json"
+        ready.unlink(missing_ok=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.model_server", "--port", "0", "--ready-file", str(ready)]
+            [sys.executable, "-m", "bench.model_server", "--port", str(port), "--ready-file", str(ready)]
         )
         wait_until(lambda: ready.exists() or process.poll() is not None, 20, "the scripted model server")
         if not ready.exists():

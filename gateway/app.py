@@ -23,6 +23,7 @@ from gateway.settings import GatewaySettings
 from gateway.streams import StreamHub, StreamMetrics
 from gateway.websocket import SessionSocket
 from meshkit.auth import Authenticator, MeshAuthenticator
+from meshkit.channel import mesh_check
 from meshkit.probes import Readiness
 
 WEBSOCKET_PATH = "/v1/sessions/{session_id}/ws"
@@ -44,7 +45,8 @@ def make_gateway(
         registry: Where the figures go.
     """
     mesh = MeshClients(channel)
-    readiness = Readiness()
+    readiness = Readiness(registry=registry)
+    readiness.add("mesh", mesh_check(channel))
     readiness.add("session", mesh.probe_sessions)
     readiness.add("agent", mesh.probe_agents)
     return Gateway(

@@ -12,10 +12,10 @@ import grpc.aio
 
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
-from hermesh.session.v1 import session_internal_service_pb2 as internal_pb
-from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
+from hermesh.session.v1 import session_service_pb2 as session_pb
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit.errors import HermeshError, NotFoundError, from_rpc_error
+from meshkit.identity import PROBE_TENANT, TENANT_KEY
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ _MODELS_TTL = 10.0
 _MODELS_TIMEOUT = 3.0
 # After a failure nobody asks again for so long: callers must not queue up behind an agent that hangs.
 _MODELS_PAUSE = 1.0
-_PROBE_KEY = "hm_readiness-probe"
+_PROBE = ((TENANT_KEY, str(PROBE_TENANT)),)
 _PROBE_TIMEOUT = 1.5
 DEFAULT_MODEL = "default"
 
@@ -60,7 +60,6 @@ class MeshClients:
         # The generated stubs are typed for the synchronous channel as well; these are always aio.
         self.sessions: Any = SessionServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
-        self._internal: Any = SessionInternalServiceStub(channel)
         self._models: list[agent_pb.Model] = []
         self._models_until = 0.0
         self._models_error: HermeshError | None = None
@@ -111,19 +110,20 @@ class MeshClients:
 
     async def probe_sessions(self) -> str | None:
         """Returns None if the session service and its database answer, else what is wrong."""
-        # A lookup that must miss reaches the database; success and refusal are both an answer.
-        request = internal_pb.AuthenticateRequest(api_key=_PROBE_KEY)
         try:
-            await self._internal.Authenticate(request, timeout=_PROBE_TIMEOUT)
+            await self.sessions.ListSessions(
+                session_pb.ListSessionsRequest(page_size=1), metadata=_PROBE, timeout=_PROBE_TIMEOUT
+            )
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                return from_rpc_error(error).reason
+            return from_rpc_error(error).reason
         return None
 
     async def probe_agents(self) -> str | None:
         """Returns None if an agent answers, else what is wrong."""
         try:
-            await self.agents.ListModels(agent_pb.ListModelsRequest(), timeout=_PROBE_TIMEOUT)
+            await self.agents.ListModels(
+                agent_pb.ListModelsRequest(), metadata=_PROBE, timeout=_PROBE_TIMEOUT
+            )
         except grpc.aio.AioRpcError as error:
             return from_rpc_error(error).reason
         return None

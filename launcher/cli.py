@@ -171,7 +171,13 @@ def status(as_json: Json = False) -> None:
         # Killed, or never started: what an earlier one left behind is shown all the same.
         rows = [
             {"service": c.service, "replica": c.replica, "pid": c.pid, "address": c.address}
-            | {"health": "unsupervised", "restarts": c.restarts, "last_exit": c.last_exit, "external": False}
+            | {
+                "health": "unsupervised",
+                "reason": "",
+                "restarts": c.restarts,
+                "last_exit": c.last_exit,
+                "external": False,
+            }
             for c in State.load(folder.state_file).children
             if c.identity.alive
         ]
@@ -181,12 +187,14 @@ def status(as_json: Json = False) -> None:
     if not rows:
         raise LaunchError(f"no mesh runs in {folder.root}; start it with: hermesh up")
     table = Table()
-    for name in ("service", "replica", "pid", "address", "health", "restarts", "last exit"):
+    for name in ("service", "replica", "pid", "address", "health", "reason", "restarts", "last exit"):
         table.add_column(name, overflow="fold")
     for row in rows:
         colour = {"healthy": "green", "unhealthy": "red"}.get(row["health"], "yellow")
         cells = [str(row[name] or "") for name in ("service", "replica", "pid", "address")]
-        table.add_row(*cells, f"[{colour}]{row['health']}", str(row["restarts"] or ""), row["last_exit"])
+        # A supervisor of an earlier version gives no reasons.
+        why, restarts = row.get("reason", ""), str(row["restarts"] or "")
+        table.add_row(*cells, f"[{colour}]{row['health']}", why, restarts, row["last_exit"])
     console.print(table)
     if any(row["health"] == "unsupervised" for row in rows):
         console.print("The supervisor is gone; hermesh up takes these over, hermesh down ends them.")

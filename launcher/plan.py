@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launcher import envoy, model, probes
@@ -16,6 +17,7 @@ from launcher.embedded.valkey import Valkey
 from launcher.errors import LaunchError
 from launcher.folder import Folder, write_private
 from launcher.settings import CHECKOUT, LauncherSettings
+from meshkit.settings import words
 
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 PARTS = ("postgresql", "valkey", "model", "envoy")
@@ -225,7 +227,10 @@ class Plan:
         self.admin.socket.unlink(missing_ok=True)
 
     def external(self) -> list[tuple[str, str, Callable[[], Awaitable[str]]]]:
-        """The parts that a URL names: service, address without credentials, and what says what is wrong."""
+        """The parts that a URL names: service, address without credentials, and what says what is wrong.
+
+        There may be several rows of the model: its backends, of which one is enough.
+        """
         rows: list[tuple[str, str, Callable[[], Awaitable[str]]]] = []
         if not self.postgres:
             url = self.database_url
@@ -234,8 +239,9 @@ class Plan:
             redis_url = self.redis_url
             rows.append(("valkey", _place(redis_url), lambda: probes.valkey_problem(redis_url)))
         if not self.embedded_model:
-            base_url, key = self.llm_base_url, self.llm_api_key
-            rows.append(("model", _place(base_url), lambda: probes.model_problem(base_url, key)))
+            key = self.llm_api_key
+            for base_url in words(self.llm_base_url):
+                rows.append(("model", _place(base_url), partial(probes.model_problem, base_url, key)))
         return rows
 
     def service(self, service: str, number: int) -> Spec:

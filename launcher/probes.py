@@ -81,6 +81,22 @@ async def valkey_problem(url: str) -> str:
     return ""
 
 
+async def degraded(metrics_address: str) -> str:
+    """Why a service is degraded or not ready, as its own /ready says; empty when it is neither."""
+    import httpx
+
+    inside = httpx.AsyncClient(timeout=SECONDS + 1.0, verify=False, trust_env=False)  # noqa: S501 -- plain HTTP
+    try:
+        async with inside as client:
+            found = (await client.get(f"http://{metrics_address}/ready")).json()
+        if found["status"] == "ready":
+            return ""
+        wrong = [f"{name}: {check['reason']}" for name, check in found["checks"].items() if not check["ok"]]
+        return "; ".join(wrong) or str(found.get("reason", found["status"]))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError):
+        return "its /ready does not answer"
+
+
 async def model(base_url: str, api_key: str) -> bool:
     """Whether the model API lists models with this key."""
     return not await model_problem(base_url, api_key)

@@ -44,7 +44,11 @@ class LauncherSettings(BaseSettings):
         "", description="Where large tool results go, file:// or s3://; empty is a folder in the data folder."
     )
     llm_base_url: str = Field(
-        "", description="OpenAI-compatible model API with its /v1; empty starts the embedded model."
+        "",
+        description=(
+            "OpenAI-compatible model API with its /v1; several that serve the same models stand in for each "
+            "other, separated by commas or spaces. Empty starts the embedded model."
+        ),
     )
     llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the model API.")
     llm_model: str = Field("", description="Default model; empty is the first that the backend lists.")

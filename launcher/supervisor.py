@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import count
 from typing import Any
 
-from launcher import envoy
+from launcher import envoy, probes
 from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
@@ -213,7 +213,7 @@ class Supervisor:
             await asyncio.to_thread(end_leftovers, self.strangers)
             self.strangers = []
         # What somebody else has to mend is said before anything is started.
-        await self._check_external()
+        await self.check_external()
         parts = self.plan.parts()
         missing = [spec.service for spec in parts if spec.replica not in self.children.all]
         if missing:
@@ -276,16 +276,19 @@ class Supervisor:
                 "pid": child.identity.pid if child.identity else None,
                 "address": child.address,
                 "health": well,
+                "reason": why,
                 "restarts": child.restarts,
                 "last_exit": child.last_exit,
                 "external": False,
             }
-            for child, well in zip(children, health, strict=True)
+            for child, (well, why) in zip(children, health, strict=True)
         ]
-        for service, address, problem in self.plan.external():
+        external = self.plan.external()
+        problems = await asyncio.gather(*(problem() for _, _, problem in external))
+        for (service, address, _), wrong in zip(external, problems, strict=True):
             rows.append(
                 {"service": service, "replica": service, "pid": None, "address": address}
-                | {"health": "unhealthy" if await problem() else "healthy"}
+                | {"health": "unhealthy" if wrong else "healthy", "reason": wrong}
                 | {"restarts": 0, "last_exit": "", "external": True}
             )
         order = (*PARTS, *SERVICES)
@@ -293,14 +296,18 @@ class Supervisor:
             rows, key=lambda row: (order.index(row["service"]), len(row["replica"]), row["replica"])
         )
 
-    async def _health(self, child: Child, balanced: Any) -> str:
+    async def _health(self, child: Child, balanced: Any) -> tuple[str, str]:
+        """How a process is, in one word, and why."""
         if child.stopping:
-            return "draining"
+            return "draining", ""
         if not child.ready.is_set():
-            return "restarting" if child.restarts else "starting"
+            return ("restarting" if child.restarts else "starting"), ""
         if child.spec.probe:
-            return "healthy" if await child.spec.probe() else "unhealthy"
-        return "healthy" if balanced.get(f"{child.spec.service}/{child.address}") else "unhealthy"
+            return ("healthy", "") if await child.spec.probe() else ("unhealthy", probes.NO_ANSWER)
+        if not balanced.get(f"{child.spec.service}/{child.address}"):
+            return "unhealthy", "Envoy does not find it healthy"
+        why = await probes.degraded(child.metrics_address)
+        return ("degraded", why) if why else ("healthy", "")
 
     # Steps
 
@@ -369,11 +376,22 @@ class Supervisor:
         note(f"{what} cannot be written: {error}")
         self.unwritten.set()
 
-    async def _check_external(self) -> None:
+    async def check_external(self) -> None:
+        """Raises LaunchError naming a part that a URL names and that does not work."""
+        names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
+        working: set[str] = set()
+        complaints: dict[str, str] = {}
         for service, address, problem in self.plan.external():
             if wrong := await problem():
-                names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
-                raise LaunchError(f"{service} at {address} {wrong}; check HERMESH_{names[service]}")
+                complaints.setdefault(
+                    service, f"{service} at {address} {wrong}; check HERMESH_{names[service]}"
+                )
+            else:
+                working.add(service)
+        for service, complaint in complaints.items():
+            # Of several model backends one is enough to begin with; hermesh status names the others.
+            if service not in working:
+                raise LaunchError(complaint)
 
     async def _prepare_database(self, say: Say) -> None:
         """Brings the schema up to date and makes the first tenant, unless this was done before."""

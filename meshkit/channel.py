@@ -8,7 +8,7 @@ begins.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
@@ -114,6 +114,19 @@ def open_channel(
     channel = grpc.aio.insecure_channel(target, options=channel_options(safe))
     token = settings.mesh_token.get_secret_value() if mesh else None
     return MeshChannel(channel, token, unary_timeout)
+
+
+def mesh_check(channel: grpc.aio.Channel) -> Callable[[], Awaitable[str | None]]:
+    """Returns a readiness check that Envoy, behind a channel to the mesh, can be reached."""
+
+    async def check() -> str | None:
+        state = channel.get_state(try_to_connect=True)
+        while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=True)
+        return None if state is grpc.ChannelConnectivity.READY else "the mesh cannot be reached"
+
+    return check
 
 
 @asynccontextmanager

@@ -13,6 +13,9 @@ from meshkit.errors import PermissionDeniedError, UnauthenticatedError
 AUTHORIZATION_KEY = "authorization"
 MESH_TOKEN_KEY = "x-hermesh-mesh"  # noqa: S105 -- the name of the key, not a secret
 TENANT_KEY = "x-hermesh-tenant"
+# No tenant has this id. A process of the mesh that calls on its behalf asks whether a service works, down to
+# the database, and is told nothing of anybody's.
+PROBE_TENANT = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)

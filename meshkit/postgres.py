@@ -35,6 +35,8 @@ _COMMAND_TIMEOUT = 7.0
 
 _RETRY_DOWN_MS = 500
 _RETRY_BUSY_MS = 100
+# A full disk is not mended in a moment, and those who wait for it come back all the same.
+_RETRY_REFUSED_MS = 2_000
 
 
 async def open_pool(
@@ -123,6 +125,9 @@ _DOWN = (
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.IdleSessionTimeoutError,
+    asyncpg.PostgresSystemError,
+    asyncpg.PostgresIOError,
     OSError,
     TimeoutError,
 )
@@ -133,6 +138,15 @@ _BUSY = (
     asyncpg.DeadlockDetectedError,
     asyncpg.SerializationError,
 )
+# What a server that answers refuses to everybody, by SQLSTATE, as people are told it.
+_REFUSED: Mapping[str, str] = {
+    "25006": "it is read-only",
+    "53100": "its disk is full",
+    "53200": "it is out of memory",
+    "53300": "it has no free connection",
+    "53400": "it is at a limit of its configuration",
+    "58030": "its disk fails",
+}
 _BAD_TEXT = (asyncpg.CharacterNotInRepertoireError, asyncpg.UntranslatableCharacterError)
 
 
@@ -156,6 +170,13 @@ def map_pg_error(exc: BaseException) -> HermeshError:
     # asyncpg also reports misuse, such as a wrong parameter type, as an InterfaceError: that is our bug.
     if isinstance(exc, asyncpg.DataError | asyncpg.exceptions.UnsupportedClientFeatureError):
         return InternalError()
+    refused = refusal(exc)
+    if refused is not None:
+        return UnavailableError(
+            "DATABASE_UNAVAILABLE",
+            f"the database cannot do this now: {refused}; nothing was changed, try again",
+            retry_after_ms=_RETRY_REFUSED_MS,
+        )
     if isinstance(exc, _DOWN):
         return UnavailableError(
             "DATABASE_UNAVAILABLE",
@@ -163,6 +184,11 @@ def map_pg_error(exc: BaseException) -> HermeshError:
             retry_after_ms=_RETRY_DOWN_MS,
         )
     return InternalError()
+
+
+def refusal(exc: BaseException) -> str | None:
+    """Returns what a server that answers lacks to do its work, in words of ours; None for any other error."""
+    return _REFUSED.get(getattr(exc, "sqlstate", None) or "")
 
 
 def is_retryable(exc: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from meshkit.lifecycle import bind_failure, reachable
 from meshkit.settings import parse_address
-from meshkit.telemetry import render_metrics
+from meshkit.tasks import TaskOwner
+from meshkit.telemetry import dependency_gauge, render_metrics
 
 _log = structlog.get_logger("meshkit.probes")
 
@@ -27,22 +28,41 @@ _IO_TIMEOUT = 5.0
 _CHECK_TIMEOUT = 2.0
 _MAX_CONNECTIONS = 64
 _JSON = "application/json"
+# How long /ready waits for a new look.
+_PATIENCE = 0.8
+# Between two looks that nobody asked for: they keep the gauges true.
+_WATCH_SECONDS = 5.0
 
 Check = Callable[[], Awaitable[str | None]]
 Answer = tuple[HTTPStatus, str, bytes]
 
 
 class Readiness:
-    """Named checks of what a process needs; each returns None, or why it is not ready."""
+    """Named checks of what a process needs; each returns None, or why it is not as it should be.
 
-    def __init__(self, *, timeout: float = _CHECK_TIMEOUT) -> None:
+    What they find is also in the gauge `hermesh_dependency_up`, and in the log when it changes.
+    """
+
+    def __init__(self, *, timeout: float = _CHECK_TIMEOUT, registry: CollectorRegistry = REGISTRY) -> None:
         """Makes an empty list; each check gets `timeout` seconds."""
         self._checks: dict[str, Check] = {}
+        self._own: set[str] = set()
         self._timeout = timeout
+        self._gauge = dependency_gauge(registry)
+        self._known: dict[str, str | None] = {}
 
-    def add(self, name: str, check: Check) -> None:
-        """Adds a check, or replaces that of the same name."""
+    def add(self, name: str, check: Check, *, own: bool = False) -> None:
+        """Adds a check, or replaces that of the same name.
+
+        Args:
+            name: What is looked at, one word: `postgresql`, `mesh`.
+            check: Returns None, or why it does not work.
+            own: It is wrong with this process alone, and another replica would do better. What replicas
+                share only degrades: without all of them nobody would even be told what is wrong.
+        """
         self._checks[name] = check
+        if own:
+            self._own.add(name)
 
     async def problems(self) -> dict[str, str | None]:
         """Runs all checks side by side.
@@ -52,7 +72,41 @@ class Readiness:
         """
         names = list(self._checks)
         results = await asyncio.gather(*(self._run(name, self._checks[name]) for name in names))
-        return dict(zip(names, results, strict=True))
+        found = dict(zip(names, results, strict=True))
+        for name, why in found.items():
+            self._note(name, why)
+        return found
+
+    async def soon(self, seconds: float = _PATIENCE) -> dict[str, str | None]:
+        """As `problems`, but with what the last look found where a part takes its time now.
+
+        Whoever asks for /ready has little patience (Kubernetes: a second), and one that gets no answer takes
+        the process out, whatever the answer would have been.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.problems()
+        except TimeoutError:
+            return {name: self._known.get(name) for name in self._checks}
+
+    def unfit(self, problems: Mapping[str, str | None]) -> bool:
+        """Whether these problems keep this very process from serving."""
+        return any(problems.get(name) is not None for name in self._own)
+
+    async def watch(self, seconds: float = _WATCH_SECONDS) -> None:
+        """Looks again and again, until cancelled: the gauges are true also where nobody asks for /ready."""
+        while True:
+            await self.problems()
+            await asyncio.sleep(seconds)
+
+    def _note(self, name: str, why: str | None) -> None:
+        self._gauge.labels(name).set(why is None)
+        known = self._known.get(name)
+        self._known[name] = why
+        if why is not None and known is None:
+            _log.warning("degraded", dependency=name, reason=why)
+        elif why is None and known is not None:
+            _log.info("no longer degraded", dependency=name)
 
     async def _run(self, name: str, check: Check) -> str | None:
         try:
@@ -83,7 +137,7 @@ class ProbeServer:
         io_timeout: float = _IO_TIMEOUT,
     ) -> None:
         """Listens once entered; `variable` is named in the error for an address that cannot be bound."""
-        self.readiness = readiness if readiness is not None else Readiness()
+        self.readiness = readiness if readiness is not None else Readiness(registry=registry)
         self.address = listen
         self._listen = listen
         self._variable = variable
@@ -92,10 +146,13 @@ class ProbeServer:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[Any]] = set()
         self._not_ready: str | None = "starting"
+        self._tasks = TaskOwner("probes")
 
     def set_ready(self, why_not: str | None = None) -> None:
         """Makes /ready depend on the checks, or answer 503 with `why_not` whatever they say."""
         self._not_ready = why_not
+        if why_not is None and not len(self._tasks):
+            self._tasks.start(self.readiness.watch(), name="readiness")
 
     async def __aenter__(self) -> Self:
         host, port = parse_address(self._listen)
@@ -110,6 +167,7 @@ class ProbeServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._tasks.close()
         if self._server is None:
             return
         self._server.close()
@@ -152,15 +210,16 @@ class ProbeServer:
         return HTTPStatus.NOT_FOUND, _JSON, b'{"error":"there are /metrics, /health and /ready"}\n'
 
     async def _ready(self) -> Answer:
-        problems = await self.readiness.problems()
-        ready = self._not_ready is None and not any(problems.values())
+        problems = await self.readiness.soon()
+        serving = self._not_ready is None and not self.readiness.unfit(problems)
+        well = serving and not any(why is not None for why in problems.values())
         document: dict[str, Any] = {
-            "status": "ready" if ready else "not ready",
+            "status": "ready" if well else "degraded" if serving else "not ready",
             "checks": {name: {"ok": why is None, "reason": why} for name, why in problems.items()},
         }
         if self._not_ready is not None:
             document["reason"] = self._not_ready
-        status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+        status = HTTPStatus.OK if serving else HTTPStatus.SERVICE_UNAVAILABLE
         return status, _JSON, json.dumps(document).encode() + b"\n"
 
 

@@ -192,13 +192,14 @@ class Server:
         """Adds a check to /ready.
 
         Args:
-            name: As /ready shows it.
-            check: Returns None, or why the process is not ready.
-            gates_health: Also report NOT_SERVING to the load balancer while the check fails. Only for what
-                is wrong with this replica alone: for something that all replicas share (the database) it
-                would take out all of them, and turn a clear error into an unclear one.
+            name: As /ready and the gauge `hermesh_dependency_up` show it.
+            check: Returns None, or why the process is degraded.
+            gates_health: While the check fails /ready is 503, and gRPC health tells the load balancer
+                NOT_SERVING. Only for what is wrong with this replica alone: for something that all replicas
+                share (the database) it would take out all of them, and turn a clear error into an unclear
+                one.
         """
-        self._readiness.add(name, check)
+        self._readiness.add(name, check, own=gates_health)
         if gates_health:
             self._gates.add(name, check)
             self._gated = True

@@ -17,6 +17,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 PREFIX = "HERMESH_"
 
 
+def words(text: str) -> list[str]:
+    """Splits a list that is written with commas or spaces."""
+    return text.replace(",", " ").split()
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """Splits `host:port` (`[v6]:port` too).
 

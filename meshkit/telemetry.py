@@ -203,6 +203,22 @@ def rpc_metrics(registry: CollectorRegistry = REGISTRY) -> RpcMetrics:
     return metrics
 
 
+_dependency_gauges: WeakKeyDictionary[CollectorRegistry, Gauge] = WeakKeyDictionary()
+
+
+def dependency_gauge(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Returns the gauge of what a process depends on, made at first use as `rpc_metrics`."""
+    gauge = _dependency_gauges.get(registry)
+    if gauge is None:
+        gauge = _dependency_gauges[registry] = Gauge(
+            "hermesh_dependency_up",
+            "1 while what the process depends on works, as this process sees it; 0 while it does not.",
+            ["dependency"],
+            registry=registry,
+        )
+    return gauge
+
+
 _LAG_PERIOD = 1.0
 
 

@@ -56,12 +56,14 @@ class Failure:
         reason: For programs.
         message: For a person.
         retryable: Whether asking again may help.
+        retry_after_ms: How long to wait before that, where it is known.
     """
 
     code: str
     reason: str
     message: str
     retryable: bool
+    retry_after_ms: int | None = None
 
 
 @dataclass(slots=True)
@@ -176,11 +178,13 @@ class Reply:
         self.ended = True
 
     def _failed(self, event: LoggedEvent, data: dict[str, Any]) -> None:
+        wait = data.get("retry_after_ms")
         self.failure = Failure(
             _text(data, "code") or "INTERNAL",
             _text(data, "reason") or "INTERNAL",
             _text(data, "message") or "the run failed",
             data.get("retryable") is True,
+            wait if isinstance(wait, int) else None,
         )
         self.ended = True
 

@@ -88,7 +88,7 @@ def failure_error(failure: Failure) -> OpenAIError:
         status = http_status(HermeshError(failure.reason, failure.message, code=code))
         # The client's own key is good: it is the model's that is not.
         status = 502 if status in (401, 403) else status
-    return OpenAIError(
+    error = OpenAIError(
         status,
         failure.message,
         kind=openai_kind(status),
@@ -96,6 +96,8 @@ def failure_error(failure: Failure) -> OpenAIError:
         reason=failure.reason,
         retry=failure.retryable,
     )
+    error.retry_after_ms = failure.retry_after_ms
+    return error
 
 
 class ChatRenderer:

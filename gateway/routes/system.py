@@ -13,8 +13,6 @@ from gateway.context import Gateway
 from gateway.endpoints import Answer, Endpoint, json_response
 from meshkit.telemetry import render_metrics
 
-# What input cannot do without. The rest may be down for a while: accepted input waits for it.
-_NEEDED = frozenset({"session"})
 _NO_STORE = {"cache-control": "no-store"}
 
 
@@ -27,7 +25,7 @@ class Health(BaseModel):
 class Ready(BaseModel):
     """Whether the mesh behind answers."""
 
-    status: Literal["ready", "degraded", "not_ready", "draining"]
+    status: Literal["ready", "degraded", "draining"]
     checks: dict[str, str]
 
 
@@ -39,16 +37,18 @@ async def health(gateway: Gateway, request: Request) -> ASGIApp:
 
 
 async def ready(gateway: Gateway, request: Request) -> ASGIApp:
-    """GET /ready: asks the services through the mesh."""
-    problems = await gateway.readiness.problems()
+    """GET /ready: asks the services through the mesh.
+
+    What does not answer is shared by all gateways. A balancer that took them all out would put its own words
+    in the place of the problem document that says what is wrong and when to come back.
+    """
+    problems = await gateway.readiness.soon()
     checks = {name: why or "ok" for name, why in problems.items()}
-    failed = {name for name, why in problems.items() if why is not None}
+    degraded = any(why is not None for why in problems.values())
     if gateway.hub.leaving:
         status, code = "draining", 503
-    elif failed & _NEEDED:
-        status, code = "not_ready", 503
     else:
-        status, code = ("degraded", 200) if failed else ("ready", 200)
+        status, code = ("degraded", 200) if degraded else ("ready", 200)
     return json_response({"status": status, "checks": checks}, code, _NO_STORE)
 
 
@@ -74,8 +74,8 @@ endpoints = [
         ready,
         "Tells whether the mesh behind this gateway answers",
         {
-            200: Answer("It does; `degraded` if input is accepted but has to wait.", Ready),
-            503: Answer("It does not.", Ready),
+            200: Answer("It does, or `degraded` and what does not; this gateway serves.", Ready),
+            503: Answer("This gateway is about to stop.", Ready),
         },
         tag="system",
         public=True,

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from hermesh.agent.v1 import agent_service_pb2_grpc
 from meshkit.auth import MeshAuthenticator
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_check, open_channel
 from meshkit.clock import now_ms
 from meshkit.errors import StartupError
 from meshkit.server import Server
@@ -18,9 +18,10 @@ from services.agent.clients.session import SessionClient
 from services.agent.clients.tools import ToolClient
 from services.agent.domain.loop import Limits
 from services.agent.domain.prompt import RunSpec
+from services.agent.model.backends import Backends, Retry
 from services.agent.model.catalog import ModelCatalog
-from services.agent.model.http import Timeouts
-from services.agent.model.openai import OpenAIModel, Retry
+from services.agent.model.http import Origin, Timeouts
+from services.agent.model.openai import OpenAIModel
 from services.agent.runs.leases import LeaseKeeper
 from services.agent.runs.link import AppendLink
 from services.agent.runs.ports import World
@@ -57,7 +58,7 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
     Raises:
         StartupError: a setting is missing.
     """
-    if not settings.llm_base_url:
+    if not settings.llm_base_urls:
         raise StartupError("HERMESH_LLM_BASE_URL is not set: name an OpenAI-compatible model server")
     monotonic = asyncio.get_running_loop().time
     async with AsyncExitStack() as stack:
@@ -72,19 +73,15 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
                 configure_logging=configure_logging,
             )
         )
-        model = OpenAIModel(
-            settings.llm_base_url,
-            api_key=settings.llm_api_key.get_secret_value(),
-            connections=settings.llm_connections,
-            timeouts=Timeouts(
-                settings.llm_connect_timeout, settings.llm_first_byte_timeout, settings.llm_idle_timeout
-            ),
+        model = Backends(
+            [_backend(settings, url, stack) for url in settings.llm_base_urls],
             retry=Retry(attempts=settings.llm_attempts),
+            monotonic=monotonic,
         )
-        stack.push_async_callback(model.aclose)
         catalog = ModelCatalog(model, settings.llm_model, monotonic)
         session = SessionClient(channel, settings, append_channel)
         tools = ToolClient(channel, settings)
+        memory = MemoryClient(channel, settings)
         background = await stack.enter_async_context(TaskOwner("agent"))
         runs = await stack.enter_async_context(TaskOwner("agent-runs"))
 
@@ -96,7 +93,7 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
             model=model,
             catalog=catalog,
             tools=tools,
-            memory=MemoryClient(channel, settings),
+            memory=memory,
             reasons=session,
             tool_mode=settings.llm_tool_mode,
             can_prefill=settings.llm_prefill,
@@ -123,5 +120,24 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         background.start(tools.keep_fresh(), name="tools")
         servicer = AgentServicer(settings, supervisor, session, catalog, tools)
         server.add(agent_service_pb2_grpc.add_AgentServiceServicer_to_server, servicer, SERVICE_NAME)
+        for name, check in model.checks():
+            server.add_readiness(name, check)
+        server.add_readiness("memory", memory.problem)
+        server.add_readiness("tools", tools.problem)
+        server.add_readiness("mesh", mesh_check(channel))
         server.on_drain(supervisor.drain)
         yield server
+
+
+def _backend(settings: AgentSettings, url: str, stack: AsyncExitStack) -> tuple[str, OpenAIModel]:
+    """Return a model backend's name and its adapter, which closes with the stack."""
+    model = OpenAIModel(
+        url,
+        api_key=settings.llm_api_key.get_secret_value(),
+        connections=settings.llm_connections,
+        timeouts=Timeouts(
+            settings.llm_connect_timeout, settings.llm_first_byte_timeout, settings.llm_idle_timeout
+        ),
+    )
+    stack.push_async_callback(model.aclose)
+    return Origin.parse(url).place, model

@@ -14,4 +14,19 @@ first_token = Histogram(
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
 )
 model_errors = Counter("hermesh_agent_model_errors_total", "Model turns that failed", ["reason"])
+backend_errors = Counter(
+    "hermesh_agent_model_backend_errors_total",
+    "Requests that a model backend failed; before the first token another one may have served them.",
+    ["backend", "reason"],
+)
 tool_calls = Counter("hermesh_agent_tool_calls_total", "Tool calls by their outcome", ["state"])
+unreached_calls = Counter(
+    "hermesh_agent_unreached_tool_calls_total",
+    "Tool calls that no tool service answered for, settled by the journal's word",
+)
+degraded_contexts = Counter(
+    "hermesh_agent_degraded_contexts_total", "Runs that went on without a part of their context", ["part"]
+)
+unkept_exchanges = Counter(
+    "hermesh_agent_unkept_exchanges_total", "Exchanges that the memory service did not keep"
+)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from meshkit.settings import MeshSettings
+from meshkit.settings import MeshSettings, words
 from services.agent.model.http import Origin
 
 
@@ -14,7 +14,11 @@ class AgentSettings(MeshSettings):
     """What an agent process reads from its environment, as HERMESH_<NAME>."""
 
     llm_base_url: str = Field(
-        "", description="URL of the OpenAI-compatible language model, with its /v1; empty = the embedded one."
+        "",
+        description=(
+            "URL of the OpenAI-compatible language model, with its /v1; several that serve the same models, "
+            "separated by commas or spaces, stand in for each other. Empty = the embedded one."
+        ),
     )
     llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the language model.")
     llm_model: str = Field(
@@ -43,7 +47,10 @@ class AgentSettings(MeshSettings):
         60.0, gt=0, description="Seconds between two pieces of a reply before the model counts as dead."
     )
     llm_attempts: int = Field(
-        3, ge=1, le=10, description="Tries of a model request before its first token; none after it."
+        3,
+        ge=1,
+        le=10,
+        description="Tries of a model request at each backend before its first token; none after it.",
     )
     llm_resumes: int = Field(
         1, ge=0, le=10, description="How often a reply that broke off midway is taken up again."
@@ -78,9 +85,14 @@ class AgentSettings(MeshSettings):
     @field_validator("llm_base_url")
     @classmethod
     def _check_url(cls, value: str) -> str:
-        if value:
+        for url in words(value):
             try:
-                Origin.parse(value)
+                Origin.parse(url)
             except ValueError:
-                raise ValueError("must be an http(s) URL such as http://127.0.0.1:8000/v1") from None
-        return value.rstrip("/")
+                raise ValueError("must be http(s) URLs such as http://127.0.0.1:8000/v1") from None
+        return value
+
+    @property
+    def llm_base_urls(self) -> tuple[str, ...]:
+        """The URLs of the model's backends, the preferred first, each once."""
+        return tuple(dict.fromkeys(url.rstrip("/") for url in words(self.llm_base_url)))

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 
 from hermesh.memory.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_to_server
 from meshkit.auth import MeshAuthenticator
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import HermeshError, StartupError
 from meshkit.migrate import migrate
 from meshkit.postgres import open_pool
@@ -79,8 +79,10 @@ async def serve(settings: MemorySettings) -> None:
         async def embedder_ready() -> str | None:
             return None if any(await embedder.embed("ready")) else "the embedder gives no vectors"
 
-        server.add_readiness("database", store.ping)
-        server.add_readiness("embedder", embedder_ready)
+        server.add_readiness("postgresql", store.ping)
+        server.add_readiness("mesh", mesh_check(channel))
+        # Its model is in this process alone: another replica's may work.
+        server.add_readiness("embedder", embedder_ready, gates_health=True)
         owner.start(sweep_forever(store, settings.memory_sweep_seconds), name="sweep")
         await server.serve()
 

@@ -17,14 +17,13 @@ from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grp
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
 from hermesh.tool.v1 import tool_service_pb2
 from meshkit.auth import CachingAuthenticator
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import HermeshError, StartupError
 from meshkit.migrate import migrate as apply_migrations
 from meshkit.postgres import open_pool
 from meshkit.redis import Breaker, open_redis
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
-from services.session import metrics
 from services.session.append_hub import AppendHub
 from services.session.commits import Commits
 from services.session.flusher import Flusher
@@ -100,6 +99,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class _Redis:
+    streams: RedisStreams
     publisher: RedisPublisher
     reader: RedisReader
     conversations: RedisConversations
@@ -123,7 +123,10 @@ async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: S
         client, Breaker("session-conversations"), ttl_seconds=settings.conversation_ttl_seconds
     )
     return _Redis(
-        RedisPublisher(streams, store), RedisReader(reading, client, settings.replica), conversations
+        streams,
+        RedisPublisher(streams, store),
+        RedisReader(reading, client, settings.replica),
+        conversations,
     )
 
 
@@ -197,7 +200,8 @@ async def assemble(
                 await store.tenant_of_key("")
             except HermeshError:
                 return "PostgreSQL does not answer"
-            return None
+            refused = store.refused
+            return f"PostgreSQL refuses work: {refused}" if refused else None
 
         async def stop_dispatching() -> None:
             sweeper.stop()
@@ -206,11 +210,13 @@ async def assemble(
             hub.drain()
             tail.drain()
 
-        server.add_readiness("database", database)
+        server.add_readiness("postgresql", database)
+        server.add_readiness("mesh", mesh_check(channel))
+        if live is not None:
+            server.add_readiness("redis", live.streams.problem)
         server.on_drain(stop_dispatching)
         # Only once Envoy sends nothing here any more: before that, whoever moves could come right back.
         server.on_drain(move_streams, after_delay=True)
-        metrics.redis_up.set(0)
         loops.start(flusher.run(), name="flusher")
         loops.start(sweeper.run(), name="sweeper")
         loops.start(link.keep(), name="link")

@@ -30,7 +30,11 @@ cached_contexts = Counter(
     "Contexts whose history the cache had (hit) or not (miss).",
     ["result"],
 )
-redis_up = Gauge("hermesh_session_redis_up", "1 while Redis answers, 0 while it does not or is not used.")
+refusals = Counter(
+    "hermesh_session_database_refusals_total",
+    "Statements that PostgreSQL refused for want of room, memory or connections, by SQLSTATE.",
+    ["sqlstate"],
+)
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])
 dispatched_runs = Gauge("hermesh_session_dispatched_runs", "Runs whose Execute stream this replica holds.")

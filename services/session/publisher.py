@@ -125,13 +125,10 @@ class RedisPublisher:
             try:
                 await self._publish(batch)
             except HermeshError as error:
-                metrics.redis_up.set(0)
                 metrics.publishes.labels("failed").inc(len(batch))
                 _log.debug("commits did not reach Redis", appends=len(batch), error=str(error))
             except Exception as error:
                 _log.error("publishing failed by a bug", exc_info=error)
-            else:
-                metrics.redis_up.set(1)
 
     def _take(self) -> list[Publication]:
         """Takes what is queued, at most one publication a run unless its fence or place jumps."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from types import ModuleType
 
-import grpc
-
 from hermesh.tool.v1.tool_service_pb2_grpc import add_ToolServiceServicer_to_server
 from meshkit.auth import MeshAuthenticator
-from meshkit.channel import open_channel
+from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import StartupError
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
@@ -58,10 +56,11 @@ async def serve(settings: ToolSettings) -> None:
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("tool"))
+        results = open_results(settings.object_store_url)
         executor = Executor(
             registry,
             MeshJournal(channel, settings),
-            open_results(settings.object_store_url),
+            results,
             owner,
             max_calls=settings.tool_max_calls,
             complete_seconds=settings.tool_complete_seconds,
@@ -74,10 +73,8 @@ async def serve(settings: ToolSettings) -> None:
         async def drain() -> None:
             await executor.drain(settings.drain_seconds)
 
-        async def mesh() -> str | None:
-            failing = channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-            return "the mesh cannot be reached" if failing else None
-
         server.on_drain(drain, after_delay=True)
-        server.add_readiness("mesh", mesh)
+        if results is not None:
+            server.add_readiness("object_store", results.problem)
+        server.add_readiness("mesh", mesh_check(channel))
         await server.serve()

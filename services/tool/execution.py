@@ -10,8 +10,8 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -47,6 +47,10 @@ _log = structlog.get_logger("tool.execution")
 
 # How long a tool that was told to stop gets to do so.
 STOP_SECONDS = 1.0
+# A wait for the object store or the journal is told after so long, and then again and again: those who
+# watch see why nothing comes, and that the call is alive.
+_TELL_AFTER = 1.0
+_TELL_EACH = 4.0
 _KEPT_PROGRESS = 64
 _MAX_PROGRESS = 2_000
 _RETRY_AFTER_MS = 500
@@ -69,7 +73,7 @@ class Execution:
         self.cancelled = False
         # Both return their failures: raised ones would be logged as the owner's.
         self.task: asyncio.Task[Outcome | HermeshError] | None = None
-        self.act: asyncio.Task[str | Exception] | None = None
+        self.act: asyncio.Task[Any] | None = None
         self._recent: deque[tuple[int, str]] = deque(maxlen=_KEPT_PROGRESS)
         self._count = 0
         self._changed = asyncio.Event()
@@ -86,7 +90,7 @@ class Execution:
         self._changed = asyncio.Event()
 
     def stop(self) -> None:
-        """Asks the tool to stop, if it acts already."""
+        """Asks the tool to stop, if it acts already, or ends the wait for a place for its result."""
         if self.act is not None:
             self.act.cancel()
 
@@ -138,7 +142,8 @@ class Executor:
             results: Where large results go; None cuts them.
             owner: Owns the tasks.
             max_calls: Most calls at once; more are refused.
-            complete_seconds: How long an outcome is recorded again while the journal is away.
+            complete_seconds: How long an outcome is recorded again while the journal is away, and a large
+                result stored again while the object store is.
         """
         self._registry = registry
         self._journal = journal
@@ -265,7 +270,7 @@ class Executor:
             outcome = await self._act(execution, found, prepared, entry)
         if outcome is None:
             raise _stopping()
-        return await self._record(request, await self._shrink(request, outcome))
+        return await self._record(execution, await self._shrink(execution, outcome))
 
     async def _act(
         self, execution: Execution, found: Tool, arguments: Mapping[str, Any], entry: Entry
@@ -297,50 +302,94 @@ class Executor:
     def _unstuck(self, _: asyncio.Task[str | Exception]) -> None:
         self._stuck -= 1
 
-    async def _shrink(self, request: CallRequest, outcome: Outcome) -> Outcome:
+    async def _shrink(self, execution: Execution, outcome: Outcome) -> Outcome:
         data = outcome.content.encode("utf-8")
         if len(data) <= INLINE_BYTES:
             return outcome
-        if self._results is None or outcome.state is not CallState.COMPLETED:
-            return replace(outcome, content=cut(data))
+        if outcome.state is not CallState.COMPLETED:
+            return _cut(outcome, data, "error", "an error's text is not stored")
+        if self._results is None:
+            return _cut(outcome, data, "no_store", "there is no object store")
+        storing = self._owner.start(
+            self._store(self._results, execution.request.tenant_id, data),
+            name=f"store-{execution.request.call_id}",
+        )
+        execution.act = storing
+        with metrics.STORING.track_inprogress(), self._telling(execution, "the result waits for the store"):
+            await asyncio.wait({storing}, timeout=STOP_SECONDS if self._draining else None)
+        if not storing.done() or storing.cancelled():
+            storing.cancel()
+            return _cut(outcome, data, "stopped", "the wait for the object store was ended")
+        stored = storing.result()
+        if isinstance(stored, HermeshError):
+            why = f"the object store did not take it for {self._complete_seconds:g} s"
+            return _cut(outcome, data, "store_down", why)
+        return replace(outcome, content=preview(data), content_ref=stored)
+
+    async def _store(self, results: ResultStore, tenant_id: UUID, data: bytes) -> str | HermeshError:
+        """Stores a large result and returns its reference, or how the last try failed."""
         end = time.monotonic() + self._complete_seconds
         backoff = Backoff(0.2, 5.0)
         while True:
             try:
-                ref = await self._results.put(request.tenant_id, data)
-            except UnavailableError:
+                return await results.put(tenant_id, data)
+            except UnavailableError as error:
                 wait = backoff.next()
                 if time.monotonic() + wait > end:
-                    return replace(outcome, content=cut(data))
+                    return error
                 await asyncio.sleep(wait)
-            else:
-                return replace(outcome, content=preview(data), content_ref=ref)
 
-    async def _record(self, request: CallRequest, outcome: Outcome) -> Outcome:
+    async def _record(self, execution: Execution, outcome: Outcome) -> Outcome:
+        request = execution.request
         end = time.monotonic() + self._complete_seconds
         backoff = Backoff(0.1, 5.0)
-        while True:
-            try:
-                entry = await self._journal.complete(request, outcome)
-            except HermeshError as error:
-                wait = backoff.next()
-                if not isinstance(error, _PASSING) or time.monotonic() + wait > end:
-                    _log.error(
-                        "the outcome of a tool call was not recorded",
-                        call_id=request.call_id,
-                        tool=request.name,
-                        state=outcome.state.name,
-                        reason=error.reason,
-                    )
-                    raise
-                metrics.COMPLETE_RETRIES.inc()
-                await asyncio.sleep(wait)
-            else:
-                if entry.state is None:
-                    # Begun again under a newer fence, by a replica whose outcome will be the call's.
-                    raise AbortedError("FENCE_STALE", "another try of this call has replaced this one")
-                # Somebody else may have settled the call before: the journal's word is the outcome.
-                return outcome if entry.state is outcome.state else _stored(entry)
+        with ExitStack() as waiting:
+            while True:
+                try:
+                    entry = await self._journal.complete(request, outcome)
+                except HermeshError as error:
+                    wait = backoff.next()
+                    if not isinstance(error, _PASSING) or time.monotonic() + wait > end:
+                        _log.error(
+                            "the outcome of a tool call was not recorded",
+                            call_id=request.call_id,
+                            tool=request.name,
+                            state=outcome.state.name,
+                            reason=error.reason,
+                        )
+                        raise
+                    metrics.COMPLETE_RETRIES.inc()
+                    if backoff.attempts == 1:
+                        waiting.enter_context(self._telling(execution, "the outcome waits to be recorded"))
+                    await asyncio.sleep(wait)
+                else:
+                    if entry.state is None:
+                        # Begun again under a newer fence, by a replica whose outcome will be the call's.
+                        raise AbortedError("FENCE_STALE", "another try of this call has replaced this one")
+                    # Somebody else may have settled the call before: the journal's word is the outcome.
+                    return outcome if entry.state is outcome.state else _stored(entry)
+
+    @contextmanager
+    def _telling(self, execution: Execution, text: str) -> Iterator[None]:
+        """Tells those who watch, now and then, what the call waits for, until the block ends."""
+
+        async def tell() -> None:
+            await asyncio.sleep(_TELL_AFTER)
+            while True:
+                execution.publish(text)
+                await asyncio.sleep(_TELL_EACH)
+
+        telling = self._owner.start(tell(), name=f"tell-{execution.request.call_id}")
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+
+def _cut(outcome: Outcome, data: bytes, reason: str, why: str) -> Outcome:
+    """Returns the outcome with what the journal itself can hold of its text."""
+    metrics.CUT.labels(reason).inc()
+    return replace(outcome, content=cut(data, why))
 
 
 def _prepare(found: Tool | None, request: CallRequest) -> Mapping[str, Any] | Outcome:

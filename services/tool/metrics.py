@@ -12,4 +12,8 @@ SECONDS = Histogram(
 )
 RUNNING = Gauge("hermesh_tool_running", "Tool calls being worked on now.")
 REFUSED = Counter("hermesh_tool_refused", "Calls refused because the replica was at its limit.")
+STORING = Gauge(
+    "hermesh_tool_results_storing", "Large results on their way to the object store, waiting ones too."
+)
+CUT = Counter("hermesh_tool_results_cut", "Large results of which only the beginning was kept.", ["reason"])
 COMPLETE_RETRIES = Counter("hermesh_tool_complete_retries", "Outcomes that had to be recorded again.")

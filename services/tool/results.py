@@ -10,7 +10,7 @@ from uuid import UUID
 
 import obstore
 import structlog
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import ObjectStore, from_url
 
 from meshkit.errors import StartupError, UnavailableError
@@ -21,6 +21,7 @@ _log = structlog.get_logger("tool.results")
 INLINE_BYTES = 64 * 1024
 PREVIEW_BYTES = 2 * 1024
 _PUT_SECONDS = 20.0
+_PROBE = "tool-results/probe"
 
 
 class ResultStore(Protocol):
@@ -32,6 +33,10 @@ class ResultStore(Protocol):
         Raises:
             UnavailableError: It cannot be stored now.
         """
+        ...
+
+    async def problem(self) -> str | None:
+        """Returns None if the store works as far as is known, else what is wrong."""
         ...
 
 
@@ -46,6 +51,7 @@ class ObjectResults:
     def __init__(self, store: ObjectStore) -> None:
         """Uses a store of `open_results`."""
         self._store = store
+        self._failing = False
 
     async def put(self, tenant_id: UUID, data: bytes) -> str:
         """Writes the object; writing the same bytes again changes nothing."""
@@ -54,11 +60,30 @@ class ObjectResults:
             async with asyncio.timeout(_PUT_SECONDS):
                 await obstore.put_async(self._store, object_path(tenant_id, ref), data)
         except (BaseError, OSError, TimeoutError) as error:
+            self._failing = True
             _log.warning("a large result was not stored", error=type(error).__name__, bytes=len(data))
             raise UnavailableError(
                 "SERVICE_UNAVAILABLE", "the object store does not answer", retry_after_ms=1_000
             ) from error
+        self._failing = False
         return ref
+
+    async def problem(self) -> str | None:
+        """Asks for an object that is not there; after a write that failed, writes a small one.
+
+        A full or read-only store still answers reads, and only writes are of use here.
+        """
+        try:
+            if self._failing:
+                await obstore.put_async(self._store, _PROBE, b"")
+                self._failing = False
+            else:
+                await obstore.head_async(self._store, _PROBE)
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except (BaseError, OSError):
+            return "the object store does not answer; large results wait"
+        return None
 
 
 def open_results(url: str) -> ResultStore | None:
@@ -106,7 +131,7 @@ def preview(data: bytes) -> str:
     return f"{beginning(data, PREVIEW_BYTES)}\n[the beginning of {len(data)} bytes; all of it is stored]"
 
 
-def cut(data: bytes) -> str:
-    """Returns what is left of a large result that cannot be stored."""
-    note = f"\n[cut: the result has {len(data)} bytes and could not be stored]"
+def cut(data: bytes, why: str) -> str:
+    """Returns what is left of a large text that is not stored, with the reason: the rest is lost."""
+    note = f"\n[cut: the beginning of {len(data)} bytes; the rest is lost, because {why}]"
     return beginning(data, INLINE_BYTES - len(note)) + note

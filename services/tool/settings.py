@@ -31,7 +31,8 @@ class ToolSettings(MeshSettings):
         60.0,
         ge=0,
         le=600,
-        description="How long a replica tries to record the outcome of a tool that has acted.",
+        description="How long a replica tries to record the outcome of a tool that has acted, and to store a "
+        "large result.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc.aio
 
@@ -16,12 +16,14 @@ from hermesh.memory.v1.memory_service_pb2 import (
 )
 from hermesh.memory.v1.memory_service_pb2_grpc import MemoryServiceStub
 from meshkit.channel import mesh_metadata, stream_call
-from meshkit.errors import from_rpc_error
+from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.identity import PROBE_TENANT
 from meshkit.settings import MeshSettings
 from services.agent.domain.prompt import RunSpec
 
 MAX_QUERY = 16 * 1024
 MAX_TEXT = 4 * 1024
+PROBE_TIMEOUT = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,21 @@ class Recalled:
     text: str
     score: float
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known at a run's start.
+
+    Attributes:
+        recalled: memories, best first.
+        preferences: the user's, by name.
+        missing: what could not be had, by part (`memory`, `preferences`), and why.
+    """
+
+    recalled: Sequence[Recalled] = ()
+    preferences: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, HermeshError] = field(default_factory=dict)
 
 
 class MemoryClient:
@@ -46,27 +63,42 @@ class MemoryClient:
         self._stub = MemoryServiceStub(channel)
         self._settings = settings
 
-    async def known(
-        self, spec: RunSpec, query: str, timeout: float
-    ) -> tuple[Sequence[Recalled], Mapping[str, str]]:
-        """Return what is recalled for a query and the user's preferences.
+    async def problem(self) -> str | None:
+        """Return None if the memory service and its database answer, else what is wrong."""
+        try:
+            await self._stub.GetPreferences(
+                GetPreferencesRequest(user="readiness-probe"),
+                metadata=mesh_metadata(self._settings, PROBE_TENANT),
+                timeout=PROBE_TIMEOUT,
+            )
+        except grpc.aio.AioRpcError as error:
+            return f"the memory service does not answer: {from_rpc_error(error).reason}"
+        return None
 
-        Raises:
-            HermeshError: the memory service failed, or took longer than `timeout` seconds.
+    async def known(self, spec: RunSpec, query: str, timeout: float) -> Known:
+        """Return what is recalled for a query and the user's preferences; what fails is named and empty.
+
+        Args:
+            spec: the run.
+            query: what its input says.
+            timeout: seconds for both, side by side.
         """
         if not spec.user and spec.ordinal <= 1:
-            return (), {}  # a session of nobody has nothing to recall before its first run is over
-        try:
-            async with asyncio.TaskGroup() as group:
-                recalled = group.create_task(self._recall(spec, query, timeout))
-                preferences = group.create_task(self._preferences(spec, timeout))
-        except ExceptionGroup as errors:
-            # Not `except*`: before Python 3.11.4 what is raised within it comes out as a group.
-            first = errors.exceptions[0]
-            if not isinstance(first, grpc.aio.AioRpcError):
-                raise
-            raise from_rpc_error(first) from None
-        return recalled.result(), preferences.result()
+            return Known()  # a session of nobody has nothing to recall before its first run is over
+        recalled, preferences = await asyncio.gather(
+            self._recall(spec, query, timeout), self._preferences(spec, timeout), return_exceptions=True
+        )
+        missing: dict[str, HermeshError] = {}
+        for part, found in (("memory", recalled), ("preferences", preferences)):
+            if isinstance(found, grpc.aio.AioRpcError):
+                missing[part] = from_rpc_error(found)
+            elif isinstance(found, BaseException):
+                raise found
+        return Known(
+            () if isinstance(recalled, BaseException) else recalled,
+            {} if isinstance(preferences, BaseException) else preferences,
+            missing,
+        )
 
     async def _recall(self, spec: RunSpec, query: str, timeout: float) -> Sequence[Recalled]:
         if not query:

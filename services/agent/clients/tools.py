@@ -29,8 +29,10 @@ from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
 from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.identity import PROBE_TENANT
 from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
+from services.agent import metrics
 from services.agent.domain.loop import Call, CallState
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ToolOffer
@@ -38,9 +40,11 @@ from services.agent.model.port import ToolOffer
 _log = structlog.get_logger("agent.tools")
 
 LIST_TIMEOUT = 2.0
+PROBE_TIMEOUT = 1.5
 REFRESH_SECONDS = 30.0
 EXECUTE_TRIES = 4
-# Above the tool's own timeout: the tool service reports that one itself, and better.
+# Silence for longer than the tool's own timeout and this is a tool service that is gone: it reports the
+# timeout itself, and better, and tells when a result waits to be stored or recorded.
 EXECUTE_MARGIN = 5.0
 # The call cannot be made, whoever asks: the model is told, and may repair it.
 _MODEL_MAY_REPAIR = ("TOOL_NOT_FOUND", "TOOL_ARGUMENTS_INVALID", "INVALID_ARGUMENT", "ADDRESS_REFUSED")
@@ -96,6 +100,18 @@ class ToolClient:
                 continue
             await asyncio.sleep(REFRESH_SECONDS)
 
+    async def problem(self) -> str | None:
+        """Return None if the tool service answers, else what is wrong."""
+        try:
+            await self._stub.ListTools(
+                ListToolsRequest(page_size=1),
+                metadata=mesh_metadata(self._settings, PROBE_TENANT),
+                timeout=PROBE_TIMEOUT,
+            )
+        except grpc.aio.AioRpcError as error:
+            return f"the tool service does not answer: {from_rpc_error(error).reason}"
+        return None
+
     async def _load(self) -> Mapping[str, ToolInfo]:
         tools: dict[str, ToolInfo] = {}
         token = ""
@@ -137,6 +153,8 @@ class ToolClient:
         """
         backoff = Backoff(0.1, 1.0)
         metadata = mesh_metadata(self._settings, spec.tenant_id)
+        silence = info.timeout + EXECUTE_MARGIN
+        clock = asyncio.get_running_loop().time
         while True:
             used = fence()
             request = ExecuteRequest(
@@ -149,13 +167,18 @@ class ToolClient:
                 user=spec.user,
             )
             try:
-                stream = self._stub.Execute(request, metadata=metadata, timeout=info.timeout + EXECUTE_MARGIN)
-                async with stream_call(stream) as responses:
+                async with (
+                    asyncio.timeout(silence) as quiet,
+                    stream_call(self._stub.Execute(request, metadata=metadata)) as responses,
+                ):
                     async for response in responses:
+                        quiet.reschedule(clock() + silence)
                         if response.WhichOneof("kind") == "result":
                             return _settled(call, response.result.state, response.result.content)
                         on_progress(response.progress.text)
                 reason, message = "SERVICE_UNAVAILABLE", "the tool service sent no result"
+            except TimeoutError:
+                reason, message = "DEADLINE_EXCEEDED", "the tool service sent nothing for too long"
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 reason, message = error.reason, error.message
@@ -163,6 +186,7 @@ class ToolClient:
                 return replace(call, state=CallState.FAILED, content=message)
             stale = reason == "FENCE_STALE"
             if backoff.attempts + 1 >= EXECUTE_TRIES and not stale:
+                metrics.unreached_calls.inc()
                 _log.warning("tool call failed", call_id=call.call_id, tool=call.name, reason=reason)
                 return await self._ask_journal(spec, call, fence, reason)
             # A stale fence ends the run by the writer's word, or is followed by a new one.

@@ -174,12 +174,16 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The run failed. The fields are those of its `run.failed` event."""
+    """The run failed. The fields are those of its `run.failed` event.
+
+    `retry_after_ms` is how long the backend asked to wait, 0 where nobody said.
+    """
 
     code: str
     reason: str
     message: str
     retryable: bool = False
+    retry_after_ms: int = 0
 
 
 Decision = CallModel | CallTools | ReportCalls | AwaitAction | Finish | Fail

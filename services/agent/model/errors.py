@@ -21,13 +21,13 @@ class ModelError(Exception):
     Attributes:
         code: canonical gRPC code name, for the run's failed event.
         reason: the error reason (without its prefix), for the same.
-        retryable: whether the same request may succeed later.
+        retryable: whether the same request may succeed later, or at another backend.
         retry_after: seconds that the backend asked to wait, or None.
     """
 
     code: ClassVar[str] = "UNAVAILABLE"
     reason: ClassVar[str] = "MODEL_UNAVAILABLE"
-    retryable: ClassVar[bool] = True
+    retryable: bool = True
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

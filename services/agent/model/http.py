@@ -65,6 +65,12 @@ class Origin:
         return cls(parts.hostname, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
     @property
+    def place(self) -> str:
+        """Host, port and path, for people: what tells one backend from another."""
+        path = self.path.removesuffix("/v1")
+        return f"{self.host}:{self.port}{path}"
+
+    @property
     def authority(self) -> str:
         """The Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import random
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
 
 import orjson
 
@@ -15,41 +11,11 @@ from services.agent.model import wire
 from services.agent.model.errors import (
     ModelError,
     ModelProtocolError,
-    ModelRateLimitedError,
     ModelTruncatedError,
     ModelUnavailableError,
 )
 from services.agent.model.http import HttpPool, Response, Timeouts
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often and how patiently a request is sent again before its first token.
-
-    Attributes:
-        attempts: all tries together.
-        base: seconds before the second try; doubles, with full jitter.
-        cap: the most seconds to wait; a Retry-After above it ends the tries.
-    """
-
-    attempts: int = 3
-    base: float = 0.1
-    cap: float = 5.0
-
-    def wait(self, attempt: int, error: ModelError) -> float | None:
-        """Return the seconds before the next try, None when there is none.
-
-        Args:
-            attempt: the try that failed, from 1.
-            error: how it failed.
-        """
-        if attempt >= self.attempts or not isinstance(error, ModelRateLimitedError | ModelUnavailableError):
-            return None
-        if error.retry_after is not None:
-            return error.retry_after if error.retry_after <= self.cap else None
-        ceiling = min(self.cap, self.base * 2 ** (attempt - 1))
-        return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - jitter, not a secret
 
 
 class OpenAIModel:
@@ -59,8 +25,7 @@ class OpenAIModel:
         base_url: the backend's URL with its /v1.
         api_key: sent as a bearer token when not empty.
         connections: the most at once.
-        timeouts: of one try.
-        retry: tries before the first token; after it nothing is sent again.
+        timeouts: of one request; nothing is sent again here (see `Backends`).
     """
 
     def __init__(
@@ -70,10 +35,8 @@ class OpenAIModel:
         api_key: str = "",
         connections: int = 512,
         timeouts: Timeouts | None = None,
-        retry: Retry | None = None,
     ) -> None:
         self._pool = HttpPool(base_url, connections, timeouts or Timeouts())
-        self._retry = retry or Retry()
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "hermesh-agent"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -81,26 +44,9 @@ class OpenAIModel:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Sequence[ModelEvent], None]:
         """See `Model.stream`."""
         body = wire.encode_request(request)
-        attempt = 0
-        while True:
-            attempt += 1
-            started = False
-            try:
-                async with aclosing(self._attempt(body, request.cache_key)) as batches:
-                    async for batch in batches:
-                        started = True
-                        yield batch
-                return
-            except ModelError as error:
-                wait = None if started else self._retry.wait(attempt, error)
-                if wait is None:
-                    raise
-            await asyncio.sleep(wait)
-
-    async def _attempt(self, body: bytes, cache_key: str) -> AsyncGenerator[Sequence[ModelEvent], None]:
         headers = {**self._headers, "Accept": "text/event-stream"}
-        if cache_key:
-            headers["x-hermesh-affinity"] = cache_key
+        if request.cache_key:
+            headers["x-hermesh-affinity"] = request.cache_key
         async with self._pool.request("POST", "/chat/completions", headers, body) as response:
             if response.status != 200:
                 raise await _error_of(response)

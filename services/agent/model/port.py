@@ -138,7 +138,7 @@ class Model(Protocol):
         it) closes the backend's connection at once, so that the backend stops working on it.
 
         Raises:
-            ModelError: one of its subclasses; after the first batch nothing is retried.
+            ModelError: one of its subclasses; after the first batch nothing is sent again.
         """
         ...
 

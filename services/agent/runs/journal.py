@@ -167,6 +167,8 @@ class RunJournal:
             "message": failure.message,
             "retryable": failure.retryable,
         }
+        if failure.retry_after_ms:
+            data["retry_after_ms"] = failure.retry_after_ms
         events = [_usage_event(usage, ttft_ms)] if usage != Usage() else []
         self._writer.events([*events, ("run.failed", data)], commit)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.agent.clients.memory import Recalled
+from services.agent.clients.memory import Known
 from services.agent.clients.tools import ToolInfo
 from services.agent.domain.loop import Call, Limits
 from services.agent.domain.prompt import RunSpec, ToolMode
@@ -39,9 +39,7 @@ class ToolPort(Protocol):
 class MemoryPort(Protocol):
     """See `MemoryClient`."""
 
-    async def known(
-        self, spec: RunSpec, query: str, timeout: float
-    ) -> tuple[Sequence[Recalled], Mapping[str, str]]:
+    async def known(self, spec: RunSpec, query: str, timeout: float) -> Known:
         """Return memories and preferences."""
         ...
 

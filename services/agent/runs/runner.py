@@ -227,7 +227,8 @@ class Runner:
         try:
             name = await self._world.catalog.resolve(self.spec.model)
         except HermeshError as error:
-            return Fail(error.code.name, error.reason, error.message, error.retry_after_ms is not None)
+            wait = error.retry_after_ms
+            return Fail(error.code.name, error.reason, error.message, wait is not None, wait or 0)
         self.spec = replace(self.spec, model=name)
         if self._world.tool_mode == "none" or (
             self.spec.tool_choice == "none" and not self._start.journalled
@@ -236,7 +237,7 @@ class Runner:
         try:
             tools = await self._world.tools.tools()
         except HermeshError as error:
-            self._journal.degraded("tools", error.message)
+            self._degraded("tools", error)
             return None
         self._tools = allowed(tools, self.spec.tools)
         wanted = [*self.spec.tools]
@@ -264,16 +265,20 @@ class Runner:
         if not self.spec.memory:
             return Background()
         query = self._start.said
-        try:
-            found, preferences = await self._world.memory.known(self.spec, query, self._world.memory_timeout)
-        except HermeshError as error:
-            self._journal.degraded("memory", error.message)
-            return Background()
+        known = await self._world.memory.known(self.spec, query, self._world.memory_timeout)
+        for part, error in known.missing.items():
+            self._degraded(part, error)
+        found = known.recalled
         if found:
             self._journal.recalled(found)
         # What this session said itself stands in the conversation already, unless that was cut.
         texts = [one.text for one in found if self._start.omitted or one.source != self.spec.session_id]
-        return Background(preferences, texts)
+        return Background(known.preferences, texts)
+
+    def _degraded(self, part: str, error: HermeshError) -> None:
+        """Say that the run goes on without something."""
+        metrics.degraded_contexts.labels(part).inc()
+        self._journal.degraded(part, error.message)
 
     async def _model_turn(
         self, state: LoopState, decision: CallModel, background: Background
@@ -319,7 +324,8 @@ class Runner:
         except ModelError as error:
             metrics.model_errors.labels(error.reason).inc()
             _log.warning("model turn failed", run_id=self.spec.run_id, reason=error.reason, detail=str(error))
-            failure = Fail(error.code, error.reason, str(error), error.retryable)
+            wait = round(error.retry_after * 1000) if error.retry_after is not None else 0
+            failure = Fail(error.code, error.reason, str(error), error.retryable, wait)
             partial = Partial("".join(pieces), first_seq) if first_seq else None
             return loop.turn_broken(state, partial, failure, world.limits(self.spec))
         except TimeoutError:

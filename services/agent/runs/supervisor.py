@@ -192,6 +192,7 @@ class Supervisor:
         try:
             await self._world.memory.remember(runner.spec, text, REMEMBER_SECONDS)
         except HermeshError as error:
+            metrics.unkept_exchanges.inc()
             _log.warning("an exchange was not remembered", run_id=runner.spec.run_id, reason=error.reason)
 
     async def drain(self) -> None:

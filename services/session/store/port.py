@@ -231,6 +231,11 @@ class Journal(Protocol):
 class Store(Tenants, Conversations, Runs, Log, Journal, Protocol):
     """All of it."""
 
+    @property
+    def refused(self) -> str | None:
+        """What PostgreSQL lacked when it refused a statement a moment ago; None for nothing."""
+        ...
+
     async def maintain(self) -> object:
         """Does one round of upkeep; safe on several replicas at once. Raises UnavailableError."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -17,7 +18,8 @@ from meshkit.errors import (
     InternalError,
     NotFoundError,
 )
-from meshkit.postgres import map_pg_error
+from meshkit.postgres import map_pg_error, refusal
+from services.session import metrics
 
 _log = structlog.get_logger("session.store")
 
@@ -26,6 +28,9 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 ACQUIRE_TIMEOUT = 5.0
+# What PostgreSQL refused is held to be so still for this long: reads may work all the while, and whoever
+# waits to write asks again far sooner.
+REFUSAL_SECONDS = 10.0
 
 # What migrations raise with a SQLSTATE of class HM; the message is the reason.
 _RAISED: Mapping[str, type[HermeshError]] = {
@@ -78,6 +83,13 @@ class PostgresPart:
         """
         self._pool = pool
         self._ttl_ms = ttl_ms
+        self._refused = ""
+        self._refused_until = 0.0
+
+    @property
+    def refused(self) -> str | None:
+        """What PostgreSQL lacked when it refused a statement a moment ago, such as room; None for nothing."""
+        return self._refused if time.monotonic() < self._refused_until else None
 
     @asynccontextmanager
     async def _connection(self, ids: Mapping[str, UUID | str]) -> AsyncIterator[Connection]:
@@ -88,6 +100,11 @@ class PostgresPart:
         except HermeshError:
             raise
         except Exception as error:
+            lacks = refusal(error)
+            if lacks is not None:
+                self._refused = lacks
+                self._refused_until = time.monotonic() + REFUSAL_SECONDS
+                metrics.refusals.labels(getattr(error, "sqlstate", "")).inc()
             raise translate(error, ids) from error
 
     async def _fetch(self, statement: str, *args: Any, **ids: UUID | str) -> list[Record]:

@@ -131,6 +131,15 @@ class RedisStreams:
         """True while Redis is known to be down."""
         return self._breaker.is_open
 
+    async def problem(self) -> str | None:
+        """Returns None if Redis answers, else what is wrong; past the breaker, so it is the truth of now."""
+        try:
+            await self._client.ping()
+            stop_if_cancelled()
+        except REDIS_ERRORS:
+            return "Redis does not answer; reads and live tails use PostgreSQL"
+        return None
+
     @failpoints.around("session.publish")
     async def publish(self, items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
         """Writes publications in order; see `publisher.Streams`."""

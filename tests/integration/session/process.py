@@ -132,9 +132,10 @@ async def connect(replica: SessionProcess, key: str = KEY) -> AsyncIterator[Clie
 
 
 def metric(replica: SessionProcess, name: str) -> float:
-    """The sum of a metric's samples on a replica."""
+    """The sum of a metric's samples on a replica; with labels in `name`, the sample of just these."""
     import urllib.request
 
     with urllib.request.urlopen(f"http://{replica.metrics_address}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return sum(float(value) for labelled, value in samples if name in (labelled, labelled.split("{")[0]))

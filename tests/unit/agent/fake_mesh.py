@@ -124,7 +124,7 @@ class Tools(tool_grpc.ToolServiceServicer):
 
     async def ListTools(self, request: Any, context: Any) -> Any:
         if request.page_token:
-            pay = tool_pb.Tool(name="pay", effect=EFFECT_CLASS_NON_IDEMPOTENT, timeout_ms=1000)
+            pay = tool_pb.Tool(name="pay", effect=EFFECT_CLASS_NON_IDEMPOTENT, timeout_ms=200)
             return tool_pb.ListToolsResponse(tools=[pay])
         add = tool_pb.Tool(
             name="add", input_schema='{"type":"object"}', effect=EFFECT_CLASS_PURE, timeout_ms=1000
@@ -142,10 +142,17 @@ class Tools(tool_grpc.ToolServiceServicer):
             await refuse(context, NotFoundError("TOOL_NOT_FOUND", "no such tool"))
         if action == "nothing":
             return
+        if action == "hang":
+            await asyncio.Event().wait()
+        for _ in range(4 if action == "slow" else 0):
+            yield tool_pb.ExecuteResponse(progress=tool_pb.Progress(text="waiting"))
+            await asyncio.sleep(0.15)
         yield tool_pb.ExecuteResponse(progress=tool_pb.Progress(text="working"))
-        state = {"ok": TOOL_CALL_STATE_COMPLETED, "failed": TOOL_CALL_STATE_FAILED}.get(
-            action, TOOL_CALL_STATE_UNKNOWN
-        )
+        state = {
+            "ok": TOOL_CALL_STATE_COMPLETED,
+            "slow": TOOL_CALL_STATE_COMPLETED,
+            "failed": TOOL_CALL_STATE_FAILED,
+        }.get(action, TOOL_CALL_STATE_UNKNOWN)
         yield tool_pb.ExecuteResponse(result=tool_pb.Result(state=state, content=action))
 
     async def Cancel(self, request: Any, context: Any) -> Any:

@@ -30,7 +30,9 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     ReattachResult,
     RunAppend,
 )
+from meshkit.errors import HermeshError
 from meshkit.ids import uuid7
+from services.agent.clients.memory import Known
 from services.agent.clients.session import Claim, NotClaimed
 from services.agent.clients.tools import ToolInfo
 from services.agent.domain.loop import Call, CallState, Limits
@@ -348,9 +350,12 @@ class FakeTools:
         self.executed: list[str] = []
         self.cancelled: list[str] = []
         self.approval: set[str] = set()
+        self.error: HermeshError | None = None
         self.started = asyncio.Event()
 
     async def tools(self) -> Mapping[str, ToolInfo]:
+        if self.error is not None:
+            raise self.error
         return {
             name: ToolInfo(
                 ToolOffer(name, f"does {name}", {"type": "object"}), self.effect, 5.0, name in self.approval
@@ -381,20 +386,18 @@ class FakeTools:
 
 
 class FakeMemory:
-    """Memories and preferences that are always the same; `error` is raised instead."""
+    """Memories and preferences that are always the same; with `error` they are missing for it."""
 
     def __init__(self, found: Sequence[Any] = (), preferences: Mapping[str, str] | None = None) -> None:
         self.found = found
         self.preferences = dict(preferences or {})
-        self.error: Exception | None = None
+        self.error: HermeshError | None = None
         self.kept: list[tuple[str, str]] = []
 
-    async def known(
-        self, spec: RunSpec, query: str, timeout: float
-    ) -> tuple[Sequence[Any], Mapping[str, str]]:
+    async def known(self, spec: RunSpec, query: str, timeout: float) -> Known:
         if self.error is not None:
-            raise self.error
-        return self.found, self.preferences
+            return Known(missing={"memory": self.error, "preferences": self.error})
+        return Known(self.found, self.preferences)
 
     async def remember(self, spec: RunSpec, text: str, timeout: float) -> None:
         if self.error is not None:

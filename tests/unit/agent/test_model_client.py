@@ -21,7 +21,7 @@ from services.agent.model.errors import (
     ModelUnavailableError,
 )
 from services.agent.model.http import Origin, Timeouts
-from services.agent.model.openai import OpenAIModel, Retry
+from services.agent.model.openai import OpenAIModel
 from services.agent.model.port import (
     ChatMessage,
     Finished,
@@ -44,7 +44,7 @@ async def server():
 
 @pytest.fixture
 async def model(server):
-    client = OpenAIModel(server.base_url, timeouts=FAST, retry=Retry(attempts=3, base=0.001))
+    client = OpenAIModel(server.base_url, timeouts=FAST)
     yield client
     await client.aclose()
 
@@ -147,38 +147,13 @@ async def test_a_rate_limit_says_when_to_come_back(model):
     assert caught.value.retry_after == 60
 
 
-async def test_failures_before_the_first_token_are_tried_again(server, model):
-    events = await collect(model, request("[[status=503 times=2 tokens=1]]"))
-    assert text_of(events) == "t0 "
-    assert server.state.stats.requests == 3
-
-
-async def test_a_refusal_is_not_tried_again(server, model):
-    with pytest.raises(ModelAuthError):
-        await collect(model, request("[[status=401]]"))
-    assert server.state.stats.requests == 1
-
-
-async def test_a_stream_that_broke_after_text_is_not_tried_again(server, model):
-    got = []
-
-    async def read():
-        async for batch in model.stream(request("[[half tokens=4]]")):
-            got.extend(batch)
-
-    with pytest.raises(ModelTruncatedError):
-        await read()
-    assert text_of(got) == "t0 t1 "
-    assert server.state.stats.requests == 1
-
-
 async def test_a_stream_that_stalls_times_out(model):
     with pytest.raises(ModelTimeoutError):
         await collect(model, request("[[tokens=5 rate=1]]"))
 
 
 async def test_no_server_is_unavailable():
-    model = OpenAIModel("http://127.0.0.1:9/v1", timeouts=FAST, retry=Retry(attempts=1))
+    model = OpenAIModel("http://127.0.0.1:9/v1", timeouts=FAST)
     with pytest.raises(ModelUnavailableError):
         await collect(model, request("hi"))
 
@@ -236,7 +211,7 @@ async def test_what_is_not_the_protocol_is_told_apart(reply, error):
     server = await _raw(reply)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        model = OpenAIModel(f"http://127.0.0.1:{port}/v1", retry=Retry(attempts=1))
+        model = OpenAIModel(f"http://127.0.0.1:{port}/v1")
         with pytest.raises(error):
             await collect(model, request("hi"))
 
@@ -288,7 +263,7 @@ async def test_tls_is_checked_against_the_trusted_certificates(tmp_path, monkeyp
     async with server:
         url = f"https://localhost:{server.sockets[0].getsockname()[1]}/v1"
         with pytest.raises(ModelUnavailableError, match="TLS"):
-            await collect(OpenAIModel(url, retry=Retry(attempts=1)), request("hi"))
+            await collect(OpenAIModel(url), request("hi"))
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert text_of(await collect(OpenAIModel(url), request("hi"))) == "a"
 

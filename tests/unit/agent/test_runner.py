@@ -10,7 +10,7 @@ from hermesh.session.v1.resources_pb2 import (
 )
 from meshkit.errors import UnavailableError
 from services.agent.clients.memory import Recalled
-from services.agent.model.errors import ModelAuthError, ModelTruncatedError
+from services.agent.model.errors import ModelAuthError, ModelRateLimitedError, ModelTruncatedError
 from services.agent.model.port import Finished, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from services.agent.runs.subscription import Subscription
 from tests.unit.agent.fakes import FakeModel
@@ -238,7 +238,20 @@ async def test_a_run_goes_on_without_memory_and_says_so(make_bench):
     bench.memory.error = UnavailableError("SERVICE_UNAVAILABLE", "memory is away")
     run = await bench.finish(bench.store.new_claim("hi"))
     assert run.status == RUN_STATUS_COMPLETED
-    assert run.data("context.degraded") == [{"part": "memory", "detail": "memory is away"}]
+    assert run.data("context.degraded") == [
+        {"part": "memory", "detail": "memory is away"},
+        {"part": "preferences", "detail": "memory is away"},
+    ]
+
+
+async def test_a_run_goes_on_without_tools_and_says_so(make_bench):
+    model = FakeModel(HELLO)
+    bench = make_bench(model)
+    bench.tools.error = UnavailableError("SERVICE_UNAVAILABLE", "the tool service is away")
+    run = await bench.finish(bench.store.new_claim("hi", RunOptions(tools=["add"])))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert run.data("context.degraded") == [{"part": "tools", "detail": "the tool service is away"}]
+    assert model.requests[0].tools == []
 
 
 async def test_a_run_that_wants_no_memory_uses_none(make_bench):
@@ -330,6 +343,20 @@ async def test_an_unknown_tool_choice_fails_the_run(make_bench):
     bench = make_bench(FakeModel())
     run = await bench.finish(bench.store.new_claim("sum", RunOptions(tool_choice="nope")))
     assert run.data("run.failed")[0]["reason"] == "TOOL_NOT_FOUND"
+
+
+async def test_a_failure_says_how_long_the_backend_asked_to_wait(make_bench):
+    bench = make_bench(FakeModel([ModelRateLimitedError("the model backend's rate limit was reached", 20.0)]))
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert run.data("run.failed") == [
+        {
+            "code": "RESOURCE_EXHAUSTED",
+            "reason": "MODEL_RATE_LIMITED",
+            "message": "the model backend's rate limit was reached",
+            "retryable": True,
+            "retry_after_ms": 20_000,
+        }
+    ]
 
 
 async def test_a_refused_write_ends_the_run_with_an_internal_error(make_bench):

@@ -262,6 +262,18 @@ async def test_a_broken_tool_stream_is_asked_for_again(mesh):
     assert len(mesh.executed) == 3
 
 
+async def test_a_tool_service_that_shows_life_is_waited_for_and_a_silent_one_is_not(mesh, monkeypatch):
+    monkeypatch.setattr("services.agent.clients.tools.EXECUTE_MARGIN", 0.1)
+    # In all longer than the tool's timeout and the margin, and never silent for so long.
+    mesh.tool_script = ["slow"]
+    async with clients(mesh) as (tools, _):
+        assert (await execute(tools)).state is CallState.COMPLETED
+        assert len(mesh.executed) == 1
+        mesh.tool_script = ["hang", "ok"]
+        assert (await execute(tools)).state is CallState.COMPLETED
+    assert len(mesh.executed) == 3
+
+
 async def test_a_stale_fence_is_followed_by_the_new_one(mesh):
     mesh.tool_script = ["stale", "ok"]
     fences = iter([7, 8, 8, 8])
@@ -295,16 +307,19 @@ async def test_a_call_nobody_answers_for_is_unknown_where_it_may_have_run(mesh):
 async def test_what_is_known_is_asked_for_side_by_side(mesh):
     mesh.memories = ["likes tea"]
     async with clients(mesh) as (_, memory):
-        found, preferences = await memory.known(SPEC, "tea?", 5)
-    assert [one.text for one in found] == ["likes tea"]
-    assert preferences == {"tone": "short"}
+        known = await memory.known(SPEC, "tea?", 5)
+    assert [one.text for one in known.recalled] == ["likes tea"]
+    assert known.preferences == {"tone": "short"}
+    assert not known.missing
 
 
 async def test_a_slow_memory_service_is_not_waited_for(mesh):
     mesh.memory_hangs = True
     async with clients(mesh) as (_, memory):
-        with pytest.raises(DeadlineError):
-            await memory.known(SPEC, "tea?", 0.05)
+        known = await memory.known(SPEC, "tea?", 0.05)
+    # What did come in time is used.
+    assert (known.recalled, known.preferences) == ((), {"tone": "short"})
+    assert {part: type(error) for part, error in known.missing.items()} == {"memory": DeadlineError}
 
 
 def test_text_is_cut_at_a_character():

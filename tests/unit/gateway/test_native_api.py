@@ -482,10 +482,12 @@ async def test_probes_answer_without_a_key(served: Any) -> None:
         assert "python_info" in (await anyone.get("/metrics")).text
         assert (await anyone.head("/health")).status_code == 200
         served.mesh.unary_error = UnavailableError("DATABASE_UNAVAILABLE", "later")
-        not_ready = await anyone.get("/ready")
-        assert not_ready.status_code == 503
-        assert not_ready.json()["checks"]["session"] == "DATABASE_UNAVAILABLE"
+        degraded = await anyone.get("/ready")
+        assert (degraded.status_code, degraded.json()["status"]) == (200, "degraded")
+        assert degraded.json()["checks"]["session"] == "DATABASE_UNAVAILABLE"
         served.gateway.hub.leaving = True
+        leaving = await anyone.get("/ready")
+        assert (leaving.status_code, leaving.json()["status"]) == (503, "draining")
         assert (await anyone.get("/health")).status_code == 503
 
 

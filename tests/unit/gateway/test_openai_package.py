@@ -138,12 +138,14 @@ async def test_a_run_that_fails_before_any_text_has_its_status(
     served: Any, client: openai.AsyncOpenAI, code: str, reason: str, kind: Any, status: int, stream: bool
 ) -> None:
     failed = {"code": code, "reason": reason, "message": "the words for a person", "retryable": False}
+    failed["retry_after_ms"] = 20_000
     served.mesh.script = script(("run.started", {"attempt": 1}), ("run.failed", failed))
     with pytest.raises(kind) as raised:
         await client.chat.completions.create(model="scripted", messages=HELLO, stream=stream)
     assert raised.value.status_code == status
     assert "the words for a person" in raised.value.message
     assert raised.value.response.headers["x-should-retry"] == "false"
+    assert raised.value.response.headers["retry-after"] == "20"
 
 
 async def test_a_run_that_fails_in_the_middle_ends_the_stream_with_an_error(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.model_server import ModelServer
 from launcher import supervisor as module
 from launcher.children import Child, Children
 from launcher.errors import LaunchError
-from launcher.plan import Spec
+from launcher.plan import Plan, Spec
 from launcher.processes import identify
 from launcher.settings import LauncherSettings
 from launcher.state import Remembered, State
@@ -139,3 +140,18 @@ async def test_a_new_replica_gets_a_number_that_none_has(supervisor: Supervisor)
         child.stop()
         supervisor.leftovers["tool-2"] = Remembered("tool", "tool-2", 1, 1)
         assert supervisor.free_number("tool") == 3
+
+
+async def test_of_several_model_backends_one_is_enough_to_start(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = "http://127.0.0.1:1/v1"
+    async with ModelServer() as model:
+        monkeypatch.setenv("HERMESH_LLM_BASE_URL", f"{gone}, {model.base_url}")
+        settings = load(LauncherSettings)
+        supervisor.plan = Plan(settings, supervisor.folder, supervisor.state.ports)
+        await supervisor.check_external()
+        wrong = {address: await problem() for service, address, problem in supervisor.plan.external()}
+        assert wrong == {gone: "does not answer", model.base_url: ""}
+    with pytest.raises(LaunchError, match=f"model at {gone} does not answer"):
+        await supervisor.check_external()

@@ -5,11 +5,12 @@ import json
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from hermesh.session.v1 import session_internal_service_pb2_grpc as pb_grpc
-from meshkit.channel import channel_options, mesh_metadata, open_channel, stream_call
+from meshkit.channel import channel_options, mesh_check, mesh_metadata, open_channel, stream_call
 from meshkit.errors import UnavailableError
 from meshkit.server import Server
 from meshkit.settings import MeshSettings
@@ -115,3 +116,17 @@ async def test_a_peer_outside_of_the_mesh_gets_no_token(
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await pb_grpc.SessionInternalServiceStub(channel).Authenticate(REQUEST)
     assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_mesh_that_cannot_be_reached_is_told_and_one_that_can_is_not() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    settings = MeshSettings(mesh_address=f"127.0.0.1:{port}")
+    async with open_channel(settings) as channel:
+        await server.start()
+        check = mesh_check(channel)
+        async with asyncio.timeout(10):
+            assert await check() is None
+            await server.stop(0)
+            await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        assert await check() == "the mesh cannot be reached"

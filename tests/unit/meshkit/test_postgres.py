@@ -13,7 +13,15 @@ from meshkit.errors import (
     StartupError,
     UnavailableError,
 )
-from meshkit.postgres import connect_failure, is_retryable, load_sql, map_pg_error, open_pool, parse_sql
+from meshkit.postgres import (
+    connect_failure,
+    is_retryable,
+    load_sql,
+    map_pg_error,
+    open_pool,
+    parse_sql,
+    refusal,
+)
 
 GOOD = """
 -- A file of statements.
@@ -78,6 +86,8 @@ def test_statements_are_found_in_a_folder_or_a_package(
         (asyncpg.TooManyConnectionsError("full"), UnavailableError),
         (asyncpg.DiskFullError("full"), UnavailableError),
         (asyncpg.ReadOnlySQLTransactionError("standby"), UnavailableError),
+        (asyncpg.CrashShutdownError("crash of another server process"), UnavailableError),
+        (asyncpg.PostgresIOError("input/output error"), UnavailableError),
         (asyncpg.QueryCanceledError("timeout"), UnavailableError),
         (asyncpg.LockNotAvailableError("lock"), UnavailableError),
         (asyncpg.DeadlockDetectedError("deadlock"), UnavailableError),
@@ -95,6 +105,14 @@ def test_driver_errors_become_ours_without_their_text(raised: Exception, kind: t
         assert error.reason == "DATABASE_UNAVAILABLE"
         assert error.retry_after_ms
     assert is_retryable(raised) == (kind is UnavailableError)
+
+
+def test_what_a_database_lacks_is_named() -> None:
+    assert refusal(asyncpg.DiskFullError("could not extend file: /secret")) == "its disk is full"
+    assert "its disk is full" in map_pg_error(asyncpg.DiskFullError("x")).message
+    assert refusal(asyncpg.ReadOnlySQLTransactionError("x")) == "it is read-only"
+    assert refusal(asyncpg.CannotConnectNowError("starting up")) is None
+    assert refusal(ConnectionRefusedError()) is None
 
 
 def test_our_own_errors_pass() -> None:

@@ -48,24 +48,53 @@ async def test_ready_follows_the_start_the_checks_and_the_drain(probes: ProbeSer
     async def check() -> str | None:
         return why
 
-    probes.readiness.add("database", check)
+    own: str | None = None
+
+    async def own_check() -> str | None:
+        return own
+
+    probes.readiness.add("postgresql", check)
+    probes.readiness.add("embedder", own_check, own=True)
     status, body = await get(probes, "/ready")
     assert (status, json.loads(body)["reason"]) == (503, "starting")
     probes.set_ready()
     status, body = await get(probes, "/ready")
     assert status == 200
-    assert json.loads(body) == {"status": "ready", "checks": {"database": {"ok": True, "reason": None}}}
+    fine = {"ok": True, "reason": None}
+    assert json.loads(body) == {"status": "ready", "checks": {"postgresql": fine, "embedder": fine}}
+    # What all replicas share degrades; what is wrong with this one alone takes it out.
     why = "no answer"
     status, body = await get(probes, "/ready")
-    assert status == 503
-    assert json.loads(body)["checks"]["database"] == {"ok": False, "reason": "no answer"}
-    why = None
+    assert (status, json.loads(body)["status"]) == (200, "degraded")
+    assert json.loads(body)["checks"]["postgresql"] == {"ok": False, "reason": "no answer"}
+    assert 'hermesh_dependency_up{dependency="postgresql"} 0.0' in (await get(probes, "/metrics"))[1]
+    own = "gives no vectors"
+    status, body = await get(probes, "/ready")
+    assert (status, json.loads(body)["status"]) == (503, "not ready")
+    why = own = None
+    assert (await get(probes, "/ready"))[0] == 200
+    assert 'hermesh_dependency_up{dependency="postgresql"} 1.0' in (await get(probes, "/metrics"))[1]
     probes.set_ready("draining")
     assert (await get(probes, "/ready"))[0] == 503
 
 
+async def test_the_gauges_are_true_without_anybody_asking_for_ready(probes: ProbeServer) -> None:
+    looked = asyncio.Event()
+
+    async def check() -> str | None:
+        looked.set()
+        return "no answer"
+
+    probes.readiness.add("redis", check)
+    assert "hermesh_dependency_up{" not in (await get(probes, "/metrics"))[1]
+    probes.set_ready()
+    async with asyncio.timeout(5):
+        await looked.wait()
+    assert 'hermesh_dependency_up{dependency="redis"} 0.0' in (await get(probes, "/metrics"))[1]
+
+
 async def test_a_check_that_hangs_or_fails_is_a_reason_without_its_text() -> None:
-    readiness = Readiness(timeout=0.05)
+    readiness = Readiness(timeout=0.05, registry=CollectorRegistry())
 
     async def hang() -> str | None:
         await asyncio.Event().wait()
@@ -78,6 +107,23 @@ async def test_a_check_that_hangs_or_fails_is_a_reason_without_its_text() -> Non
     readiness.add("broken", broken)
     problems = await readiness.problems()
     assert problems == {"hang": "no answer within 0.05 s", "broken": "the check failed"}
+
+
+async def test_ready_answers_soon_with_what_is_known_of_a_part_that_hangs() -> None:
+    readiness = Readiness(timeout=0.05, registry=CollectorRegistry())
+    hangs = asyncio.Event()
+
+    async def check() -> str | None:
+        if hangs.is_set():
+            await asyncio.Event().wait()
+        return None
+
+    readiness.add("redis", check)
+    assert await readiness.soon(0.01) == {"redis": None}
+    hangs.set()
+    assert await readiness.soon(0.01) == {"redis": None}
+    await readiness.problems()
+    assert await readiness.soon(0.01) == {"redis": "no answer within 0.05 s"}
 
 
 async def test_metrics_are_in_the_text_format(probes: ProbeServer) -> None:

@@ -32,7 +32,7 @@ from meshkit.errors import (
     UnimplementedError,
     from_rpc_error,
 )
-from meshkit.identity import Identity, current_identity, use_identity
+from meshkit.identity import PROBE_TENANT, Identity, current_identity, use_identity
 from meshkit.interceptor import RpcInterceptor
 from meshkit.server import Server
 from meshkit.settings import MeshSettings
@@ -402,6 +402,25 @@ async def test_one_line_is_logged_for_each_rpc_and_no_secret(
     assert (lines[1]["code"], lines[1]["log_level"]) == ("UNAUTHENTICATED", "warning")
     assert "secret" not in json.dumps(logs.entries, default=str)
     assert TOKEN not in json.dumps(logs.entries, default=str)
+
+
+async def test_a_probe_of_another_service_is_logged_only_when_it_fails(
+    server: Server, plain: Stub, servicer: Servicer, logs: Logs
+) -> None:
+    broken = False
+
+    async def unary(request: Any, context: Any) -> Any:
+        if broken:
+            raise UnavailableError("DATABASE_UNAVAILABLE", "away")
+        return pb.AuthenticateResponse()
+
+    servicer.unary = unary
+    metadata = (*MESH, ("x-hermesh-tenant", str(PROBE_TENANT)))
+    await plain.Authenticate(REQUEST, metadata=metadata)
+    broken = True
+    await failure(plain.Authenticate(REQUEST, metadata=metadata))
+    lines = await logs.rpcs(1)
+    assert [line["code"] for line in lines] == ["UNAVAILABLE"]
 
 
 async def test_the_channel_adds_token_tenant_and_request_id(

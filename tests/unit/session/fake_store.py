@@ -57,6 +57,8 @@ class Lease:
 class FakeStore:
     """See the module."""
 
+    refused: str | None = None
+
     def __init__(self) -> None:
         self.keys: dict[str, UUID] = {}
         self.sessions: dict[UUID, Session] = {}

@@ -88,6 +88,9 @@ class FakeResults:
         self.objects.append(data)
         return f"sha256:{len(self.objects)}"
 
+    async def problem(self) -> str | None:
+        return "away" if self.errors else None
+
 
 class Lever:
     """A tool that does what the test says, and counts."""

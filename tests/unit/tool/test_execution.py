@@ -397,9 +397,15 @@ async def test_a_large_result_goes_to_the_object_store(journal: FakeJournal, own
     assert journal.completes == [got]
 
 
-@pytest.mark.parametrize("results", [None, FakeResults([UnavailableError()] * 99)])
+@pytest.mark.parametrize(
+    ("results", "why"),
+    [
+        (None, "there is no object store"),
+        (FakeResults([UnavailableError()] * 99), "the object store did not take it for 0.1 s"),
+    ],
+)
 async def test_a_large_result_that_cannot_be_stored_is_cut_and_says_so(
-    journal: FakeJournal, owner: TaskOwner, results: FakeResults | None
+    journal: FakeJournal, owner: TaskOwner, results: FakeResults | None, why: str
 ) -> None:
     lever = Lever()
     lever.result = "x" * (INLINE_BYTES + 1)
@@ -407,7 +413,56 @@ async def test_a_large_result_that_cannot_be_stored_is_cut_and_says_so(
     assert got.state is CallState.COMPLETED
     assert got.content_ref == ""
     assert len(got.content) == INLINE_BYTES
-    assert got.content.endswith("could not be stored]")
+    note = f"[cut: the beginning of {INLINE_BYTES + 1} bytes; the rest is lost, because {why}]"
+    assert got.content.endswith(note)
+
+
+async def test_those_who_watch_are_told_that_a_result_waits_for_the_object_store(
+    journal: FakeJournal, owner: TaskOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution_module, "_TELL_AFTER", 0.01)
+    monkeypatch.setattr(execution_module, "_TELL_EACH", 0.01)
+    lever = Lever()
+    lever.result = "x" * (INLINE_BYTES + 1)
+    results = FakeResults([UnavailableError()])
+    got = await updates(executor(journal, owner, lever, results=results), call())
+    told = [one for one in got if one == Progress("the result waits for the store")]
+    assert len(told) > 1
+    assert isinstance(got[-1], Outcome)
+    assert got[-1].content_ref == "sha256:1"
+    assert await owner.wait_idle(5)
+
+
+async def test_those_who_watch_are_told_that_an_outcome_waits_to_be_recorded(
+    journal: FakeJournal, owner: TaskOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution_module, "_TELL_AFTER", 0.01)
+    journal.complete_errors = [UnavailableError()]
+    got = await updates(executor(journal, owner, Lever()), call())
+    assert Progress("the outcome waits to be recorded") in got
+    assert await owner.wait_idle(5)
+
+
+@pytest.mark.parametrize("how", ["drain", "cancel"])
+async def test_a_wait_for_the_object_store_ends_with_a_drain_or_a_cancel_and_the_outcome_is_kept(
+    journal: FakeJournal, owner: TaskOwner, how: str
+) -> None:
+    lever = Lever(Effect.NON_IDEMPOTENT)
+    lever.result = "x" * (INLINE_BYTES + 1)
+    results = FakeResults([UnavailableError()] * 99)
+    runner = executor(journal, owner, lever, results=results)
+    running = owner.start(outcome(runner, call()), name="call")
+    async with asyncio.timeout(5):
+        while len(results.errors) == 99:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if how == "drain":
+            await runner.drain(0.0)
+        else:
+            assert runner.cancel("run:1:0", call().tenant_id)
+        got = await running
+    assert got.state is CallState.COMPLETED
+    assert "the wait for the object store was ended" in got.content
+    assert journal.completes == [got]
 
 
 @pytest.mark.parametrize(
