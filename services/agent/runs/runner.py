@@ -34,6 +34,7 @@ from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.journal import RunJournal
 from services.agent.runs.ports import World
 from services.agent.runs.start import Start
+from services.agent.runs.turn_limit import turn_limit
 from services.agent.runs.writer import RunWriter, WriterStopped
 
 _log = structlog.get_logger("agent.run")
@@ -298,6 +299,7 @@ class Runner:
         try:
             async with (
                 asyncio.timeout_at(self._deadline),
+                turn_limit(self.spec.turn_timeout),
                 aclosing(world.model.stream(prompt.request)) as batches,
             ):
                 async for batch in batches:

@@ -246,13 +246,14 @@ class FakeStore:
 
     # leases
 
-    def grant(self, run: FakeRun) -> Grant:
+    def grant(self, run: FakeRun, timeout_ms: int = 0) -> Grant:
         return Grant(
             session_id=run.session_id,
             run_id=run.run_id,
             fence=run.fence,
             next_seq=run.next_seq,
             ttl_ms=TTL_MS,
+            time_left_ms=timeout_ms or 600_000,
         )
 
     def new_claim(self, said: str, options: RunOptions | None = None, user: str = "", **run: Any) -> Claim:
@@ -277,7 +278,7 @@ class FakeStore:
         )
         return Claim(
             Run(run_id=row.run_id, session_id=row.session_id, ordinal=1, attempt=row.attempt, **run),
-            self.grant(row),
+            self.grant(row, options.timeout_ms if options else 0),
             context,
             options or RunOptions(),
             TENANT,
