@@ -47,6 +47,7 @@ _log = structlog.get_logger("tool.execution")
 
 # How long a tool that was told to stop gets to do so.
 STOP_SECONDS = 1.0
+_RUN_IS_LATE = "The run's time limit was reached"
 _KEPT_PROGRESS = 64
 _MAX_PROGRESS = 2_000
 _RETRY_AFTER_MS = 500
@@ -275,9 +276,12 @@ class Executor:
         repeatable = max(found.effect, entry.effect) < Effect.NON_IDEMPOTENT
         if execution.cancelled:
             return Outcome(CallState.FAILED, "The call was cancelled before it began.", reason="CANCELLED")
+        left = execution.request.ends_at - time.monotonic()
+        if left <= 0:
+            return Outcome(CallState.FAILED, f"{_RUN_IS_LATE} before the call began.", reason="TOOL_TIMEOUT")
         context = _context(execution, entry, asyncio.get_running_loop())
         act = execution.act = self._owner.start(_call(found, arguments, context), name=f"tool-{found.name}")
-        await asyncio.wait({act}, timeout=found.timeout)
+        await asyncio.wait({act}, timeout=min(found.timeout, left))
         late = not act.done()
         if late:
             act.cancel()
@@ -287,6 +291,8 @@ class Executor:
             act.add_done_callback(self._unstuck)
         if not act.done() or (late and act.cancelled()):
             text = f"The tool did not finish within {found.timeout:g} seconds."
+            if left < found.timeout:
+                text = f"{_RUN_IS_LATE} before the tool had finished."
             return _lost(repeatable, text, "TOOL_TIMEOUT")
         if act.cancelled():
             if self._draining and repeatable and not execution.cancelled:

@@ -32,7 +32,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
 )
 from meshkit.ids import uuid7
 from services.agent.clients.session import Claim, NotClaimed
-from services.agent.clients.tools import ToolInfo
+from services.agent.clients.tools import CallPlace, ToolInfo
 from services.agent.domain.loop import Call, CallState, Limits
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest, ToolOffer
@@ -348,6 +348,7 @@ class FakeTools:
         self.effect = effect
         self.executed: list[str] = []
         self.cancelled: list[str] = []
+        self.seconds_left: list[float] = []
         self.approval: set[str] = set()
         self.started = asyncio.Event()
 
@@ -366,8 +367,12 @@ class FakeTools:
         info: ToolInfo,
         fence: Callable[[], int],
         on_progress: Callable[[str], None],
+        seconds_left: Callable[[], float],
+        place: CallPlace,
     ) -> Call:
         self.executed.append(call.call_id)
+        self.seconds_left.append(seconds_left())
+        place.replica = f"replica of {call.call_id}"
         self.started.set()
         answer = self.answers[call.name]
         if answer == "never":
@@ -377,7 +382,8 @@ class FakeTools:
         on_progress("working")
         return replace(call, state=CallState.COMPLETED, content=str(answer))
 
-    async def cancel(self, call_id: str, tenant_id: str) -> None:
+    async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
+        assert place.replica == f"replica of {call_id}"
         self.cancelled.append(call_id)
 
 

@@ -1,5 +1,7 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -131,6 +133,46 @@ async def test_a_call_that_cannot_be_made_is_a_result_for_the_model(
     assert len(got.content) < 1500
     assert lever.calls == []
     assert journal.completes == [got]
+
+
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [
+        (Effect.PURE, CallState.FAILED),
+        (Effect.IDEMPOTENT, CallState.FAILED),
+        (Effect.NON_IDEMPOTENT, CallState.UNKNOWN),
+    ],
+)
+async def test_a_call_gets_no_more_time_than_its_run_has_left(
+    journal: FakeJournal, owner: TaskOwner, effect: Effect, expected: CallState
+) -> None:
+    journal.intend("run:1:0", effect)
+    lever = Lever(effect, timeout=60)
+    lever.wait = True
+    request = replace(call(), ends_at=time.monotonic() + 0.05)
+    got = await outcome(executor(journal, owner, lever), request)
+    assert (got.state, got.reason) == (expected, "TOOL_TIMEOUT")
+    assert got.content.startswith("The run's time limit was reached before the tool had finished.")
+    assert journal.completes == [got]
+
+
+async def test_a_call_of_a_run_whose_time_is_up_does_not_act(journal: FakeJournal, owner: TaskOwner) -> None:
+    journal.intend("run:1:0", Effect.NON_IDEMPOTENT)
+    lever = Lever(Effect.NON_IDEMPOTENT)
+    got = await outcome(executor(journal, owner, lever), replace(call(), ends_at=time.monotonic()))
+    # Nothing was done, and that is known.
+    assert (got.state, got.reason) == (CallState.FAILED, "TOOL_TIMEOUT")
+    assert not lever.calls
+
+
+async def test_a_run_with_time_left_leaves_a_tool_its_own_limit(
+    journal: FakeJournal, owner: TaskOwner
+) -> None:
+    lever = Lever(timeout=0.05)
+    lever.wait = True
+    request = replace(call(), ends_at=time.monotonic() + 60)
+    got = await outcome(executor(journal, owner, lever), request)
+    assert (got.reason, got.content) == ("TOOL_TIMEOUT", "The tool did not finish within 0.05 seconds.")
 
 
 @pytest.mark.parametrize("effect", [Effect.PURE, Effect.IDEMPOTENT, Effect.NON_IDEMPOTENT])
