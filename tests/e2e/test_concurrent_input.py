@@ -123,12 +123,9 @@ async def test_input_while_a_tool_acts_stops_the_tool_wherever_it_runs(tools: To
         for _ in range(8):
             session = await new_session(client)
             first = await begun(client, session, WAIT, "tool.call")
-            await tools.until(lambda run=first: tools.words(run) == ["began"], 10, "the tool begins")
+            await tools.did(first, "began")
             second = await submit(client, session, "next [[tokens=3]]", concurrency="interrupt", **NO_MEMORY)
-            took = await tools.until(
-                lambda run=first: tools.words(run) == ["began", "stopped"], 5, "the tool is told to stop"
-            )
-            assert took < 1.5
+            assert await tools.did(first, "began", "stopped") < 1.5
             assert (await ended(client, first))[-1].event == "run.cancelled"
             assert (await ended(client, second))[-1].event == "run.completed"
             assert await session_order(client, session, second) == [first, second]

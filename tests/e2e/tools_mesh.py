@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +73,11 @@ class ToolsMesh:
         """The same without who and where."""
         return [deed.word for deed in self.deeds(run_id)]
 
-    async def until(self, check: Callable[[], bool], seconds: float, what: str) -> float:
-        """Returns once `check` holds, and how many seconds that took; fails after `seconds`."""
+    async def did(self, run_id: str, *words: str, seconds: float = 10.0) -> float:
+        """Waits until the run's calls have done just this; returns how many seconds that took."""
         began = time.monotonic()
-        while not check():
-            assert time.monotonic() - began < seconds, f"waited {seconds:g} s in vain for: {what}"
+        while (done := self.words(run_id)) != list(words):
+            assert time.monotonic() - began < seconds, f"the tools did {done} and not {words}"
             await asyncio.sleep(0.02)
         return time.monotonic() - began
 
@@ -87,6 +87,13 @@ class ToolsMesh:
         async with httpx.AsyncClient() as client:
             stats = (await client.get(self.mesh.model.url.removesuffix("/v1") + "/stats")).json()
         return stats["open"], stats["aborted"]
+
+    async def model_is_idle(self, seconds: float) -> None:
+        """Waits until the model writes nothing."""
+        began = time.monotonic()
+        while (await self.model_streams())[0]:
+            assert time.monotonic() - began < seconds, "the model still writes"
+            await asyncio.sleep(0.05)
 
     async def model_gave_up(self, before: int, seconds: float) -> float:
         """Waits until one more reply was given up than `before`; returns the seconds."""
