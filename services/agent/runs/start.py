@@ -28,7 +28,7 @@ _STATES = {
     TOOL_CALL_STATE_FAILED: CallState.FAILED,
     TOOL_CALL_STATE_UNKNOWN: CallState.UNKNOWN,
 }
-MAX_TURN_SECONDS = 7 * 86_400.0
+NO_LIMIT_SECONDS = 7 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ def start_of(claim: Claim, settings: AgentSettings) -> Start:
         stop=tuple(options.stop),
         max_output_tokens=options.max_output_tokens or settings.max_output_tokens,
         max_turns=options.max_turns or settings.max_turns,
-        timeout=claim.grant.time_left_ms / 1000,
-        turn_timeout=min(options.turn_timeout_ms / 1000, MAX_TURN_SECONDS) or settings.llm_turn_timeout,
+        timeout=claim.grant.time_left_ms / 1000 or NO_LIMIT_SECONDS,
+        turn_timeout=min(options.turn_timeout_ms / 1000, NO_LIMIT_SECONDS) or settings.llm_turn_timeout,
         tools=tuple(options.tools),
         tool_choice=options.tool_choice or "auto",
         memory=options.memory if options.HasField("memory") else True,

@@ -261,11 +261,12 @@ CREATE FUNCTION session.cancel_unheld(p_run uuid) RETURNS integer
     LANGUAGE plpgsql
     AS $$
 DECLARE
+    v_reason text;
     v_seq integer;
 BEGIN
-    SELECT session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
-                                ARRAY['{"reason":' || to_json(r.cancel_reason)::text || '}'])
-    INTO STRICT v_seq FROM session.run r WHERE r.run_id = p_run AND r.cancel_requested;
+    SELECT cancel_reason INTO STRICT v_reason FROM session.run WHERE run_id = p_run AND cancel_requested;
+    v_seq := session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
+                                  ARRAY['{"reason":' || to_json(v_reason)::text || '}']);
     PERFORM session.finish_run(p_run, 6::smallint, v_seq, NULL);
     RETURN v_seq;
 END $$;

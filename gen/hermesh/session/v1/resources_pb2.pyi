@@ -639,7 +639,7 @@ class Grant(message.Message):
     ttl_ms: builtins.int
     """How long the lease lasts from now, milliseconds, by PostgreSQL's clock."""
     time_left_ms: builtins.int
-    """With a claim: how long the run may still take from now, milliseconds, by PostgreSQL's clock."""
+    """With a claim: how long the run may still take from now, milliseconds, by PostgreSQL's clock. 0: not told."""
     def __init__(
         self,
         *,

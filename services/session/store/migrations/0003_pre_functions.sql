@@ -80,11 +80,12 @@ $$;
 CREATE FUNCTION session.cancel_unheld(p_run uuid) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
+    v_reason text;
     v_seq integer;
 BEGIN
-    SELECT session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
-                                ARRAY['{"reason":' || to_json(r.cancel_reason)::text || '}'])
-    INTO STRICT v_seq FROM session.run r WHERE r.run_id = p_run AND r.cancel_requested;
+    SELECT cancel_reason INTO STRICT v_reason FROM session.run WHERE run_id = p_run AND cancel_requested;
+    v_seq := session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
+                                  ARRAY['{"reason":' || to_json(v_reason)::text || '}']);
     PERFORM session.finish_run(p_run, 6::smallint, v_seq, NULL);
     RETURN v_seq;
 END $$;
@@ -306,9 +307,9 @@ END $$;
 -- runs for which neither they nor their tenant set one.
 CREATE FUNCTION session.submit_run(
     p_tenant uuid, p_session uuid, p_run uuid, p_request_id text, p_fingerprint bytea, p_policy integer,
-    p_timeout_ms bigint, p_default_timeout_ms bigint, p_input json, p_options bytea, p_model text, p_title text, p_data_head text, p_data_mid text,
-    p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval, p_max_idle_claims integer,
-    p_max_messages integer, p_max_bytes bigint)
+    p_timeout_ms bigint, p_default_timeout_ms bigint, p_input json, p_options bytea, p_model text, p_title text,
+    p_data_head text, p_data_mid text, p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval,
+    p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint)
 RETURNS TABLE (duplicate boolean, created_ms bigint, created_data text, outcome smallint,
                run session.run_view, fence bigint, attach integer, next_seq integer, context json)
 LANGUAGE plpgsql AS $$
