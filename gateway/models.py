@@ -111,7 +111,15 @@ class Options(StrictModel):
     tools: list[str] = Field(default_factory=list, max_length=128, description="Tools the run may call.")
     tool_choice: str = Field("", max_length=200, description="auto, none, required, or a tool's name.")
     max_turns: int | None = Field(None, ge=1, le=1000, description="The most model turns.")
-    timeout_ms: int | None = Field(None, ge=1, le=24 * 3600 * 1000, description="The run's time limit.")
+    timeout_ms: int | None = Field(
+        None,
+        ge=1,
+        le=24 * 3600 * 1000,
+        description="The run's time limit, from its first claim on; waiting for a person does not count.",
+    )
+    turn_timeout_ms: int | None = Field(
+        None, ge=1, le=24 * 3600 * 1000, description="The time limit of one model turn."
+    )
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Sampling seed.")
     stop: list[str] = Field(default_factory=list, max_length=16, description="Strings that end the reply.")
     memory: bool | None = Field(None, description="Whether long-term memory is read and written.")
@@ -130,7 +138,7 @@ class CreateRun(StrictModel):
     stream: bool = Field(False, description="Answer with the run's events (SSE) instead of 202.")
     model: str = Field("", max_length=200, description="The same as `options.model`.")
     concurrency: Literal["enqueue", "reject", "interrupt", "rollback"] | None = Field(
-        None, description="What happens when the session is busy; enqueue if left out."
+        None, description="What happens when the session is busy; the tenant's default if left out."
     )
     options: Options = Field(
         default_factory=lambda: Options.model_validate({}), description="What is set for this run."

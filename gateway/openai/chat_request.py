@@ -12,6 +12,13 @@ from hermesh.session.v1 import resources_pb2 as resources
 
 _ROLES = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
 _MAX_MESSAGES = 256
+CONCURRENCY_HEADER = "X-Hermesh-Concurrency"
+_POLICIES = {
+    "enqueue": resources.CONCURRENCY_POLICY_ENQUEUE,
+    "reject": resources.CONCURRENCY_POLICY_REJECT,
+    "interrupt": resources.CONCURRENCY_POLICY_INTERRUPT,
+    "rollback": resources.CONCURRENCY_POLICY_ROLLBACK,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,7 @@ class ChatRequest:
         include_usage: Whether the last chunk has the usage.
         user: Whose memories apply; empty for nobody's.
         session_id: The session to go on with; empty for a new one.
+        concurrency: What happens when the session is busy.
     """
 
     model: str
@@ -35,6 +43,7 @@ class ChatRequest:
     include_usage: bool
     user: str
     session_id: str
+    concurrency: resources.ConcurrencyPolicy.ValueType = resources.CONCURRENCY_POLICY_UNSPECIFIED
 
 
 def bad(param: str | None, message: str, code: str | None = None) -> OpenAIError:
@@ -42,12 +51,15 @@ def bad(param: str | None, message: str, code: str | None = None) -> OpenAIError
     return OpenAIError(400, message, param=param, openai_code=code)
 
 
-def parse_chat(value: Any, session_header: str | None = None) -> ChatRequest:
+def parse_chat(
+    value: Any, session_header: str | None = None, concurrency_header: str | None = None
+) -> ChatRequest:
     """Checks a parsed body.
 
     Args:
         value: The JSON.
         session_header: The header X-Hermesh-Session, which names a session to go on with.
+        concurrency_header: The header X-Hermesh-Concurrency, which says what happens when that one is busy.
 
     Raises:
         OpenAIError: 400 that names the parameter.
@@ -81,7 +93,16 @@ def parse_chat(value: Any, session_header: str | None = None) -> ChatRequest:
         include_usage=stream and _flag(stream_options or {}, "include_usage"),
         user=user,
         session_id=session_id,
+        concurrency=_concurrency(concurrency_header),
     )
+
+
+def _concurrency(name: str | None) -> resources.ConcurrencyPolicy.ValueType:
+    if not name:
+        return resources.CONCURRENCY_POLICY_UNSPECIFIED
+    if name not in _POLICIES:
+        raise bad(CONCURRENCY_HEADER, f"{CONCURRENCY_HEADER} must be one of {', '.join(_POLICIES)}")
+    return _POLICIES[name]
 
 
 def _refuse_unsupported(value: dict[str, Any]) -> None:

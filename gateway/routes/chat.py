@@ -19,7 +19,7 @@ from gateway.cursor import RunCursor
 from gateway.endpoints import Answer, Endpoint, Param, idempotency_key, json_response
 from gateway.follow import FeedLost, RunFeed
 from gateway.openai.chat_fold import ChatChunks, Failure, Reply, completion, error_chunk
-from gateway.openai.chat_request import ChatRequest, parse_chat
+from gateway.openai.chat_request import CONCURRENCY_HEADER, ChatRequest, parse_chat
 from gateway.problems import OpenAIError, openai_kind
 from gateway.routes.sessions import IDEMPOTENCY
 from gateway.streams import EventStream
@@ -140,7 +140,9 @@ class ChatRenderer:
 async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/chat/completions."""
     body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
-    chat = parse_chat(parse_json(body), request.headers.get(SESSION_HEADER))
+    chat = parse_chat(
+        parse_json(body), request.headers.get(SESSION_HEADER), request.headers.get(CONCURRENCY_HEADER)
+    )
     check_input(chat.messages)
     gateway.hub.check_room()
     try:
@@ -160,6 +162,7 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
         input=chat.messages,
         options=chat.options,
         request_id=key or idempotency_key(request, always=True),
+        concurrency=chat.concurrency,
     )
     feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit)
     headers = {SESSION_HEADER: session_id}
@@ -253,6 +256,11 @@ endpoints = [
         params=(
             IDEMPOTENCY,
             Param("X-Hermesh-Session", "header", "A session to go on with: send only what is new."),
+            Param(
+                CONCURRENCY_HEADER,
+                "header",
+                "When that session is busy: enqueue, reject, interrupt or rollback.",
+            ),
         ),
         tag="openai",
         errors="openai",

@@ -46,6 +46,11 @@ class AgentSettings(MeshSettings):
     llm_idle_timeout: float = Field(
         60.0, gt=0, description="Seconds between two pieces of a reply before the model counts as dead."
     )
+    llm_turn_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds that a model's whole reply may take when a run sets no limit for it.",
+    )
     llm_attempts: int = Field(
         3,
         ge=1,
@@ -66,9 +71,6 @@ class AgentSettings(MeshSettings):
         0,
         ge=0,
         description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
-    )
-    run_timeout: float = Field(
-        600.0, gt=0, description="Seconds that a run may take on one replica when it sets no limit."
     )
     max_appends_per_second: float = Field(
         1000.0,

@@ -29,6 +29,7 @@ from services.session.commits import Commits
 from services.session.flusher import Flusher
 from services.session.operations.authenticate import StoreAuthenticator
 from services.session.operations.bootstrap import bootstrap as ensure_tenant
+from services.session.operations.tenant import change_of, configure, describe
 from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
@@ -240,7 +241,7 @@ async def _open_store(settings: SessionSettings) -> AsyncIterator[PostgresStore]
         server_settings=POOL_SETTINGS,
     )
     try:
-        store = PostgresStore(pool)
+        store = PostgresStore(pool, run_timeout_ms=round(settings.run_timeout * 1000))
         try:
             await store.tenant_of_key("")
         except HermeshError as error:
@@ -301,3 +302,26 @@ async def bootstrap(settings: SessionSettings, tenant: str, variable: str, out: 
         except HermeshError as error:
             raise StartupError(f"the key in {variable} cannot be stored: {error.message}") from error
         out.write(f"tenant {tenant_id}\n")
+
+
+async def tenant(
+    settings: SessionSettings, name: str, words: tuple[str | None, str | None, float | None], out: TextIO
+) -> None:
+    """Changes a tenant's settings and says what they are.
+
+    Args:
+        settings: For the database.
+        name: The tenant's name.
+        words: What `operations.tenant.change_of` takes.
+        out: Where to say it.
+
+    Raises:
+        StartupError: A setting is not valid, there is no such tenant, or the database cannot be used.
+    """
+    change = change_of(*words)
+    async with _open_store(settings) as store:
+        try:
+            found = await configure(store, name, change)
+        except HermeshError as error:
+            raise StartupError(f"the tenant's settings cannot be changed: {error.message}") from error
+        out.write(describe(found))

@@ -152,6 +152,7 @@ def grant_to_proto(grant: Grant) -> resources.Grant:
         attach=grant.attach,
         next_seq=grant.next_seq,
         ttl_ms=grant.ttl_ms,
+        time_left_ms=grant.time_left_ms,
     )
 
 
@@ -164,6 +165,7 @@ def context_to_proto(context: RunContext) -> resources.RunContext:
         user=context.user,
         agent=context.agent,
         omitted_messages=context.omitted_messages,
+        approval_tools=context.approval_tools,
     )
 
 

@@ -82,6 +82,36 @@ class BeginOutcome(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant and what holds for its runs unless a run says otherwise.
+
+    Attributes:
+        concurrency: What happens to input for a busy session; never DEFAULT.
+        approval_tools: Tools whose every call a person must approve; `*` means all.
+        run_timeout_ms: The time limit of its runs; None for the service's own.
+    """
+
+    tenant_id: UUID
+    name: str
+    concurrency: ConcurrencyPolicy
+    approval_tools: Sequence[str]
+    run_timeout_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantChange:
+    """What to change of a tenant's settings; None leaves a setting as it is.
+
+    Attributes:
+        run_timeout_ms: 0 takes the tenant's own limit away.
+    """
+
+    concurrency: ConcurrencyPolicy | None = None
+    approval_tools: Sequence[str] | None = None
+    run_timeout_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """A conversation; times are Unix milliseconds."""
 
@@ -268,7 +298,12 @@ class LeaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease on a session for one run; `ttl_ms` runs from the moment of the grant."""
+    """A lease on a session for one run; its times run from the moment of the grant.
+
+    Attributes:
+        ttl_ms: How long the lease lasts.
+        time_left_ms: How long the run may still take; 0 if that is not told (a re-attach changes nothing).
+    """
 
     session_id: UUID
     run_id: UUID
@@ -276,6 +311,7 @@ class Grant:
     attach: int
     next_seq: int
     ttl_ms: int
+    time_left_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +324,7 @@ class RunContext:
     user: str
     agent: str
     omitted_messages: int = 0
+    approval_tools: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +339,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request to run: the input and how to run it."""
+    """A request to run: the input and how to run it; `timeout_ms` is 0 where the request sets no limit."""
 
     session_id: UUID
     input: Sequence[tuple[str, str]]
@@ -312,6 +349,7 @@ class Submission:
     fingerprint: bytes
     concurrency: ConcurrencyPolicy
     claim_owner: str = ""
+    timeout_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,4 +38,7 @@ refusals = Counter(
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])
 dispatched_runs = Gauge("hermesh_session_dispatched_runs", "Runs whose Execute stream this replica holds.")
+ended_orphans = Counter(
+    "hermesh_session_ended_orphans_total", "Cancelled or late runs that were ended because nobody held them."
+)
 leases_shortened = Counter("hermesh_session_leases_shortened_total", "Leases cut after a stream broke.")

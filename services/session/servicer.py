@@ -138,6 +138,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             messages=[(message.role, message.content) for message in request.input],
             options=request.options.SerializeToString(deterministic=True),
             model=request.options.model,
+            timeout_ms=request.options.timeout_ms,
             request_id=request.request_id,
             concurrency=ConcurrencyPolicy(request.concurrency),
             claim_owner=request.claim_owner,

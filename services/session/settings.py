@@ -25,6 +25,15 @@ class SessionSettings(MeshSettings):
     sweep_seconds: float = Field(
         0.5, gt=0, le=60, description="Seconds between two looks for runs that wait for an agent."
     )
+    run_timeout: float = Field(
+        600.0,
+        ge=0.001,
+        le=7 * 86_400,
+        description=(
+            "Seconds that a run may take, from its first claim on, when neither it nor its tenant sets a "
+            "limit; waiting for a person does not count."
+        ),
+    )
     maintain_seconds: float = Field(
         600.0, ge=1, description="Seconds between two rounds of upkeep: partitions, expired keys."
     )

@@ -45,6 +45,10 @@ class DueRuns(Protocol):
         """Takes runs to dispatch."""
         ...
 
+    async def end_orphans(self, limit: int) -> int:
+        """Ends runs that nobody holds and that need no agent any more."""
+        ...
+
 
 class Sweeper:
     """Finds runs that wait and hands each to an agent."""
@@ -82,6 +86,8 @@ class Sweeper:
     async def run(self) -> None:
         """Sweeps until cancelled."""
         backoff = Backoff(first=0.5, limit=2.0)
+        clock = asyncio.get_running_loop().time
+        look_at = 0.0
         while True:
             try:
                 async with asyncio.timeout(self._interval * self._random.uniform(0.7, 1.3)):
@@ -91,12 +97,22 @@ class Sweeper:
                 pass
             self._wake.clear()
             try:
+                # What was just queued is neither cancelled nor late: a wake-up is no reason to look.
+                if clock() >= look_at:
+                    await self.end_orphans()
+                    look_at = clock() + self._interval
                 await self.sweep()
             except HermeshError as error:
                 _log.warning("runs to dispatch could not be looked up", error=str(error))
                 await backoff.sleep()
             else:
                 backoff.reset()
+
+    async def end_orphans(self) -> int:
+        """Ends runs that nobody holds and that are cancelled or late, agent or no agent; returns how many."""
+        ended = await self._store.end_orphans(_BATCH)
+        metrics.ended_orphans.inc(ended)
+        return ended
 
     async def sweep(self) -> int:
         """Dispatches what is due, as far as there is room; returns how many runs."""

@@ -19,6 +19,7 @@ from services.tool.execution import Executor
 from services.tool.journal import MeshJournal
 from services.tool.registry import Registry, Tool, load_modules, tools_in
 from services.tool.results import open_results
+from services.tool.runs import MeshRuns
 from services.tool.servicer import ToolServicer
 from services.tool.settings import ToolSettings, split
 
@@ -62,6 +63,7 @@ async def serve(settings: ToolSettings) -> None:
             MeshJournal(channel, settings),
             results,
             owner,
+            runs=MeshRuns(channel, settings),
             max_calls=settings.tool_max_calls,
             complete_seconds=settings.tool_complete_seconds,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from uuid import UUID
@@ -26,7 +27,12 @@ class BeginOutcome(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class CallRequest:
-    """One journalled call as the agent asks for it; `arguments` is a JSON object as text."""
+    """One journalled call as the agent asks for it.
+
+    Attributes:
+        arguments: A JSON object as text.
+        ends_at: When the run's time is up, by this process's monotonic clock.
+    """
 
     call_id: str
     tenant_id: UUID
@@ -36,6 +42,7 @@ class CallRequest:
     name: str
     arguments: str
     user: str = ""
+    ends_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

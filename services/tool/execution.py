@@ -42,6 +42,7 @@ from services.tool.registry import (
     ToolError,
 )
 from services.tool.results import INLINE_BYTES, ResultStore, clean, cut, preview
+from services.tool.runs import Runs
 
 _log = structlog.get_logger("tool.execution")
 
@@ -51,6 +52,9 @@ STOP_SECONDS = 1.0
 # watch see why nothing comes, and that the call is alive.
 _TELL_AFTER = 1.0
 _TELL_EACH = 4.0
+# How often a call that takes long asks whether its run still goes on.
+ASK_SECONDS = 3.0
+_RUN_IS_LATE = "The run's time limit was reached"
 _KEPT_PROGRESS = 64
 _MAX_PROGRESS = 2_000
 _RETRY_AFTER_MS = 500
@@ -131,6 +135,7 @@ class Executor:
         results: ResultStore | None,
         owner: TaskOwner,
         *,
+        runs: Runs | None = None,
         max_calls: int = 64,
         complete_seconds: float = 60.0,
     ) -> None:
@@ -141,6 +146,7 @@ class Executor:
             journal: Asked before each act and told after it.
             results: Where large results go; None cuts them.
             owner: Owns the tasks.
+            runs: Asked now and then while a tool acts; None never stops a call whose run is over.
             max_calls: Most calls at once; more are refused.
             complete_seconds: How long an outcome is recorded again while the journal is away, and a large
                 result stored again while the object store is.
@@ -149,6 +155,7 @@ class Executor:
         self._journal = journal
         self._results = results
         self._owner = owner
+        self._runs = runs
         self._max_calls = max_calls
         self._complete_seconds = complete_seconds
         self._running: dict[str, Execution] = {}
@@ -280,9 +287,12 @@ class Executor:
         repeatable = max(found.effect, entry.effect) < Effect.NON_IDEMPOTENT
         if execution.cancelled:
             return Outcome(CallState.FAILED, "The call was cancelled before it began.", reason="CANCELLED")
+        left = execution.request.ends_at - time.monotonic()
+        if left <= 0:
+            return Outcome(CallState.FAILED, f"{_RUN_IS_LATE} before the call began.", reason="TOOL_TIMEOUT")
         context = _context(execution, entry, asyncio.get_running_loop())
         act = execution.act = self._owner.start(_call(found, arguments, context), name=f"tool-{found.name}")
-        await asyncio.wait({act}, timeout=found.timeout)
+        await self._wait(execution, act, min(found.timeout, left))
         late = not act.done()
         if late:
             act.cancel()
@@ -292,12 +302,39 @@ class Executor:
             act.add_done_callback(self._unstuck)
         if not act.done() or (late and act.cancelled()):
             text = f"The tool did not finish within {found.timeout:g} seconds."
+            if left < found.timeout:
+                text = f"{_RUN_IS_LATE} before the tool had finished."
             return _lost(repeatable, text, "TOOL_TIMEOUT")
         if act.cancelled():
             if self._draining and repeatable and not execution.cancelled:
                 return None
             return _lost(repeatable, "The call was cancelled.", "CANCELLED")
         return _judge(act.result(), found, repeatable)
+
+    async def _wait(self, execution: Execution, act: asyncio.Task[str | Exception], seconds: float) -> None:
+        """Waits for an act, at most so long; stops it when its run is over.
+
+        An agent tells its calls to stop. One that died or hangs tells nobody, and its run may be cancelled or
+        failed by others, who do not know where its calls are.
+        """
+        end = time.monotonic() + seconds
+        while not act.done() and (left := end - time.monotonic()) > 0:
+            await asyncio.wait({act}, timeout=min(left, ASK_SECONDS))
+            if not act.done() and not execution.cancelled and await self._is_over(execution.request):
+                _log.info("the run of a tool call is over", call_id=execution.request.call_id)
+                execution.cancelled = True
+                act.cancel()
+                await asyncio.wait({act}, timeout=STOP_SECONDS)
+                return
+
+    async def _is_over(self, request: CallRequest) -> bool:
+        if self._runs is None:
+            return False
+        try:
+            return await self._runs.over(request)
+        except HermeshError as error:
+            _log.debug("it is not known whether a run goes on", call_id=request.call_id, reason=error.reason)
+            return False
 
     def _unstuck(self, _: asyncio.Task[str | Exception]) -> None:
         self._stuck -= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -41,6 +43,8 @@ class ToolServicer(ToolServiceServicer):
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> AsyncIterator[pb.ExecuteResponse]:
         """Runs one journalled call. The call goes on when this stream breaks."""
         require_mesh()
+        # Envoy adds who we are: whoever asked can cancel from now on, before there is any progress.
+        await context.send_initial_metadata(())
         call = CallRequest(
             call_id=request.call_id,
             tenant_id=require_tenant(),
@@ -50,6 +54,7 @@ class ToolServicer(ToolServiceServicer):
             name=request.name,
             arguments=request.arguments,
             user=request.user,
+            ends_at=time.monotonic() + request.time_left_ms / 1000 if request.time_left_ms else math.inf,
         )
         async with aclosing(self._executor.run(call)) as updates:
             async for update in updates:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc.aio
 import orjson
@@ -24,10 +26,15 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     CompleteToolCallRequest,
 )
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
-from hermesh.tool.v1.tool_service_pb2 import CancelRequest, ExecuteRequest, ListToolsRequest
+from hermesh.tool.v1.tool_service_pb2 import (
+    CancelRequest,
+    ExecuteRequest,
+    ExecuteResponse,
+    ListToolsRequest,
+)
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
-from meshkit.channel import mesh_metadata, stream_call
+from meshkit.channel import Metadata, mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.identity import PROBE_TENANT
 from meshkit.settings import MeshSettings
@@ -42,7 +49,13 @@ _log = structlog.get_logger("agent.tools")
 LIST_TIMEOUT = 2.0
 PROBE_TIMEOUT = 1.5
 REFRESH_SECONDS = 30.0
-EXECUTE_TRIES = 4
+EXECUTE_TRIES = 6
+# So many of them go to the replica that the call was at: it still knows what becomes of it.
+LED_TRIES = 3
+# Envoy names the replica that answers Execute by this header, and leads there whatever carries it.
+REPLICA_HEADER = "x-hermesh-tool-replica"
+PLACE_SECONDS = 0.5
+CANCEL_SECONDS = 1.0
 # Silence for longer than the tool's own timeout and this is a tool service that is gone: it reports the
 # timeout itself, and better, and tells when a result waits to be stored or recorded.
 EXECUTE_MARGIN = 5.0
@@ -58,6 +71,20 @@ class ToolInfo:
     effect: EffectClass.ValueType
     timeout: float
     requires_approval: bool
+
+
+ExecuteCall: TypeAlias = "grpc.aio.UnaryStreamCall[ExecuteRequest, ExecuteResponse]"
+
+
+@dataclass(slots=True)
+class CallPlace:
+    """Where a call runs.
+
+    Attributes:
+        replica: as Envoy names it; empty until a replica has taken the call.
+    """
+
+    replica: str = ""
 
 
 class ToolClient:
@@ -138,6 +165,8 @@ class ToolClient:
         info: ToolInfo,
         fence: Callable[[], int],
         on_progress: Callable[[str], None],
+        seconds_left: Callable[[], float],
+        place: CallPlace,
     ) -> Call:
         """Run one call whose intent is stored, and return it with its outcome.
 
@@ -150,6 +179,8 @@ class ToolClient:
             info: its tool.
             fence: returns the fence of this moment; it changes when the run is attached anew.
             on_progress: told each sign of life.
+            seconds_left: returns how long the run may still take.
+            place: is told which replica has the call, for `cancel`.
         """
         backoff = Backoff(0.1, 1.0)
         metadata = mesh_metadata(self._settings, spec.tenant_id)
@@ -165,12 +196,13 @@ class ToolClient:
                 name=call.name,
                 arguments=call.arguments,
                 user=spec.user,
+                time_left_ms=max(1, math.ceil(seconds_left() * 1000)),
             )
+            led = backoff.attempts <= LED_TRIES
             try:
-                async with (
-                    asyncio.timeout(silence) as quiet,
-                    stream_call(self._stub.Execute(request, metadata=metadata)) as responses,
-                ):
+                stream = self._stub.Execute(request, metadata=_led(metadata, place.replica if led else ""))
+                async with asyncio.timeout(silence) as quiet, stream_call(stream) as responses:
+                    place.replica = await _replica(stream, place)
                     async for response in responses:
                         quiet.reschedule(clock() + silence)
                         if response.WhichOneof("kind") == "result":
@@ -223,16 +255,51 @@ class ToolClient:
                 _log.warning("the journal does not answer", call_id=call.call_id, code=error.code().name)
             await backoff.sleep()
 
-    async def cancel(self, call_id: str, tenant_id: str) -> None:
-        """Ask a running call to stop; best effort."""
+    async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
+        """Ask a running call to stop, on the replica that has it; a replica that is gone runs nothing."""
+        metadata = _led(mesh_metadata(self._settings, tenant_id), place.replica)
+        code = ""
+        backoff = Backoff(0.05, 0.5)
         try:
-            await self._stub.Cancel(
-                CancelRequest(call_id=call_id),
-                metadata=mesh_metadata(self._settings, tenant_id),
-                timeout=1.0,
-            )
-        except grpc.aio.AioRpcError as error:
-            _log.debug("tool call was not cancelled", call_id=call_id, code=error.code().name)
+            async with asyncio.timeout(CANCEL_SECONDS):
+                while True:
+                    try:
+                        answer = await self._stub.Cancel(CancelRequest(call_id=call_id), metadata=metadata)
+                    except grpc.aio.AioRpcError as error:
+                        code = error.code().name
+                        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                            break
+                        await backoff.sleep()
+                    else:
+                        _log.debug("tool call was told to stop", call_id=call_id, found=answer.found)
+                        return
+        except TimeoutError:
+            pass
+        _log.warning("tool call could not be told to stop", call_id=call_id, code=code or "no answer")
+
+
+def _led(metadata: Metadata, replica: str) -> Metadata:
+    return (*metadata, (REPLICA_HEADER, replica)) if replica else metadata
+
+
+async def _replica(stream: ExecuteCall, place: CallPlace) -> str:
+    """Wait for an Execute's headers, and return which replica sent them.
+
+    A call that is given up right now may have arrived: without its replica's name nobody could stop it, so
+    the name is waited for a moment longer.
+    """
+    try:
+        headers = await stream.initial_metadata()
+    except asyncio.CancelledError:
+        with suppress(TimeoutError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(PLACE_SECONDS):
+                place.replica = _named(await stream.initial_metadata()) or place.replica
+        raise
+    return _named(headers) or place.replica
+
+
+def _named(headers: Iterable[tuple[str, str | bytes]]) -> str:
+    return next((str(value) for name, value in headers if name == REPLICA_HEADER), "")
 
 
 def _settled(call: Call, state: int, content: str) -> Call:

@@ -23,7 +23,8 @@ class RunSpec:
 
     Attributes:
         tool_choice: "auto", "none", "required" or a tool's name; it binds the first turn only.
-        timeout: the run's time limit, seconds.
+        timeout: how long the run may still take from its claim on, seconds.
+        turn_timeout: how long one model turn may take, seconds.
         memory: whether long-term memory is read and written.
     """
 
@@ -39,6 +40,7 @@ class RunSpec:
     max_output_tokens: int = 0
     max_turns: int = 16
     timeout: float = 600.0
+    turn_timeout: float = 300.0
     tools: tuple[str, ...] = ()
     tool_choice: str = "auto"
     memory: bool = True

@@ -7,7 +7,7 @@ ModelError
 ├── ModelUnavailableError  5xx, or no connection
 ├── ModelTruncatedError    the stream ended before the reply did
 ├── ModelProtocolError     the answer is not the protocol
-└── ModelTimeoutError      no connection, no first byte or no next byte in time
+└── ModelTimeoutError      no connection, no first byte, no next byte or no end of the turn in time
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ModelProtocolError(ModelError):
 
 
 class ModelTimeoutError(ModelError):
-    """The backend sent nothing for too long."""
+    """The backend sent nothing for too long, or its turn took too long."""
 
     code = "DEADLINE_EXCEEDED"
     reason = "MODEL_TIMEOUT"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.agent.clients.memory import Known
-from services.agent.clients.tools import ToolInfo
+from services.agent.clients.tools import CallPlace, ToolInfo
 from services.agent.domain.loop import Call, Limits
 from services.agent.domain.prompt import RunSpec, ToolMode
 from services.agent.model.port import Model
@@ -27,11 +27,13 @@ class ToolPort(Protocol):
         info: ToolInfo,
         fence: Callable[[], int],
         on_progress: Callable[[str], None],
+        seconds_left: Callable[[], float],
+        place: CallPlace,
     ) -> Call:
         """Run one call and return it with its outcome."""
         ...
 
-    async def cancel(self, call_id: str, tenant_id: str) -> None:
+    async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
         """Ask a running call to stop."""
         ...
 

@@ -12,7 +12,7 @@ import structlog
 from meshkit import failpoints
 from meshkit.errors import HermeshError
 from services.agent import metrics
-from services.agent.clients.tools import ToolInfo, allowed
+from services.agent.clients.tools import CallPlace, ToolInfo, allowed
 from services.agent.domain import loop
 from services.agent.domain.loop import (
     AwaitAction,
@@ -34,6 +34,7 @@ from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.journal import RunJournal
 from services.agent.runs.ports import World
 from services.agent.runs.start import Start
+from services.agent.runs.turn_limit import turn_limit
 from services.agent.runs.writer import RunWriter, WriterStopped
 
 _log = structlog.get_logger("agent.run")
@@ -77,7 +78,7 @@ class Runner:
         self._turn_text = ""
         self._turns = 0
         self._tools: Mapping[str, ToolInfo] = {}
-        self._running_calls: set[str] = set()
+        self._running_calls: dict[str, CallPlace] = {}
         self.reply = ""
         writer.on_stopped = self._writer_stopped
 
@@ -303,6 +304,7 @@ class Runner:
         try:
             async with (
                 asyncio.timeout_at(self._deadline),
+                turn_limit(self.spec.turn_timeout),
                 aclosing(world.model.stream(prompt.request)) as batches,
             ):
                 async for batch in batches:
@@ -396,26 +398,28 @@ class Runner:
             # It was there when the call was made, by another replica: whether it acted is not known.
             result = replace(call, state=CallState.UNKNOWN)
         else:
-            self._running_calls.add(call.call_id)
+            place = self._running_calls[call.call_id] = CallPlace()
             result = await self._world.tools.execute(
                 self.spec,
                 call,
                 info,
                 lambda: self._writer.fence,
                 lambda text: self._journal.progress(call.call_id, text),
+                lambda: self._deadline - self._world.monotonic(),
+                place,
             )
-            self._running_calls.discard(call.call_id)
+            del self._running_calls[call.call_id]
         metrics.tool_calls.labels(result.state.value).inc()
         self._journal.result(result)
         done.append(replace(result, reported=True))
 
     async def _cancel_calls(self) -> None:
-        calls, self._running_calls = self._running_calls, set()
+        calls, self._running_calls = self._running_calls, {}
         if not calls:
             return
         async with asyncio.TaskGroup() as group:
-            for call_id in calls:
-                group.create_task(self._world.tools.cancel(call_id, self.spec.tenant_id))
+            for call_id, place in calls.items():
+                group.create_task(self._world.tools.cancel(call_id, self.spec.tenant_id, place))
 
     # the end
 

@@ -28,6 +28,7 @@ def check_options(options: resources.RunOptions) -> None:
     rule(options.max_output_tokens >= 0, "max_output_tokens", "must not be negative")
     rule(options.max_turns >= 0, "max_turns", "must not be negative")
     rule(options.timeout_ms >= 0, "timeout_ms", "must not be negative")
+    rule(options.turn_timeout_ms >= 0, "turn_timeout_ms", "must not be negative")
     rule(len(options.stop) <= _MAX_STOPS, "stop", f"must have at most {_MAX_STOPS} entries")
     rule(all(options.stop), "stop", "must not hold an empty entry")
     rule(len(options.tools) <= _MAX_TOOLS, "tools", f"must have at most {_MAX_TOOLS} entries")

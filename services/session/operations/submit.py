@@ -10,6 +10,8 @@ from services.session.domain import ConcurrencyPolicy, Submission, Submitted
 from services.session.store.cached import Contexts
 
 MAX_INPUT_BYTES = 1024 * 1024
+# Whoever asks for more gets this.
+MAX_RUN_TIMEOUT_MS = 7 * 86_400_000
 _ROLES = frozenset({"user", "system", "assistant"})
 
 
@@ -75,6 +77,7 @@ async def submit(
     messages: Sequence[tuple[str, str]],
     options: bytes,
     model: str,
+    timeout_ms: int,
     request_id: str,
     concurrency: ConcurrencyPolicy,
     claim_owner: str,
@@ -89,8 +92,10 @@ async def submit(
         messages: Pairs of role and content.
         options: The serialized run options, in their deterministic form.
         model: The model asked for, empty for the default.
+        timeout_ms: The run's time limit, 0 for the default.
         request_id: The caller's idempotency key, or empty.
-        concurrency: What to do if the session is busy.
+        concurrency: What to do if the session is busy. The request's own word is what makes two requests the
+            same: a tenant's default may change between two tries of one.
         claim_owner: The agent replica that wants the lease in the same transaction, or empty.
 
     Raises:
@@ -118,5 +123,6 @@ async def submit(
             ),
             concurrency=concurrency,
             claim_owner=claim_owner,
+            timeout_ms=min(timeout_ms, MAX_RUN_TIMEOUT_MS),
         ),
     )

@@ -24,6 +24,8 @@ from services.session.domain import (
     Session,
     Submission,
     Submitted,
+    Tenant,
+    TenantChange,
     ToolCall,
     ToolCallState,
 )
@@ -42,6 +44,16 @@ class Tenants(Protocol):
 
     async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:
         """Makes the tenant and the key if they are not there; returns the tenant."""
+        ...
+
+    async def get_tenant(self, name: str) -> Tenant | None:
+        """Returns a tenant with its settings; None if no tenant has this name."""
+        ...
+
+    async def set_tenant(self, name: str, change: TenantChange) -> Tenant | None:
+        """Changes a tenant's settings, for runs accepted or claimed from now on; returns it as it is then, or
+        None if no tenant has this name.
+        """
         ...
 
 
@@ -107,7 +119,8 @@ class Runs(Protocol):
 
     async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
-        asked for, or that was claimed five times without a new durable event, is finished here.
+        asked for, whose time is up, or that was claimed five times without a new durable event, is finished
+        here.
         """
         ...
 
@@ -134,6 +147,12 @@ class Runs(Protocol):
     async def due(self, limit: int) -> list[UUID]:
         """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
         their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones.
+        """
+        ...
+
+    async def end_orphans(self, limit: int) -> int:
+        """Ends up to `limit` runs that nobody holds and that are to be cancelled or past their time limit, so
+        that this needs no agent; returns how many. Watchers are told by notification.
         """
         ...
 

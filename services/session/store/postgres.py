@@ -44,16 +44,22 @@ class PostgresStore(PostgresTenants, PostgresSessions, PostgresRuns, PostgresLog
     """See `port.Store`."""
 
     def __init__(
-        self, pool: Pool, *, ttl_ms: int = 10_000, event_retention: timedelta = EVENT_RETENTION
+        self,
+        pool: Pool,
+        *,
+        ttl_ms: int = 10_000,
+        run_timeout_ms: int = 600_000,
+        event_retention: timedelta = EVENT_RETENTION,
     ) -> None:
         """Makes a store over a pool that its caller opens and closes.
 
         Args:
             pool: Connections as `meshkit.postgres.open_pool` makes them.
             ttl_ms: How long a lease lasts.
+            run_timeout_ms: The time limit of a run for which neither it nor its tenant sets one.
             event_retention: How long events are kept.
         """
-        super().__init__(pool, ttl_ms=ttl_ms)
+        super().__init__(pool, ttl_ms=ttl_ms, run_timeout_ms=run_timeout_ms)
         self._event_retention = event_retention
 
     async def maintain(self) -> Upkeep:

@@ -74,15 +74,17 @@ def not_found(kind: str, identifier: UUID | str) -> NotFoundError:
 class PostgresPart:
     """A part of the store over a pool that the store's owner opens and closes."""
 
-    def __init__(self, pool: Pool, *, ttl_ms: int = 10_000) -> None:
+    def __init__(self, pool: Pool, *, ttl_ms: int, run_timeout_ms: int) -> None:
         """Makes a part.
 
         Args:
             pool: Connections as `meshkit.postgres.open_pool` makes them.
             ttl_ms: How long a lease lasts.
+            run_timeout_ms: The time limit of a run for which neither it nor its tenant sets one.
         """
         self._pool = pool
         self._ttl_ms = ttl_ms
+        self._run_timeout_ms = run_timeout_ms
         self._refused = ""
         self._refused_until = 0.0
 

@@ -50,6 +50,8 @@ class PostgresRuns(PostgresPart):
             submission.request_id,
             submission.fingerprint,
             int(submission.concurrency),
+            submission.timeout_ms,
+            self._run_timeout_ms,
             orjson.dumps([[str(uuid7()), role, content] for role, content in submission.input]).decode(),
             submission.options,
             submission.model,
@@ -136,6 +138,12 @@ class PostgresRuns(PostgresPart):
     async def due(self, limit: int) -> list[UUID]:
         """See the port."""
         return [row["run_id"] for row in await self._fetch(_SQL["due"], limit, DISPATCH_AGAIN)]
+
+    async def end_orphans(self, limit: int) -> int:
+        """See the port."""
+        row = await self._one(_SQL["end_orphans"], limit)
+        ended: int = row[0]
+        return ended
 
     async def last_ordinals(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """See the port."""

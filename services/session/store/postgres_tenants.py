@@ -7,7 +7,9 @@ from uuid import UUID
 from meshkit.errors import StartupError
 from meshkit.ids import uuid7
 from meshkit.postgres import load_sql
+from services.session.domain import Tenant, TenantChange
 from services.session.store.postgres_base import PostgresPart
+from services.session.store.rows import tenant_of
 
 _SQL = load_sql("services.session.store.sql", "tenants.sql")
 
@@ -36,3 +38,19 @@ class PostgresTenants(PostgresPart):
         if row is not None and row["revoked"]:
             raise StartupError("the API key was revoked: choose another key")
         return tenant_id
+
+    async def get_tenant(self, name: str) -> Tenant | None:
+        """See the port."""
+        row = await self._fetchrow(_SQL["get_tenant"], name)
+        return None if row is None else tenant_of(row)
+
+    async def set_tenant(self, name: str, change: TenantChange) -> Tenant | None:
+        """See the port."""
+        row = await self._fetchrow(
+            _SQL["set_tenant"],
+            name,
+            None if change.concurrency is None else int(change.concurrency),
+            None if change.approval_tools is None else list(change.approval_tools),
+            change.run_timeout_ms,
+        )
+        return None if row is None else tenant_of(row)

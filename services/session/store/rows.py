@@ -9,6 +9,7 @@ from uuid import UUID
 import orjson
 
 from services.session.domain import (
+    ConcurrencyPolicy,
     EffectClass,
     Event,
     Grant,
@@ -20,6 +21,7 @@ from services.session.domain import (
     RunError,
     RunStatus,
     Session,
+    Tenant,
     ToolCall,
     ToolCallState,
     Usage,
@@ -28,6 +30,17 @@ from services.session.domain import (
 Row = Mapping[str, Any]
 
 TITLE_CHARS = 60
+
+
+def tenant_of(row: Row) -> Tenant:
+    """Returns a tenant from its row."""
+    return Tenant(
+        tenant_id=row["tenant_id"],
+        name=row["name"],
+        concurrency=ConcurrencyPolicy(row["concurrency"]),
+        approval_tools=row["approval_tools"],
+        run_timeout_ms=row["run_timeout_ms"],
+    )
 
 
 def session_of(row: Row) -> Session:
@@ -108,7 +121,15 @@ def tool_call_of(row: Row) -> ToolCall:
 
 def grant_of(row: Row, run: Run, ttl_ms: int) -> Grant:
     """Returns the lease that a claim took."""
-    return Grant(run.session_id, run.run_id, row["fence"], row["attach"], row["next_seq"], ttl_ms)
+    return Grant(
+        run.session_id,
+        run.run_id,
+        row["fence"],
+        row["attach"],
+        row["next_seq"],
+        ttl_ms,
+        max(1, row["time_left_ms"]),
+    )
 
 
 def context_of(text: str, run: Run) -> RunContext:
@@ -130,6 +151,7 @@ def context_of(text: str, run: Run) -> RunContext:
         user=stored["user"],
         agent=stored["agent"],
         omitted_messages=stored["omitted"],
+        approval_tools=stored["approval_tools"],
     )
 
 

@@ -65,7 +65,9 @@ BEGIN
     ELSIF p_status = 3 THEN
         -- The run keeps the session's place: later runs wait for the person, too.
         UPDATE session.lease l SET owner = NULL, lease_until = NULL WHERE l.session_id = p_session;
-        UPDATE session.run r SET status = 3, last_seq = v_lease.next_seq - 1, dispatch_after = NULL
+        -- A person may take days: meanwhile the run's time stands still.
+        UPDATE session.run r SET status = 3, last_seq = v_lease.next_seq - 1, dispatch_after = NULL,
+               left_ms = greatest(0, session.ms_until(r.deadline)), deadline = NULL
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
@@ -74,7 +76,7 @@ BEGIN
         -- What was said while this step was on its way would find nobody to hear it later.
         SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
         IF v_run.cancel_requested THEN
-            PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+            PERFORM session.cancel_unheld(p_run);
         ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
               AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
             PERFORM session.requeue_run(p_run);
@@ -133,6 +135,10 @@ BEGIN
     RETURN QUERY SELECT v_outcome, v_call;
 END $$;
 
+CREATE FUNCTION session.ms_until(p_time timestamp with time zone) RETURNS bigint
+    LANGUAGE sql PARALLEL SAFE
+    RETURN (ceil((EXTRACT(epoch FROM (p_time - clock_timestamp())) * (1000)::numeric)))::bigint;
+
 CREATE TABLE session.lease (
     session_id uuid NOT NULL,
     tenant_id uuid NOT NULL,
@@ -172,6 +178,8 @@ CREATE TABLE session.run (
     cancel_reason text DEFAULT ''::text NOT NULL,
     rollback boolean DEFAULT false NOT NULL,
     dispatch_after timestamp with time zone,
+    left_ms bigint NOT NULL,
+    deadline timestamp with time zone,
     CONSTRAINT run_status_check CHECK (((status >= 1) AND (status <= 6)))
 )
 WITH (fillfactor='80');
@@ -187,6 +195,10 @@ COMMENT ON COLUMN session.run.last_seq IS 'as of the last change of this row; wh
 COMMENT ON COLUMN session.run.rollback IS 'drop its messages from the conversation once it ends';
 
 COMMENT ON COLUMN session.run.dispatch_after IS 'NULL while another run of the session goes first';
+
+COMMENT ON COLUMN session.run.left_ms IS 'how long it may take, as of when its time last stood still';
+
+COMMENT ON COLUMN session.run.deadline IS 'when its time is up; NULL while it stands still: before the first claim, and while a person is awaited';
 
 CREATE VIEW session.run_view AS
  SELECT r.run_id,
@@ -208,7 +220,11 @@ CREATE VIEW session.run_view AS
     r.finished_ms,
     r.cancel_requested,
     r.cancel_reason,
-    r.options
+    r.options,
+        CASE
+            WHEN (r.deadline IS NULL) THEN r.left_ms
+            ELSE session.ms_until(r.deadline)
+        END AS time_left_ms
    FROM (session.run r
      JOIN session.lease l USING (session_id));
 
@@ -229,13 +245,11 @@ BEGIN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
     IF v_run.status < 4 THEN
+        PERFORM session.request_cancel(p_run, p_reason);
         IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN
-            UPDATE session.run r SET cancel_requested = true,
-                   cancel_reason = CASE WHEN r.cancel_requested THEN r.cancel_reason ELSE p_reason END
-            WHERE r.run_id = p_run;
             PERFORM pg_notify('hermesh_cancel', p_run::text);
         ELSE
-            v_seq := session.cancel_unheld(p_run, p_reason);
+            v_seq := session.cancel_unheld(p_run);
         END IF;
     END IF;
     RETURN QUERY SELECT v, e.seq, e.time_ms, e.data
@@ -243,15 +257,16 @@ BEGIN
     WHERE v.run_id = p_run;
 END $$;
 
-CREATE FUNCTION session.cancel_unheld(p_run uuid, p_reason text) RETURNS integer
+CREATE FUNCTION session.cancel_unheld(p_run uuid) RETURNS integer
     LANGUAGE plpgsql
     AS $$
 DECLARE
+    v_reason text;
     v_seq integer;
 BEGIN
+    SELECT cancel_reason INTO STRICT v_reason FROM session.run WHERE run_id = p_run AND cancel_requested;
     v_seq := session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
-                                  ARRAY['{"reason":' || to_json(p_reason)::text || '}']);
-    UPDATE session.run SET cancel_requested = true, cancel_reason = p_reason WHERE run_id = p_run;
+                                  ARRAY['{"reason":' || to_json(v_reason)::text || '}']);
     PERFORM session.finish_run(p_run, 6::smallint, v_seq, NULL);
     RETURN v_seq;
 END $$;
@@ -267,7 +282,6 @@ DECLARE
     v_next integer;
     v_idle integer;
     v_count integer;
-    v_error json;
     v_outcome smallint;
 BEGIN
     SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run;
@@ -283,8 +297,7 @@ BEGIN
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
-    IF v_outcome = 1 AND v_run.cancel_requested THEN
-        PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+    IF v_outcome = 1 AND session.end_if_due(p_run) THEN
         v_outcome := 3;
     END IF;
     IF v_outcome = 1 THEN
@@ -295,12 +308,8 @@ BEGIN
                                'context.degraded', 'memory.recalled'))
             THEN 0 ELSE v_run.idle_claims END;
         IF v_idle >= p_max_idle_claims THEN
-            v_error := json_build_object('code', 'INTERNAL', 'reason', 'ATTEMPTS_EXHAUSTED', 'message',
-                format('the run lost its agent %s times without any progress', v_idle), 'retryable', true);
-            v_next := session.write_unheld(p_run, ARRAY['run.failed'], ARRAY[session.now_ms()],
-                ARRAY['{"code":"INTERNAL","reason":"ATTEMPTS_EXHAUSTED","message":'
-                      || (v_error -> 'message')::text || ',"retryable":true}']);
-            PERFORM session.finish_run(p_run, 5::smallint, v_next, v_error);
+            PERFORM session.fail_unheld(p_run, 'INTERNAL', 'ATTEMPTS_EXHAUSTED',
+                format('the run lost its agent %s times without any progress', v_idle));
             v_outcome := 3;
         END IF;
     END IF;
@@ -315,7 +324,8 @@ BEGIN
     WHERE l.session_id = v_session
     RETURNING * INTO v_lease;
     UPDATE session.run r SET status = 2, attempt = r.attempt + 1, idle_claims = v_idle + 1,
-           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp()
+           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
+           deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
     WHERE r.run_id = p_run;
     IF v_run.input IS NOT NULL THEN
         UPDATE session.session s SET message_count = s.message_count + json_array_length(v_run.input)
@@ -352,6 +362,69 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
+END $$;
+
+CREATE FUNCTION session.end_if_due(p_run uuid) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_run session.run%ROWTYPE;
+BEGIN
+    SELECT * INTO STRICT v_run FROM session.run WHERE run_id = p_run;
+    IF v_run.cancel_requested THEN
+        PERFORM session.cancel_unheld(p_run);
+    ELSIF v_run.deadline <= clock_timestamp() THEN
+        PERFORM session.fail_unheld(p_run, 'DEADLINE_EXCEEDED', 'RUN_TIMEOUT',
+                                    'the run''s time limit was reached');
+    ELSE
+        RETURN false;
+    END IF;
+    RETURN true;
+END $$;
+
+CREATE FUNCTION session.end_orphans(p_limit integer) RETURNS integer
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_found record;
+    v_lease session.lease%ROWTYPE;
+    v_ended integer := 0;
+BEGIN
+    FOR v_found IN
+        -- now() and not clock_timestamp(), so that the index serves.
+        SELECT o.session_id, o.run_id
+        FROM (SELECT r.session_id, r.run_id FROM session.run r
+              WHERE r.status IN (1, 2) AND r.deadline IS NOT NULL AND r.deadline <= now()
+              UNION
+              SELECT r.session_id, r.run_id FROM session.run r
+              WHERE r.status IN (1, 2) AND r.cancel_requested) o
+        JOIN session.lease l USING (session_id)
+        WHERE l.owner IS NULL OR l.lease_until < clock_timestamp()
+        ORDER BY o.session_id LIMIT p_limit
+    LOOP
+        SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
+        FOR NO KEY UPDATE SKIP LOCKED;
+        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp());
+        PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2) FOR NO KEY UPDATE;
+        IF FOUND AND session.end_if_due(v_found.run_id) THEN
+            v_ended := v_ended + 1;
+        END IF;
+    END LOOP;
+    RETURN v_ended;
+END $$;
+
+CREATE FUNCTION session.fail_unheld(p_run uuid, p_code text, p_reason text, p_message text) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_error json := json_build_object('code', p_code, 'reason', p_reason, 'message', p_message,
+                                      'retryable', true);
+    v_seq integer;
+BEGIN
+    v_seq := session.write_unheld(p_run, ARRAY['run.failed'], ARRAY[session.now_ms()],
+        ARRAY['{"code":"' || p_code || '","reason":"' || p_reason || '","message":'
+              || to_json(p_message)::text || ',"retryable":true}']);
+    PERFORM session.finish_run(p_run, 5::smallint, v_seq, v_error);
 END $$;
 
 CREATE FUNCTION session.finish_run(p_run uuid, p_status smallint, p_last_seq integer, p_error json) RETURNS void
@@ -473,13 +546,21 @@ CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_fi
     LEFT JOIN session.run r ON r.run_id = p_run AND r.session_id = p_session
 $$;
 
+CREATE FUNCTION session.request_cancel(p_run uuid, p_reason text) RETURNS void
+    LANGUAGE sql
+    AS $$
+    UPDATE session.run SET cancel_requested = true, cancel_reason = p_reason
+    WHERE run_id = p_run AND NOT cancel_requested
+$$;
+
 CREATE FUNCTION session.requeue_run(p_run uuid) RETURNS void
     LANGUAGE plpgsql
     AS $$
 DECLARE
     v_session uuid;
 BEGIN
-    UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp()
+    UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp(),
+           deadline = clock_timestamp() + left_ms * interval '1 ms'
     WHERE run_id = p_run AND status = 3
     RETURNING session_id INTO v_session;
     IF FOUND THEN
@@ -516,7 +597,8 @@ BEGIN
         WHERE t.call_id = p_call;
         PERFORM session.write_unheld(p_run, p_types, p_times, p_data);
         IF p_decision = 4 THEN
-            PERFORM session.cancel_unheld(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+            PERFORM session.request_cancel(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+            PERFORM session.cancel_unheld(p_run);
         ELSIF NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state = 5) THEN
             PERFORM session.requeue_run(p_run);
         END IF;
@@ -540,10 +622,13 @@ DECLARE
     v_calls json;
     v_step integer;
     v_before integer;
+    v_approval text[];
 BEGIN
     SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
     WHERE r.run_id = p_run;
     SELECT attempt INTO STRICT v_attempt FROM session.run WHERE run_id = p_run;
+    SELECT t.approval_tools INTO STRICT v_approval FROM session.tenant t
+    WHERE t.tenant_id = v_session.tenant_id;
     IF p_max_messages = 0 THEN
         SELECT m.ordinal INTO v_before FROM session.message m
         WHERE m.session_id = v_session.session_id AND NOT m.rolled_back AND m.run_id <> p_run
@@ -580,6 +665,7 @@ BEGIN
     END IF;
     RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
                              'user', v_session.user_name, 'agent', v_session.agent,
+                             'approval_tools', v_approval,
                              'omitted', v_session.message_count - v_kept);
 END $$;
 
@@ -609,7 +695,7 @@ BEGIN
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
 END $$;
 
-CREATE FUNCTION session.submit_run(p_tenant uuid, p_session uuid, p_run uuid, p_request_id text, p_fingerprint bytea, p_policy integer, p_input json, p_options bytea, p_model text, p_title text, p_data_head text, p_data_mid text, p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint) RETURNS TABLE(duplicate boolean, created_ms bigint, created_data text, outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
+CREATE FUNCTION session.submit_run(p_tenant uuid, p_session uuid, p_run uuid, p_request_id text, p_fingerprint bytea, p_policy integer, p_timeout_ms bigint, p_default_timeout_ms bigint, p_input json, p_options bytea, p_model text, p_title text, p_data_head text, p_data_mid text, p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint) RETURNS TABLE(duplicate boolean, created_ms bigint, created_data text, outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -617,6 +703,8 @@ DECLARE
     v_known session.idempotency%ROWTYPE;
     v_lease session.lease%ROWTYPE;
     v_other session.run%ROWTYPE;
+    v_tenant session.tenant%ROWTYPE;
+    v_policy integer;
     v_busy boolean := false;
     v_ordinal integer;
     v_agent text;
@@ -651,20 +739,23 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'SESSION_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
+    SELECT * INTO STRICT v_tenant FROM session.tenant t WHERE t.tenant_id = p_tenant;
+    v_policy := coalesce(nullif(p_policy, 0), v_tenant.concurrency);
     FOR v_other IN SELECT * FROM session.run r WHERE r.session_id = p_session AND r.status < 4
                    ORDER BY r.ordinal DESC LOOP
-        IF p_policy = 2 THEN
+        IF v_policy = 2 THEN
             RAISE EXCEPTION 'SESSION_BUSY' USING ERRCODE = 'HM412';
-        ELSIF p_policy IN (3, 4) THEN
-            UPDATE session.run r SET cancel_requested = true, cancel_reason = 'interrupted by new input',
-                   rollback = r.rollback OR p_policy = 4
-            WHERE r.run_id = v_other.run_id;
+        ELSIF v_policy IN (3, 4) THEN
+            PERFORM session.request_cancel(v_other.run_id, 'interrupted by new input');
+            IF v_policy = 4 THEN
+                UPDATE session.run r SET rollback = true WHERE r.run_id = v_other.run_id;
+            END IF;
             IF v_lease.run_id = v_other.run_id AND v_lease.owner IS NOT NULL
                AND v_lease.lease_until >= clock_timestamp() THEN
                 PERFORM pg_notify('hermesh_cancel', v_other.run_id::text);
                 v_busy := true;
             ELSE
-                PERFORM session.cancel_unheld(v_other.run_id, 'interrupted by new input');
+                PERFORM session.cancel_unheld(v_other.run_id);
             END IF;
         ELSE
             v_busy := true;
@@ -676,9 +767,10 @@ BEGIN
     WHERE s.session_id = p_session
     RETURNING s.run_count, s.agent INTO v_ordinal, v_agent;
     INSERT INTO session.run (run_id, tenant_id, session_id, ordinal, status, model, options, input, last_seq,
-                             created_ms, dispatch_after)
+                             created_ms, dispatch_after, left_ms)
     VALUES (p_run, p_tenant, p_session, v_ordinal, 1, p_model, p_options, p_input, 1, v_now,
-            CASE WHEN v_busy THEN NULL ELSE clock_timestamp() END);
+            CASE WHEN v_busy THEN NULL ELSE clock_timestamp() END,
+            coalesce(nullif(p_timeout_ms, 0), v_tenant.run_timeout_ms, p_default_timeout_ms));
     v_data := p_data_head || v_ordinal::text || p_data_mid || to_json(v_agent)::text || p_data_tail;
     INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
     VALUES (p_run, 1, p_time_ms, p_tenant, p_session, 0, 'run.created', v_data);
@@ -808,8 +900,19 @@ CREATE VIEW session.session_view AS
 CREATE TABLE session.tenant (
     tenant_id uuid NOT NULL,
     name text NOT NULL,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    concurrency smallint DEFAULT 1 NOT NULL,
+    approval_tools text[] DEFAULT '{}'::text[] NOT NULL,
+    run_timeout_ms bigint,
+    CONSTRAINT tenant_concurrency_check CHECK (((concurrency >= 1) AND (concurrency <= 4))),
+    CONSTRAINT tenant_run_timeout_ms_check CHECK ((run_timeout_ms > 0))
 );
+
+COMMENT ON COLUMN session.tenant.concurrency IS 'ConcurrencyPolicy of input that names none';
+
+COMMENT ON COLUMN session.tenant.approval_tools IS 'tools whose every call a person must approve; * means all';
+
+COMMENT ON COLUMN session.tenant.run_timeout_ms IS 'time limit of runs that set none; NULL means the service''s';
 
 ALTER TABLE session.tool_call ALTER COLUMN "position" ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME session.tool_call_position_seq
@@ -865,7 +968,11 @@ CREATE INDEX idempotency_by_age ON session.idempotency USING btree (created_at);
 
 CREATE UNIQUE INDEX message_by_ordinal ON session.message USING btree (session_id, ordinal) WHERE (NOT rolled_back);
 
+CREATE INDEX run_cancelling ON session.run USING btree (session_id) WHERE ((status = ANY (ARRAY[1, 2])) AND cancel_requested);
+
 CREATE INDEX run_due ON session.run USING btree (dispatch_after) WHERE (status = ANY (ARRAY[1, 2]));
+
+CREATE INDEX run_overdue ON session.run USING btree (deadline) WHERE ((status = ANY (ARRAY[1, 2])) AND (deadline IS NOT NULL));
 
 CREATE INDEX run_unfinished ON session.run USING btree (session_id, ordinal) WHERE (status < 4);
 

@@ -236,6 +236,67 @@ async def test_the_public_services_are_there(running: Running, replicas: list[Re
     assert (await call(running.grpc, f"/hermesh.{method}"))["replica"] == "b"
 
 
+TOOLS = "/hermesh.tool.v1.ToolService"
+TOOL_REPLICA = "x-hermesh-tool-replica"
+
+
+async def place_of_execute(address: str, named: str = "") -> tuple[str, str]:
+    """Executes something; returns who did it, and how the answer's headers name that replica."""
+    metadata = ((TOOL_REPLICA, named),) if named else ()
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        execute = channel.unary_unary(f"{TOOLS}/Execute")(b"", metadata=metadata, timeout=10)
+        headers = {key: str(value) for key, value in await execute.initial_metadata()}
+        return json.loads(await execute)["replica"], headers.get(TOOL_REPLICA, named)
+
+
+async def test_a_cancel_reaches_the_replica_that_its_call_went_to(
+    running: Running, replicas: list[Replica]
+) -> None:
+    await running.endpoints("tool", replicas)
+    places: dict[str, str] = {}
+    async with asyncio.timeout(SECONDS):
+        while len(places) < 3:
+            replica, place = await place_of_execute(running.mesh)
+            assert place
+            assert places.setdefault(replica, place) == place
+    for name, place in places.items():
+        answers = [await call(running.mesh, f"{TOOLS}/Cancel", {TOOL_REPLICA: place}) for _ in range(10)]
+        assert {answer["replica"] for answer in answers} == {name}
+        # One that asks for its call again meets the same replica, too.
+        assert {(await place_of_execute(running.mesh, place))[0] for _ in range(5)} == {name}
+
+
+async def test_a_cancel_reaches_a_replica_that_drains_and_never_another_than_its_own(
+    running: Running, replicas: list[Replica]
+) -> None:
+    a, b, _ = replicas
+    await running.endpoints("tool", [a])
+    _, place = await place_of_execute(running.mesh)
+    await running.endpoints("tool", [a, b])
+    await a.health.set("", NOT_SERVING)
+    await running.until("tool", {f"tool/{a.address}": False, f"tool/{b.address}": True})
+    assert (await call(running.mesh, f"{TOOLS}/Cancel", {TOOL_REPLICA: place}))["replica"] == "a"
+    await a.server.stop(0)
+    await running.endpoints("tool", [b])
+    calls = b.calls
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call(running.mesh, f"{TOOLS}/Cancel", {TOOL_REPLICA: place})
+    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert b.calls == calls
+    # A call that is asked for again goes to whoever is there: the journal says what may be done.
+    assert (await place_of_execute(running.mesh, place))[0] == "b"
+
+
+async def test_other_calls_are_neither_marked_nor_led(running: Running, replicas: list[Replica]) -> None:
+    await running.endpoints("tool", replicas[:1])
+    _, place = await place_of_execute(running.mesh)
+    await running.endpoints("tool", replicas[:2])
+    listed = {
+        (await call(running.mesh, f"{TOOLS}/ListTools", {TOOL_REPLICA: place}))["replica"] for _ in range(40)
+    }
+    assert listed == {"a", "b"}
+
+
 async def test_a_reader_that_stops_reading_holds_only_its_window(
     running: Running, replicas: list[Replica]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -133,12 +134,76 @@ def test_bootstrap_makes_as_many_tenants_as_asked_for(pair: Pair) -> None:
     assert outs[0] == outs[2] != outs[1]
 
 
+def rows_of(*arguments: str, **values: str) -> dict[str, str]:
+    """What the command `tenant` prints."""
+    done = run_command("tenant", *arguments, **values)
+    assert done.returncode == 0, done.stderr
+    return {line[:18].strip(): line[18:] for line in done.stdout.splitlines()}
+
+
+def test_an_operator_sets_and_sees_a_tenants_defaults(pair: Pair) -> None:
+    values = environment(pair.database, HERMESH_API_KEY="hm_" + "c" * 43)
+    made = run_command("bootstrap", "--tenant", "initech", **values).stdout.split()[-1]
+    fresh = {
+        "tenant": "initech",
+        "id": made,
+        "concurrency": "enqueue",
+        "require approval": "none",
+        "run timeout": "the service's own",
+    }
+    assert rows_of("--name", "initech", **values) == fresh
+    changed = fresh | {
+        "concurrency": "reject",
+        "require approval": "pay, refund_order",
+        "run timeout": "300 s",
+    }
+    words = ["--concurrency", "reject", "--require-approval", "refund_order, pay", "--run-timeout", "300"]
+    assert rows_of("--name", "initech", *words, **values) == changed
+    assert rows_of("--name", "initech", **values) == changed
+    back = rows_of("--name", "initech", "--require-approval", "", "--run-timeout", "0", **values)
+    assert back == fresh | {"concurrency": "reject"}
+
+
+async def test_a_tenants_defaults_hold_on_every_replica_at_once(
+    pair: Pair, first: Client, second: Client
+) -> None:
+    values = environment(pair.database)
+    session = (
+        await second.public.CreateSession(public.CreateSessionRequest(), metadata=second.metadata)
+    ).session
+    before = await first.mesh_submit(session.session_id)
+    assert 599_000 < before.grant.time_left_ms <= 600_000
+    assert list(before.context.approval_tools) == []
+    words = ["--concurrency", "reject", "--require-approval", "pay", "--run-timeout", "60"]
+    await asyncio.to_thread(rows_of, *words, **values)
+    try:
+        for client in (first, second):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await client.mesh_submit(session.session_id)
+            assert from_rpc_error(raised.value).reason == "SESSION_BUSY"
+        other = (
+            await second.public.CreateSession(public.CreateSessionRequest(), metadata=second.metadata)
+        ).session
+        after = await second.mesh_submit(other.session_id)
+        assert 59_000 < after.grant.time_left_ms <= 60_000
+        assert list(after.context.approval_tools) == ["pay"]
+    finally:
+        words = ["--concurrency", "enqueue", "--require-approval", "", "--run-timeout", "0"]
+        await asyncio.to_thread(rows_of, *words, **values)
+
+
 @pytest.mark.parametrize(
     ("arguments", "values", "words"),
     [
         (["bootstrap"], {}, "HERMESH_API_KEY is not set"),
         (["bootstrap", "--api-key-env", "MY_KEY"], {"MY_KEY": "short"}, "MY_KEY must be 16 to 500"),
         (["bootstrap", "--tenant", ""], {}, "a tenant's name"),
+        (["tenant", "--name", "nobody"], {}, "there is no tenant 'nobody'"),
+        (["tenant", "--name", "nobody", "--run-timeout", "3"], {}, "there is no tenant 'nobody'"),
+        (["tenant", "--require-approval", "pay,no tool"], {}, "this is no tool's name: 'no tool'"),
+        (["tenant", "--run-timeout", "-1"], {}, "a run's time limit is 0 to 604800 seconds"),
+        (["tenant", "--run-timeout", "nan"], {}, "a run's time limit is 0 to 604800 seconds"),
+        (["tenant"], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         (["migrate"], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         ([], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         (["serve"], {"HERMESH_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, "HERMESH_DATABASE_URL"),

@@ -29,6 +29,7 @@ from hermesh.session.v1.resources_pb2 import (
 from hermesh.tool.v1 import tool_service_pb2 as tool_pb
 from hermesh.tool.v1 import tool_service_pb2_grpc as tool_grpc
 from meshkit.errors import AbortedError, HermeshError, NotFoundError, UnavailableError, to_status
+from services.agent.clients.tools import REPLICA_HEADER
 from tests.unit.agent.fakes import TENANT, TTL_MS, FakeStore
 
 TOKEN = "mesh-secret"
@@ -133,7 +134,17 @@ class Tools(tool_grpc.ToolServiceServicer):
 
     async def Execute(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.mesh.executed.append(request)
+        self.mesh.tool_asked.set()
+        self.mesh.led_to.append(dict(context.invocation_metadata()).get(REPLICA_HEADER, ""))
         action = self.mesh.tool_script.pop(0) if self.mesh.tool_script else "ok"
+        if action == "slow":
+            await self.mesh.tool_gate.wait()
+        # As Envoy does it.
+        await context.send_initial_metadata(((REPLICA_HEADER, "here"),))
+        if action == "break":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is gone")
+        if action == "slow":
+            await asyncio.Event().wait()
         if action == "unavailable":
             await refuse(context, UnavailableError("SERVICE_UNAVAILABLE", "away"))
         if action == "stale":
@@ -156,6 +167,10 @@ class Tools(tool_grpc.ToolServiceServicer):
         yield tool_pb.ExecuteResponse(result=tool_pb.Result(state=state, content=action))
 
     async def Cancel(self, request: Any, context: Any) -> Any:
+        if self.mesh.failing_cancels:
+            self.mesh.failing_cancels -= 1
+            await refuse(context, UnavailableError("SERVICE_UNAVAILABLE", "away"))
+        self.mesh.led_to.append(dict(context.invocation_metadata()).get(REPLICA_HEADER, ""))
         self.mesh.tool_cancels.append(request.call_id)
         return tool_pb.CancelResponse(found=True)
 
@@ -190,7 +205,11 @@ class FakeMesh:
         self.busy = False
         self.executed: list[Any] = []
         self.tool_script: list[str] = []
+        self.tool_asked = asyncio.Event()
+        self.tool_gate = asyncio.Event()
         self.tool_cancels: list[str] = []
+        self.failing_cancels = 0
+        self.led_to: list[str] = []
         self.begun: list[str] = []
         self.begin_outcome = internal_pb.BEGIN_OUTCOME_GO
         self.journal = internal_pb.BeginToolCallResponse().tool_call

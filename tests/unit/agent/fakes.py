@@ -34,7 +34,7 @@ from meshkit.errors import HermeshError
 from meshkit.ids import uuid7
 from services.agent.clients.memory import Known
 from services.agent.clients.session import Claim, NotClaimed
-from services.agent.clients.tools import ToolInfo
+from services.agent.clients.tools import CallPlace, ToolInfo
 from services.agent.domain.loop import Call, CallState, Limits
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest, ToolOffer
@@ -248,13 +248,14 @@ class FakeStore:
 
     # leases
 
-    def grant(self, run: FakeRun) -> Grant:
+    def grant(self, run: FakeRun, timeout_ms: int = 0) -> Grant:
         return Grant(
             session_id=run.session_id,
             run_id=run.run_id,
             fence=run.fence,
             next_seq=run.next_seq,
             ttl_ms=TTL_MS,
+            time_left_ms=timeout_ms or 600_000,
         )
 
     def new_claim(self, said: str, options: RunOptions | None = None, user: str = "", **run: Any) -> Claim:
@@ -279,7 +280,7 @@ class FakeStore:
         )
         return Claim(
             Run(run_id=row.run_id, session_id=row.session_id, ordinal=1, attempt=row.attempt, **run),
-            self.grant(row),
+            self.grant(row, options.timeout_ms if options else 0),
             context,
             options or RunOptions(),
             TENANT,
@@ -349,6 +350,7 @@ class FakeTools:
         self.effect = effect
         self.executed: list[str] = []
         self.cancelled: list[str] = []
+        self.seconds_left: list[float] = []
         self.approval: set[str] = set()
         self.error: HermeshError | None = None
         self.started = asyncio.Event()
@@ -370,8 +372,12 @@ class FakeTools:
         info: ToolInfo,
         fence: Callable[[], int],
         on_progress: Callable[[str], None],
+        seconds_left: Callable[[], float],
+        place: CallPlace,
     ) -> Call:
         self.executed.append(call.call_id)
+        self.seconds_left.append(seconds_left())
+        place.replica = f"replica of {call.call_id}"
         self.started.set()
         answer = self.answers[call.name]
         if answer == "never":
@@ -381,7 +387,8 @@ class FakeTools:
         on_progress("working")
         return replace(call, state=CallState.COMPLETED, content=str(answer))
 
-    async def cancel(self, call_id: str, tenant_id: str) -> None:
+    async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
+        assert place.replica == f"replica of {call_id}"
         self.cancelled.append(call_id)
 
 

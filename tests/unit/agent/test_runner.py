@@ -220,6 +220,50 @@ async def test_the_time_limit_ends_a_silent_model(make_bench):
     assert bench.model.closed == 1
 
 
+async def test_the_limit_of_a_turn_fails_a_run_whose_model_says_nothing(make_bench):
+    bench = make_bench(FakeModel([asyncio.Event()]))
+    run = await bench.finish(bench.store.new_claim("hi", RunOptions(turn_timeout_ms=50)))
+    failed = run.data("run.failed")[0]
+    assert (failed["code"], failed["reason"], failed["retryable"]) == (
+        "DEADLINE_EXCEEDED",
+        "MODEL_TIMEOUT",
+        True,
+    )
+    assert bench.model.closed == 1
+
+
+async def test_a_turn_that_talks_past_its_limit_is_written_anew_once(make_bench):
+    slow = [[TextDelta("Hal")], asyncio.Event()]
+    bench = make_bench(FakeModel(slow, HELLO), llm_turn_timeout=0.05)
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert bench.outcome == "completed"
+    assert (run.text(), len(run.data("attempt.reset"))) == ("Hello", 1)
+    assert bench.model.closed == 2
+    again = make_bench(FakeModel(slow, slow), llm_turn_timeout=0.05)
+    run = await again.finish(again.store.new_claim("hi"))
+    assert run.data("run.failed")[0]["reason"] == "MODEL_TIMEOUT"
+    assert len(run.data("attempt.reset")) == 1
+
+
+async def test_the_runs_limit_comes_before_that_of_a_turn(make_bench):
+    bench = make_bench(FakeModel([[TextDelta("Hal")], asyncio.Event()]), llm_turn_timeout=60)
+    run = await bench.finish(bench.store.new_claim("hi", RunOptions(timeout_ms=50)))
+    assert run.data("run.failed")[0]["reason"] == "RUN_TIMEOUT"
+
+
+async def test_a_turn_has_its_limit_for_itself_and_not_with_the_turns_before(make_bench):
+    gates = [asyncio.Event(), asyncio.Event()]
+    turns = [[[TextDelta("x")], gate, [call(0, "add")], [Finished("tool_calls")]] for gate in gates]
+    bench = make_bench(FakeModel(*turns, HELLO), llm_turn_timeout=0.2)
+    bench.tools.answers = {"add": "3"}
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.12, gates[0].set)
+    loop.call_later(0.25, gates[1].set)
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert bench.outcome == "completed"
+    assert not run.data("attempt.reset")
+
+
 async def test_memories_and_preferences_reach_the_model(make_bench):
     model = FakeModel(HELLO)
     bench = make_bench(model)

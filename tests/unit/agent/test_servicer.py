@@ -22,7 +22,12 @@ from meshkit.errors import DeadlineError, from_rpc_error
 from meshkit.ids import uuid7
 from services.agent.app import assemble
 from services.agent.clients.memory import MemoryClient, cut
-from services.agent.clients.tools import ToolClient
+from services.agent.clients.tools import (
+    CANCEL_SECONDS,
+    EXECUTE_TRIES,
+    CallPlace,
+    ToolClient,
+)
 from services.agent.domain.loop import Call, CallState
 from services.agent.domain.prompt import RunSpec
 from services.agent.settings import AgentSettings
@@ -245,9 +250,11 @@ async def clients(mesh):
         yield ToolClient(channel, settings), MemoryClient(channel, settings)
 
 
-async def execute(tools, name="pay", fence=lambda: 7):
+async def execute(tools, name="pay", fence=lambda: 7, seconds_left=lambda: 60.0, place=None):
     info = (await tools.tools())[name]
-    return await tools.execute(SPEC, Call(f"{SPEC.run_id}:1:0", name, "{}"), info, fence, lambda text: None)
+    call = Call(f"{SPEC.run_id}:1:0", name, "{}")
+    place = CallPlace() if place is None else place
+    return await tools.execute(SPEC, call, info, fence, lambda text: None, seconds_left, place)
 
 
 async def test_all_pages_of_tools_are_read(mesh):
@@ -290,7 +297,7 @@ async def test_a_tool_that_is_gone_is_told_to_the_model(mesh):
 
 
 async def test_a_call_nobody_answers_for_is_closed_where_it_was_never_begun(mesh):
-    mesh.tool_script = ["unavailable"] * 4
+    mesh.tool_script = ["unavailable"] * EXECUTE_TRIES
     async with clients(mesh) as (tools, _):
         result = await execute(tools)
     assert result.state is CallState.FAILED
@@ -298,10 +305,58 @@ async def test_a_call_nobody_answers_for_is_closed_where_it_was_never_begun(mesh
 
 
 async def test_a_call_nobody_answers_for_is_unknown_where_it_may_have_run(mesh):
-    mesh.tool_script = ["unavailable"] * 4
+    mesh.tool_script = ["unavailable"] * EXECUTE_TRIES
     mesh.begin_outcome, mesh.journal.state = BEGIN_OUTCOME_UNKNOWN, 5
     async with clients(mesh) as (tools, _):
         assert (await execute(tools)).state is CallState.UNKNOWN
+
+
+async def test_a_call_is_asked_for_again_where_it_is_and_in_the_end_anywhere(mesh):
+    place = CallPlace()
+    mesh.tool_script = ["break"] * (EXECUTE_TRIES - 1)
+    async with clients(mesh) as (tools, _):
+        assert (await execute(tools, place=place)).state is CallState.COMPLETED
+    assert place.replica == "here"
+    assert mesh.led_to == ["", "here", "here", "here", "", ""]
+
+
+async def test_a_tool_service_learns_how_long_the_run_may_still_take(mesh):
+    left = iter([2.0, 0.25, -1.0])
+    mesh.tool_script = ["unavailable"] * 2
+    async with clients(mesh) as (tools, _):
+        await execute(tools, seconds_left=lambda: next(left))
+    # 0 would mean no bound.
+    assert [request.time_left_ms for request in mesh.executed] == [2000, 250, 1]
+
+
+async def test_a_cancel_goes_to_the_replica_of_its_call_also_when_that_said_nothing_yet(mesh):
+    place = CallPlace()
+    mesh.tool_script = ["slow"]
+    async with clients(mesh) as (tools, _):
+        running = asyncio.ensure_future(execute(tools, place=place))
+        async with asyncio.timeout(5):
+            await mesh.tool_asked.wait()
+        # Given up before the headers have come: they are waited for, or nobody could stop the tool.
+        running.cancel()
+        await asyncio.sleep(0)
+        mesh.tool_gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert place.replica == "here"
+        await tools.cancel("call", SPEC.tenant_id, place)
+    assert mesh.tool_cancels == ["call"]
+    assert mesh.led_to == ["", "here"]
+
+
+async def test_a_cancel_is_sent_again_while_nobody_takes_it_and_not_for_ever(mesh):
+    mesh.failing_cancels = 2
+    async with clients(mesh) as (tools, _):
+        await tools.cancel("call", SPEC.tenant_id, CallPlace("here"))
+        assert mesh.tool_cancels == ["call"]
+        mesh.failing_cancels = 1000
+        async with asyncio.timeout(CANCEL_SECONDS + 1):
+            await tools.cancel("other", SPEC.tenant_id, CallPlace("here"))
+    assert mesh.tool_cancels == ["call"]
 
 
 async def test_what_is_known_is_asked_for_side_by_side(mesh):

@@ -6,6 +6,7 @@ import pytest
 
 from gateway.openai.chat_request import parse_chat
 from gateway.problems import OpenAIError
+from hermesh.session.v1 import resources_pb2 as resources
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -33,6 +34,19 @@ def test_all_parameters_reach_the_run() -> None:
     assert list(chat.options.stop) == ["a", "b"]
     assert chat.options.seed == 7
     assert (chat.user, chat.stream, chat.include_usage) == ("ada", True, True)
+
+
+@pytest.mark.parametrize("name", ["", "enqueue", "reject", "interrupt", "rollback"])
+def test_the_header_says_what_happens_when_the_session_is_busy(name: str) -> None:
+    expected = f"CONCURRENCY_POLICY_{name.upper() or 'UNSPECIFIED'}"
+    chat = parse_chat(body(), None, name or None)
+    assert resources.ConcurrencyPolicy.Name(chat.concurrency) == expected
+
+
+def test_a_policy_that_is_none_is_refused() -> None:
+    with pytest.raises(OpenAIError) as caught:
+        parse_chat(body(), None, "fight")
+    assert (caught.value.status, caught.value.param) == (400, "X-Hermesh-Concurrency")
 
 
 def test_max_completion_tokens_goes_before_the_old_name() -> None:

@@ -12,7 +12,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from uuid import UUID
 
 from meshkit.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, UnavailableError
@@ -36,6 +36,8 @@ from services.session.domain import (
     Session,
     Submission,
     Submitted,
+    Tenant,
+    TenantChange,
     ToolCall,
 )
 
@@ -61,6 +63,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.keys: dict[str, UUID] = {}
+        self.tenants: dict[str, Tenant] = {}
         self.sessions: dict[UUID, Session] = {}
         self.runs: dict[UUID, Run] = {}
         self.events: dict[UUID, list[Event]] = defaultdict(list)
@@ -71,6 +74,7 @@ class FakeStore:
         self.shortened_event = asyncio.Event()
         self.flushes: list[int] = []
         self.due_runs: list[UUID] = []
+        self.orphans = 0
         self.reads = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -90,6 +94,16 @@ class FakeStore:
 
     async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:
         return self.keys.setdefault(key_hash, uuid7())
+
+    async def get_tenant(self, name: str) -> Tenant | None:
+        return self.tenants.get(name)
+
+    async def set_tenant(self, name: str, change: TenantChange) -> Tenant | None:
+        if name not in self.tenants:
+            return None
+        changed = {field: value for field, value in asdict(change).items() if value is not None}
+        self.tenants[name] = replace(self.tenants[name], **changed)
+        return self.tenants[name]
 
     # Conversations
 
@@ -224,6 +238,12 @@ class FakeStore:
             raise self.fail_due.pop(0)
         taken, self.due_runs = self.due_runs[:limit], self.due_runs[limit:]
         return taken
+
+    async def end_orphans(self, limit: int) -> int:
+        if self.fail_due:
+            raise self.fail_due.pop(0)
+        ended, self.orphans = min(limit, self.orphans), max(0, self.orphans - limit)
+        return ended
 
     # Log
 

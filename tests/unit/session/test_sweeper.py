@@ -119,3 +119,31 @@ async def test_nothing_is_dispatched_while_draining() -> None:
         store.due_runs = [uuid7()]
         assert await sweeper.sweep() == 0
         assert agent.taken.empty()
+
+
+async def test_orphans_that_need_no_agent_are_ended_each_interval_and_not_at_each_wake() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    store.orphans = 100
+    asked = 0
+
+    async def end_orphans(limit: int) -> int:
+        nonlocal asked
+        asked += 1
+        return await FakeStore.end_orphans(store, limit)
+
+    store.end_orphans = end_orphans  # type: ignore[method-assign]  # counts and passes on
+    async with dispatcher(agent, store, interval=0.2) as sweeper:
+        for _ in range(20):
+            sweeper.wake()
+            await asyncio.sleep(0.005)
+        assert asked == 1
+        await until(lambda: store.orphans == 0)
+    assert asked >= 2
+
+
+async def test_a_store_that_is_away_while_orphans_are_ended_is_asked_again() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    store.orphans = 1
+    store.fail_due = [unavailable()]
+    async with dispatcher(agent, store):
+        await until(lambda: store.orphans == 0)

@@ -1,5 +1,7 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -131,6 +133,46 @@ async def test_a_call_that_cannot_be_made_is_a_result_for_the_model(
     assert len(got.content) < 1500
     assert lever.calls == []
     assert journal.completes == [got]
+
+
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [
+        (Effect.PURE, CallState.FAILED),
+        (Effect.IDEMPOTENT, CallState.FAILED),
+        (Effect.NON_IDEMPOTENT, CallState.UNKNOWN),
+    ],
+)
+async def test_a_call_gets_no_more_time_than_its_run_has_left(
+    journal: FakeJournal, owner: TaskOwner, effect: Effect, expected: CallState
+) -> None:
+    journal.intend("run:1:0", effect)
+    lever = Lever(effect, timeout=60)
+    lever.wait = True
+    request = replace(call(), ends_at=time.monotonic() + 0.05)
+    got = await outcome(executor(journal, owner, lever), request)
+    assert (got.state, got.reason) == (expected, "TOOL_TIMEOUT")
+    assert got.content.startswith("The run's time limit was reached before the tool had finished.")
+    assert journal.completes == [got]
+
+
+async def test_a_call_of_a_run_whose_time_is_up_does_not_act(journal: FakeJournal, owner: TaskOwner) -> None:
+    journal.intend("run:1:0", Effect.NON_IDEMPOTENT)
+    lever = Lever(Effect.NON_IDEMPOTENT)
+    got = await outcome(executor(journal, owner, lever), replace(call(), ends_at=time.monotonic()))
+    # Nothing was done, and that is known.
+    assert (got.state, got.reason) == (CallState.FAILED, "TOOL_TIMEOUT")
+    assert not lever.calls
+
+
+async def test_a_run_with_time_left_leaves_a_tool_its_own_limit(
+    journal: FakeJournal, owner: TaskOwner
+) -> None:
+    lever = Lever(timeout=0.05)
+    lever.wait = True
+    request = replace(call(), ends_at=time.monotonic() + 60)
+    got = await outcome(executor(journal, owner, lever), request)
+    assert (got.reason, got.content) == ("TOOL_TIMEOUT", "The tool did not finish within 0.05 seconds.")
 
 
 @pytest.mark.parametrize("effect", [Effect.PURE, Effect.IDEMPOTENT, Effect.NON_IDEMPOTENT])
@@ -540,3 +582,69 @@ async def test_a_drain_that_runs_out_of_time_leaves_what_may_run_again(
         assert (await outcome(executor(journal, owner, Lever(effect)), call())).state is CallState.COMPLETED
     else:
         assert [done.state for done in journal.completes] == [CallState.UNKNOWN]
+
+
+class FakeRuns:
+    """Runs that are over when the test says so."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.asks: asyncio.Queue[str] = asyncio.Queue()
+        self.error: HermeshError | None = None
+
+    async def over(self, request: CallRequest) -> bool:
+        self.asks.put_nowait(request.call_id)
+        if self.error is not None:
+            raise self.error
+        return self.ended
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    monkeypatch.setattr(execution_module, "ASK_SECONDS", 0.02)
+    return FakeRuns()
+
+
+@pytest.mark.parametrize("effect", [Effect.IDEMPOTENT, Effect.NON_IDEMPOTENT])
+async def test_a_call_stops_when_its_run_is_over_though_nobody_cancels_it(
+    journal: FakeJournal, owner: TaskOwner, runs: FakeRuns, effect: Effect
+) -> None:
+    journal.intend("run:1:0", effect)
+    lever = Lever(effect, timeout=60)
+    lever.wait = runs.ended = True
+    got = await outcome(executor(journal, owner, lever, runs=runs), call())
+    expected = CallState.UNKNOWN if effect is Effect.NON_IDEMPOTENT else CallState.FAILED
+    assert (got.state, got.reason) == (expected, "CANCELLED")
+    assert journal.completes == [got]
+
+
+async def test_a_call_goes_on_while_its_run_does_and_while_that_cannot_be_said(
+    journal: FakeJournal, owner: TaskOwner, runs: FakeRuns
+) -> None:
+    lever = Lever(timeout=60)
+    lever.wait = True
+    runner = executor(journal, owner, lever, runs=runs)
+    waiting = asyncio.ensure_future(outcome(runner, call()))
+    async with asyncio.timeout(DEADLINE):
+        for error in (None, None, UnavailableError(), UnavailableError()):
+            runs.error = error
+            assert await runs.asks.get() == "run:1:0"
+        lever.release.set()
+        assert (await waiting).state is CallState.COMPLETED
+
+
+async def test_a_quick_call_asks_nobody_about_its_run(
+    journal: FakeJournal, owner: TaskOwner, runs: FakeRuns
+) -> None:
+    await outcome(executor(journal, owner, Lever(), runs=runs), call())
+    assert runs.asks.empty()
+
+
+async def test_a_call_whose_run_is_over_and_that_does_not_stop_is_let_go(
+    journal: FakeJournal, owner: TaskOwner, runs: FakeRuns
+) -> None:
+    lever = Lever(Effect.NON_IDEMPOTENT, timeout=60)
+    lever.wait = lever.stubborn = runs.ended = True
+    got = await outcome(executor(journal, owner, lever, runs=runs), call())
+    assert got.state is CallState.UNKNOWN
+    lever.release.set()

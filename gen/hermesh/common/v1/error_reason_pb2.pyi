@@ -83,7 +83,7 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     ERROR_REASON_MODEL_STREAM_TRUNCATED: _ErrorReason.ValueType  # 29
     """UNAVAILABLE in a run's failed event: the model's stream ended before its reply did."""
     ERROR_REASON_MODEL_TIMEOUT: _ErrorReason.ValueType  # 30
-    """DEADLINE_EXCEEDED in a run's failed event: the model sent nothing for too long."""
+    """DEADLINE_EXCEEDED in a run's failed event: the model sent nothing for too long, or its turn took too long."""
     ERROR_REASON_MODEL_REQUEST_REJECTED: _ErrorReason.ValueType  # 31
     """INVALID_ARGUMENT in a run's failed event: the model backend refused the request itself."""
     ERROR_REASON_ATTEMPTS_EXHAUSTED: _ErrorReason.ValueType  # 32
@@ -184,7 +184,7 @@ ERROR_REASON_MODEL_BAD_RESPONSE: ErrorReason.ValueType  # 28
 ERROR_REASON_MODEL_STREAM_TRUNCATED: ErrorReason.ValueType  # 29
 """UNAVAILABLE in a run's failed event: the model's stream ended before its reply did."""
 ERROR_REASON_MODEL_TIMEOUT: ErrorReason.ValueType  # 30
-"""DEADLINE_EXCEEDED in a run's failed event: the model sent nothing for too long."""
+"""DEADLINE_EXCEEDED in a run's failed event: the model sent nothing for too long, or its turn took too long."""
 ERROR_REASON_MODEL_REQUEST_REJECTED: ErrorReason.ValueType  # 31
 """INVALID_ARGUMENT in a run's failed event: the model backend refused the request itself."""
 ERROR_REASON_ATTEMPTS_EXHAUSTED: ErrorReason.ValueType  # 32

@@ -428,6 +428,7 @@ class RunOptions(message.Message):
     SEED_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     MEMORY_FIELD_NUMBER: builtins.int
+    TURN_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """A model that ListModels returns."""
     instructions: builtins.str
@@ -443,11 +444,15 @@ class RunOptions(message.Message):
     max_turns: builtins.int
     """The most model turns."""
     timeout_ms: builtins.int
-    """The run's time limit, milliseconds."""
+    """The run's time limit, milliseconds. It counts from the first claim, by PostgreSQL's clock and across
+    replicas, and stands still while the run waits for a person.
+    """
     seed: builtins.int
     """Sampling seed."""
     memory: builtins.bool
     """Whether long-term memory is read and written; default true."""
+    turn_timeout_ms: builtins.int
+    """The time limit of one model turn, milliseconds."""
     @builtins.property
     def tools(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Which tools the run may call, by name; empty means all that the backend's tool mode allows."""
@@ -471,10 +476,11 @@ class RunOptions(message.Message):
         seed: builtins.int | None = ...,
         stop: abc.Iterable[builtins.str] | None = ...,
         memory: builtins.bool | None = ...,
+        turn_timeout_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "memory", b"memory", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_turns", b"max_turns", "memory", b"memory", "model", b"model", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "timeout_ms", b"timeout_ms", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_turns", b"max_turns", "memory", b"memory", "model", b"model", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "timeout_ms", b"timeout_ms", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p", "turn_timeout_ms", b"turn_timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory: _TypeAlias = typing.Literal["memory"]  # noqa: Y015
     _WhichOneofArgType__memory: _TypeAlias = typing.Literal["_memory", b"_memory"]  # noqa: Y015
@@ -565,6 +571,7 @@ class RunContext(message.Message):
     USER_FIELD_NUMBER: builtins.int
     AGENT_FIELD_NUMBER: builtins.int
     OMITTED_MESSAGES_FIELD_NUMBER: builtins.int
+    APPROVAL_TOOLS_FIELD_NUMBER: builtins.int
     user: builtins.str
     """The session's user, for memory; empty means memory stays in the session."""
     agent: builtins.str
@@ -585,6 +592,10 @@ class RunContext(message.Message):
     def tool_calls(self) -> containers.RepeatedCompositeFieldContainer[ToolCall]:
         """This run's tool calls."""
 
+    @builtins.property
+    def approval_tools(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Tools whose every call a person must approve, by the tenant's settings; `*` means all tools."""
+
     def __init__(
         self,
         *,
@@ -594,10 +605,11 @@ class RunContext(message.Message):
         user: builtins.str = ...,
         agent: builtins.str = ...,
         omitted_messages: builtins.int = ...,
+        approval_tools: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent", b"agent", "events", b"events", "messages", b"messages", "omitted_messages", b"omitted_messages", "tool_calls", b"tool_calls", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent", b"agent", "approval_tools", b"approval_tools", "events", b"events", "messages", b"messages", "omitted_messages", b"omitted_messages", "tool_calls", b"tool_calls", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,6 +625,7 @@ class Grant(message.Message):
     ATTACH_FIELD_NUMBER: builtins.int
     NEXT_SEQ_FIELD_NUMBER: builtins.int
     TTL_MS_FIELD_NUMBER: builtins.int
+    TIME_LEFT_MS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session."""
     run_id: builtins.str
@@ -625,6 +638,8 @@ class Grant(message.Message):
     """The seq that the next event must have."""
     ttl_ms: builtins.int
     """How long the lease lasts from now, milliseconds, by PostgreSQL's clock."""
+    time_left_ms: builtins.int
+    """With a claim: how long the run may still take from now, milliseconds, by PostgreSQL's clock. 0: not told."""
     def __init__(
         self,
         *,
@@ -634,9 +649,10 @@ class Grant(message.Message):
         attach: builtins.int = ...,
         next_seq: builtins.int = ...,
         ttl_ms: builtins.int = ...,
+        time_left_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attach", b"attach", "fence", b"fence", "next_seq", b"next_seq", "run_id", b"run_id", "session_id", b"session_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attach", b"attach", "fence", b"fence", "next_seq", b"next_seq", "run_id", b"run_id", "session_id", b"session_id", "time_left_ms", b"time_left_ms", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -122,6 +122,7 @@ class ExecuteRequest(message.Message):
     NAME_FIELD_NUMBER: builtins.int
     ARGUMENTS_FIELD_NUMBER: builtins.int
     USER_FIELD_NUMBER: builtins.int
+    TIME_LEFT_MS_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The journalled call."""
     session_id: builtins.str
@@ -136,6 +137,10 @@ class ExecuteRequest(message.Message):
     """The arguments, a JSON object as text."""
     user: builtins.str
     """Whose memories and preferences apply, for tools that use them."""
+    time_left_ms: builtins.int
+    """How long the run may still take from now, milliseconds; 0 means that it sets no bound. The tool gets no
+    more than this and than its own timeout.
+    """
     def __init__(
         self,
         *,
@@ -146,10 +151,11 @@ class ExecuteRequest(message.Message):
         name: builtins.str = ...,
         arguments: builtins.str = ...,
         user: builtins.str = ...,
+        time_left_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "fence", b"fence", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "fence", b"fence", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "time_left_ms", b"time_left_ms", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

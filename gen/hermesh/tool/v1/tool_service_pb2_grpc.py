@@ -72,7 +72,8 @@ class ToolServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """For the mesh only: asks a running call to stop. What it did until then is reported by Execute.
+        """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
+        replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class ToolServiceStub:
     retried by anything on the way.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.CancelRequest, _tool_service_pb2.CancelResponse]
-    """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+    """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
+    replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -54,7 +56,9 @@ class ToolServiceAsyncStub(ToolServiceStub):
     retried by anything on the way.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.CancelRequest, _tool_service_pb2.CancelResponse]  # type: ignore[assignment]
-    """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+    """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
+    replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
+    """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     """ToolService lists and runs tools. It keeps nothing: the journal is the session service's."""
@@ -83,6 +87,8 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tool_service_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tool_service_pb2.CancelResponse, _abc.Awaitable[_tool_service_pb2.CancelResponse]]:
-        """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+        """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
+        replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
+        """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

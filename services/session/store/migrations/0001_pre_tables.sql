@@ -9,11 +9,22 @@ CREATE FUNCTION session.now_ms() RETURNS bigint
     LANGUAGE sql VOLATILE PARALLEL SAFE
     RETURN (extract(epoch FROM clock_timestamp()) * 1000)::bigint;
 
+-- Rounded up: a moment that has not come is never 0 ms away.
+CREATE FUNCTION session.ms_until(p_time timestamptz) RETURNS bigint
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN ceil(extract(epoch FROM p_time - clock_timestamp()) * 1000)::bigint;
+
 CREATE TABLE session.tenant (
     tenant_id uuid PRIMARY KEY,
     name text NOT NULL UNIQUE,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    concurrency smallint NOT NULL DEFAULT 1 CHECK (concurrency BETWEEN 1 AND 4),
+    approval_tools text[] NOT NULL DEFAULT '{}',
+    run_timeout_ms bigint CHECK (run_timeout_ms > 0)
 );
+COMMENT ON COLUMN session.tenant.concurrency IS 'ConcurrencyPolicy of input that names none';
+COMMENT ON COLUMN session.tenant.approval_tools IS 'tools whose every call a person must approve; * means all';
+COMMENT ON COLUMN session.tenant.run_timeout_ms IS 'time limit of runs that set none; NULL means the service''s';
 
 CREATE TABLE session.api_key (
     key_hash text PRIMARY KEY CHECK (key_hash ~ '^[0-9a-f]{64}$'),
@@ -76,6 +87,8 @@ CREATE TABLE session.run (
     cancel_reason text NOT NULL DEFAULT '',
     rollback boolean NOT NULL DEFAULT false,
     dispatch_after timestamptz,
+    left_ms bigint NOT NULL,
+    deadline timestamptz,
     UNIQUE (session_id, ordinal)
 ) WITH (fillfactor = 80);
 COMMENT ON COLUMN session.run.input IS 'NULL once its messages are in the conversation: at the first claim';
@@ -84,10 +97,15 @@ COMMENT ON COLUMN session.run.claim_seq IS 'the next_seq of the last claim';
 COMMENT ON COLUMN session.run.idle_claims IS 'claims in a row that moved nothing';
 COMMENT ON COLUMN session.run.rollback IS 'drop its messages from the conversation once it ends';
 COMMENT ON COLUMN session.run.dispatch_after IS 'NULL while another run of the session goes first';
+COMMENT ON COLUMN session.run.left_ms IS 'how long it may take, as of when its time last stood still';
+COMMENT ON COLUMN session.run.deadline IS
+    'when its time is up; NULL while it stands still: before the first claim, and while a person is awaited';
 
 -- Few rows each, whatever the number of finished runs.
 CREATE INDEX run_unfinished ON session.run (session_id, ordinal) WHERE status < 4;
 CREATE INDEX run_due ON session.run (dispatch_after) WHERE status IN (1, 2);
+CREATE INDEX run_overdue ON session.run (deadline) WHERE status IN (1, 2) AND deadline IS NOT NULL;
+CREATE INDEX run_cancelling ON session.run (session_id) WHERE status IN (1, 2) AND cancel_requested;
 
 CREATE TABLE session.message (
     session_id uuid NOT NULL REFERENCES session.session ON DELETE CASCADE,
@@ -155,7 +173,8 @@ CREATE VIEW session.run_view AS
 SELECT r.run_id, r.session_id, r.tenant_id, r.ordinal, r.status, r.model, r.attempt,
        CASE WHEN l.run_id = r.run_id THEN greatest(r.last_seq, l.next_seq - 1) ELSE r.last_seq END AS last_seq,
        r.error, r.input_tokens, r.output_tokens, r.cached_tokens, r.created_ms, r.finished_ms,
-       r.cancel_requested, r.cancel_reason, r.options
+       r.cancel_requested, r.cancel_reason, r.options,
+       CASE WHEN r.deadline IS NULL THEN r.left_ms ELSE session.ms_until(r.deadline) END AS time_left_ms
 FROM session.run r
 JOIN session.lease l USING (session_id);
 

@@ -69,17 +69,90 @@ BEGIN
     RETURN v_seq + cardinality(p_types) - 1;
 END $$;
 
--- Ends a run that nobody holds as cancelled, with its terminal event.
-CREATE FUNCTION session.cancel_unheld(p_run uuid, p_reason text) RETURNS integer
+-- Notes that a run shall be cancelled. Whoever asked first gave the reason. The caller holds the lease row.
+CREATE FUNCTION session.request_cancel(p_run uuid, p_reason text) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE session.run SET cancel_requested = true, cancel_reason = p_reason
+    WHERE run_id = p_run AND NOT cancel_requested
+$$;
+
+-- Ends a run that nobody holds and that shall be cancelled, with its terminal event. Returns the event's seq.
+CREATE FUNCTION session.cancel_unheld(p_run uuid) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
+    v_reason text;
     v_seq integer;
 BEGIN
+    SELECT cancel_reason INTO STRICT v_reason FROM session.run WHERE run_id = p_run AND cancel_requested;
     v_seq := session.write_unheld(p_run, ARRAY['run.cancelled'], ARRAY[session.now_ms()],
-                                  ARRAY['{"reason":' || to_json(p_reason)::text || '}']);
-    UPDATE session.run SET cancel_requested = true, cancel_reason = p_reason WHERE run_id = p_run;
+                                  ARRAY['{"reason":' || to_json(v_reason)::text || '}']);
     PERFORM session.finish_run(p_run, 6::smallint, v_seq, NULL);
     RETURN v_seq;
+END $$;
+
+-- Ends a run that nobody holds as failed, with its terminal event. The error is one that a retry may help.
+CREATE FUNCTION session.fail_unheld(p_run uuid, p_code text, p_reason text, p_message text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_error json := json_build_object('code', p_code, 'reason', p_reason, 'message', p_message,
+                                      'retryable', true);
+    v_seq integer;
+BEGIN
+    v_seq := session.write_unheld(p_run, ARRAY['run.failed'], ARRAY[session.now_ms()],
+        ARRAY['{"code":"' || p_code || '","reason":"' || p_reason || '","message":'
+              || to_json(p_message)::text || ',"retryable":true}']);
+    PERFORM session.finish_run(p_run, 5::smallint, v_seq, v_error);
+END $$;
+
+-- Ends a run that nobody holds if it shall be cancelled or its time is up; returns whether it did. The caller
+-- holds the lease row and has seen that the run is queued or running.
+CREATE FUNCTION session.end_if_due(p_run uuid) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_run session.run%ROWTYPE;
+BEGIN
+    SELECT * INTO STRICT v_run FROM session.run WHERE run_id = p_run;
+    IF v_run.cancel_requested THEN
+        PERFORM session.cancel_unheld(p_run);
+    ELSIF v_run.deadline <= clock_timestamp() THEN
+        PERFORM session.fail_unheld(p_run, 'DEADLINE_EXCEEDED', 'RUN_TIMEOUT',
+                                    'the run''s time limit was reached');
+    ELSE
+        RETURN false;
+    END IF;
+    RETURN true;
+END $$;
+
+-- Ends runs that nobody holds and that need no agent any more: to be cancelled, or past their time limit.
+-- Returns how many. Waits for nobody: a lease row that is locked is another's business, and looked at again.
+CREATE FUNCTION session.end_orphans(p_limit integer) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_found record;
+    v_lease session.lease%ROWTYPE;
+    v_ended integer := 0;
+BEGIN
+    FOR v_found IN
+        -- now() and not clock_timestamp(), so that the index serves.
+        SELECT o.session_id, o.run_id
+        FROM (SELECT r.session_id, r.run_id FROM session.run r
+              WHERE r.status IN (1, 2) AND r.deadline IS NOT NULL AND r.deadline <= now()
+              UNION
+              SELECT r.session_id, r.run_id FROM session.run r
+              WHERE r.status IN (1, 2) AND r.cancel_requested) o
+        JOIN session.lease l USING (session_id)
+        WHERE l.owner IS NULL OR l.lease_until < clock_timestamp()
+        ORDER BY o.session_id LIMIT p_limit
+    LOOP
+        SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
+        FOR NO KEY UPDATE SKIP LOCKED;
+        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp());
+        PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2) FOR NO KEY UPDATE;
+        IF FOUND AND session.end_if_due(v_found.run_id) THEN
+            v_ended := v_ended + 1;
+        END IF;
+    END LOOP;
+    RETURN v_ended;
 END $$;
 
 -- What an agent needs to go on with a run, as JSON: the newest messages within the limits (all of this
@@ -98,10 +171,13 @@ DECLARE
     v_calls json;
     v_step integer;
     v_before integer;
+    v_approval text[];
 BEGIN
     SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
     WHERE r.run_id = p_run;
     SELECT attempt INTO STRICT v_attempt FROM session.run WHERE run_id = p_run;
+    SELECT t.approval_tools INTO STRICT v_approval FROM session.tenant t
+    WHERE t.tenant_id = v_session.tenant_id;
     IF p_max_messages = 0 THEN
         SELECT m.ordinal INTO v_before FROM session.message m
         WHERE m.session_id = v_session.session_id AND NOT m.rolled_back AND m.run_id <> p_run
@@ -138,12 +214,14 @@ BEGIN
     END IF;
     RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
                              'user', v_session.user_name, 'agent', v_session.agent,
+                             'approval_tools', v_approval,
                              'omitted', v_session.message_count - v_kept);
 END $$;
 
 -- Takes the lease of a run for an owner: the only arbiter of who runs it. Outcomes are ClaimOutcome's:
 -- 1 claimed, 2 held by another or not its turn, 3 finished (before, or by this call), 4 waits for a person.
--- At the first claim the run's input becomes part of the conversation: its place there is its turn.
+-- At the first claim the run's input becomes part of the conversation: its place there is its turn. From then
+-- on its time runs, whoever holds it, and a claim that comes too late ends it.
 CREATE FUNCTION session.claim_run(p_run uuid, p_owner text, p_ttl interval, p_max_idle_claims integer,
                                   p_max_messages integer, p_max_bytes bigint)
 RETURNS TABLE (outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer,
@@ -157,7 +235,6 @@ DECLARE
     v_next integer;
     v_idle integer;
     v_count integer;
-    v_error json;
     v_outcome smallint;
 BEGIN
     SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run;
@@ -173,8 +250,7 @@ BEGIN
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
-    IF v_outcome = 1 AND v_run.cancel_requested THEN
-        PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+    IF v_outcome = 1 AND session.end_if_due(p_run) THEN
         v_outcome := 3;
     END IF;
     IF v_outcome = 1 THEN
@@ -185,12 +261,8 @@ BEGIN
                                'context.degraded', 'memory.recalled'))
             THEN 0 ELSE v_run.idle_claims END;
         IF v_idle >= p_max_idle_claims THEN
-            v_error := json_build_object('code', 'INTERNAL', 'reason', 'ATTEMPTS_EXHAUSTED', 'message',
-                format('the run lost its agent %s times without any progress', v_idle), 'retryable', true);
-            v_next := session.write_unheld(p_run, ARRAY['run.failed'], ARRAY[session.now_ms()],
-                ARRAY['{"code":"INTERNAL","reason":"ATTEMPTS_EXHAUSTED","message":'
-                      || (v_error -> 'message')::text || ',"retryable":true}']);
-            PERFORM session.finish_run(p_run, 5::smallint, v_next, v_error);
+            PERFORM session.fail_unheld(p_run, 'INTERNAL', 'ATTEMPTS_EXHAUSTED',
+                format('the run lost its agent %s times without any progress', v_idle));
             v_outcome := 3;
         END IF;
     END IF;
@@ -205,7 +277,8 @@ BEGIN
     WHERE l.session_id = v_session
     RETURNING * INTO v_lease;
     UPDATE session.run r SET status = 2, attempt = r.attempt + 1, idle_claims = v_idle + 1,
-           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp()
+           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
+           deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
     WHERE r.run_id = p_run;
     IF v_run.input IS NOT NULL THEN
         UPDATE session.session s SET message_count = s.message_count + json_array_length(v_run.input)
@@ -229,12 +302,14 @@ END $$;
 
 -- Accepts input: idempotency key, run and first event, and the lease if p_owner asks for it and the session
 -- is free. The first event's data is p_data_head, the run's ordinal, p_data_mid, the session's agent as
--- JSON, and p_data_tail. p_policy is ConcurrencyPolicy's: 1 enqueue, 2 reject, 3 interrupt, 4 rollback.
+-- JSON, and p_data_tail. p_policy is ConcurrencyPolicy's: 0 the tenant's, 1 enqueue, 2 reject, 3 interrupt,
+-- 4 rollback. p_timeout_ms is the run's time limit if it sets one, else 0, and p_default_timeout_ms that of
+-- runs for which neither they nor their tenant set one.
 CREATE FUNCTION session.submit_run(
     p_tenant uuid, p_session uuid, p_run uuid, p_request_id text, p_fingerprint bytea, p_policy integer,
-    p_input json, p_options bytea, p_model text, p_title text, p_data_head text, p_data_mid text,
-    p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval, p_max_idle_claims integer,
-    p_max_messages integer, p_max_bytes bigint)
+    p_timeout_ms bigint, p_default_timeout_ms bigint, p_input json, p_options bytea, p_model text, p_title text,
+    p_data_head text, p_data_mid text, p_data_tail text, p_time_ms bigint, p_owner text, p_ttl interval,
+    p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint)
 RETURNS TABLE (duplicate boolean, created_ms bigint, created_data text, outcome smallint,
                run session.run_view, fence bigint, attach integer, next_seq integer, context json)
 LANGUAGE plpgsql AS $$
@@ -243,6 +318,8 @@ DECLARE
     v_known session.idempotency%ROWTYPE;
     v_lease session.lease%ROWTYPE;
     v_other session.run%ROWTYPE;
+    v_tenant session.tenant%ROWTYPE;
+    v_policy integer;
     v_busy boolean := false;
     v_ordinal integer;
     v_agent text;
@@ -277,20 +354,23 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'SESSION_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
+    SELECT * INTO STRICT v_tenant FROM session.tenant t WHERE t.tenant_id = p_tenant;
+    v_policy := coalesce(nullif(p_policy, 0), v_tenant.concurrency);
     FOR v_other IN SELECT * FROM session.run r WHERE r.session_id = p_session AND r.status < 4
                    ORDER BY r.ordinal DESC LOOP
-        IF p_policy = 2 THEN
+        IF v_policy = 2 THEN
             RAISE EXCEPTION 'SESSION_BUSY' USING ERRCODE = 'HM412';
-        ELSIF p_policy IN (3, 4) THEN
-            UPDATE session.run r SET cancel_requested = true, cancel_reason = 'interrupted by new input',
-                   rollback = r.rollback OR p_policy = 4
-            WHERE r.run_id = v_other.run_id;
+        ELSIF v_policy IN (3, 4) THEN
+            PERFORM session.request_cancel(v_other.run_id, 'interrupted by new input');
+            IF v_policy = 4 THEN
+                UPDATE session.run r SET rollback = true WHERE r.run_id = v_other.run_id;
+            END IF;
             IF v_lease.run_id = v_other.run_id AND v_lease.owner IS NOT NULL
                AND v_lease.lease_until >= clock_timestamp() THEN
                 PERFORM pg_notify('hermesh_cancel', v_other.run_id::text);
                 v_busy := true;
             ELSE
-                PERFORM session.cancel_unheld(v_other.run_id, 'interrupted by new input');
+                PERFORM session.cancel_unheld(v_other.run_id);
             END IF;
         ELSE
             v_busy := true;
@@ -302,9 +382,10 @@ BEGIN
     WHERE s.session_id = p_session
     RETURNING s.run_count, s.agent INTO v_ordinal, v_agent;
     INSERT INTO session.run (run_id, tenant_id, session_id, ordinal, status, model, options, input, last_seq,
-                             created_ms, dispatch_after)
+                             created_ms, dispatch_after, left_ms)
     VALUES (p_run, p_tenant, p_session, v_ordinal, 1, p_model, p_options, p_input, 1, v_now,
-            CASE WHEN v_busy THEN NULL ELSE clock_timestamp() END);
+            CASE WHEN v_busy THEN NULL ELSE clock_timestamp() END,
+            coalesce(nullif(p_timeout_ms, 0), v_tenant.run_timeout_ms, p_default_timeout_ms));
     v_data := p_data_head || v_ordinal::text || p_data_mid || to_json(v_agent)::text || p_data_tail;
     INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
     VALUES (p_run, 1, p_time_ms, p_tenant, p_session, 0, 'run.created', v_data);
@@ -389,7 +470,9 @@ BEGIN
     ELSIF p_status = 3 THEN
         -- The run keeps the session's place: later runs wait for the person, too.
         UPDATE session.lease l SET owner = NULL, lease_until = NULL WHERE l.session_id = p_session;
-        UPDATE session.run r SET status = 3, last_seq = v_lease.next_seq - 1, dispatch_after = NULL
+        -- A person may take days: meanwhile the run's time stands still.
+        UPDATE session.run r SET status = 3, last_seq = v_lease.next_seq - 1, dispatch_after = NULL,
+               left_ms = greatest(0, session.ms_until(r.deadline)), deadline = NULL
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
@@ -398,7 +481,7 @@ BEGIN
         -- What was said while this step was on its way would find nobody to hear it later.
         SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
         IF v_run.cancel_requested THEN
-            PERFORM session.cancel_unheld(p_run, v_run.cancel_reason);
+            PERFORM session.cancel_unheld(p_run);
         ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
               AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
             PERFORM session.requeue_run(p_run);

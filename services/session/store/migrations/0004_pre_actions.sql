@@ -19,13 +19,11 @@ BEGIN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
     IF v_run.status < 4 THEN
+        PERFORM session.request_cancel(p_run, p_reason);
         IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN
-            UPDATE session.run r SET cancel_requested = true,
-                   cancel_reason = CASE WHEN r.cancel_requested THEN r.cancel_reason ELSE p_reason END
-            WHERE r.run_id = p_run;
             PERFORM pg_notify('hermesh_cancel', p_run::text);
         ELSE
-            v_seq := session.cancel_unheld(p_run, p_reason);
+            v_seq := session.cancel_unheld(p_run);
         END IF;
     END IF;
     RETURN QUERY SELECT v, e.seq, e.time_ms, e.data
@@ -33,13 +31,14 @@ BEGIN
     WHERE v.run_id = p_run;
 END $$;
 
--- Lets a run that waited for a person go on. The caller holds the lease row.
+-- Lets a run that waited for a person go on, and its time with it. The caller holds the lease row.
 CREATE FUNCTION session.requeue_run(p_run uuid) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_session uuid;
 BEGIN
-    UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp()
+    UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp(),
+           deadline = clock_timestamp() + left_ms * interval '1 ms'
     WHERE run_id = p_run AND status = 3
     RETURNING session_id INTO v_session;
     IF FOUND THEN
@@ -160,7 +159,8 @@ BEGIN
         WHERE t.call_id = p_call;
         PERFORM session.write_unheld(p_run, p_types, p_times, p_data);
         IF p_decision = 4 THEN
-            PERFORM session.cancel_unheld(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+            PERFORM session.request_cancel(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+            PERFORM session.cancel_unheld(p_run);
         ELSIF NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state = 5) THEN
             PERFORM session.requeue_run(p_run);
         END IF;

@@ -4,7 +4,8 @@
 -- See session.submit_run.
 SELECT s.duplicate, s.created_ms AS event_time_ms, s.created_data, s.outcome, s.fence, s.attach, s.next_seq,
        s.context, (s.run).*
-FROM session.submit_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19) s;
+FROM session.submit_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
+                        $20, $21) s;
 
 -- name: claim
 -- See session.claim_run.
@@ -55,6 +56,11 @@ WITH due AS (
 UPDATE session.run r SET dispatch_after = clock_timestamp() + $2::interval
 FROM due WHERE r.run_id = due.run_id
 RETURNING r.run_id;
+
+-- name: end_orphans
+-- See session.end_orphans.
+-- $1 how many at most
+SELECT session.end_orphans($1);
 
 -- name: last_ordinals
 -- The ordinal of each session's newest run.

@@ -12,6 +12,20 @@ INSERT INTO session.tenant (tenant_id, name) VALUES ($1, $2)
 ON CONFLICT (name) DO UPDATE SET name = excluded.name
 RETURNING tenant_id;
 
+-- name: get_tenant
+-- One tenant and its settings.
+-- $1 name
+SELECT tenant_id, name, concurrency, approval_tools, run_timeout_ms FROM session.tenant WHERE name = $1;
+
+-- name: set_tenant
+-- Changes what is given of a tenant's settings; a time limit of 0 takes its own away.
+-- $1 name, $2 concurrency or NULL, $3 approval_tools or NULL, $4 run_timeout_ms or NULL
+UPDATE session.tenant
+SET concurrency = coalesce($2, concurrency), approval_tools = coalesce($3::text[], approval_tools),
+    run_timeout_ms = CASE WHEN $4::bigint IS NULL THEN run_timeout_ms ELSE nullif($4::bigint, 0) END
+WHERE name = $1
+RETURNING tenant_id, name, concurrency, approval_tools, run_timeout_ms;
+
 -- name: ensure_key
 -- Makes a key unless it is there; a revoked one stays revoked. Returns whose it is.
 -- $1 key_hash, $2 tenant_id, $3 name

@@ -70,6 +70,7 @@ class Kit:
         request_id: str = "",
         fingerprint: bytes = b"",
         policy: ConcurrencyPolicy = ConcurrencyPolicy.DEFAULT,
+        timeout_ms: int = 0,
     ) -> Submitted:
         return await self.store.submit(
             self.tenant,
@@ -82,6 +83,7 @@ class Kit:
                 fingerprint=fingerprint,
                 concurrency=policy,
                 claim_owner=owner,
+                timeout_ms=timeout_ms,
             ),
         )
 
@@ -154,6 +156,28 @@ class Kit:
             " WHERE session_id = $1",
             session_id,
         )
+
+    async def run_out(self, run_id: UUID) -> None:
+        """Uses up a run's time; it stays used up while the run waits for a person."""
+        await self.pool.execute(
+            "UPDATE session.run SET left_ms = 0, deadline = CASE WHEN deadline IS NOT NULL"
+            " THEN clock_timestamp() - interval '1 ms' END WHERE run_id = $1",
+            run_id,
+        )
+
+    async def time_left(self, run_id: UUID) -> int:
+        """Milliseconds that a run has left; they stand still where it has no deadline."""
+        left: int = await self.pool.fetchval(
+            "SELECT time_left_ms FROM session.run_view WHERE run_id = $1", run_id
+        )
+        return left
+
+    async def clock_runs(self, run_id: UUID) -> bool:
+        """Whether a run's time passes."""
+        runs: bool = await self.pool.fetchval(
+            "SELECT deadline IS NOT NULL FROM session.run WHERE run_id = $1", run_id
+        )
+        return runs
 
     async def make_due(self) -> None:
         """Ends the wait of runs that were handed out for dispatch."""

@@ -25,6 +25,7 @@ class ModelRun:
     claim_seq: int = 1
     cancel: bool = False
     rollback: bool = False
+    late: bool = False
     parked_on: str = ""
 
     @property
@@ -34,6 +35,10 @@ class ModelRun:
     @property
     def next_seq(self) -> int:
         return len(self.log) + 1
+
+    @property
+    def clock_runs(self) -> bool:
+        return self.attempt > 0 and self.status is not RunStatus.REQUIRES_ACTION
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Model:
     """One session: its runs, its lease and its conversation."""
 
     def __init__(self) -> None:
+        self.default = ConcurrencyPolicy.ENQUEUE
         self.runs: list[ModelRun] = []
         self.messages: list[tuple[UUID, str]] = []
         self.fence = 0
@@ -70,6 +76,7 @@ class Model:
 
     def submit(self, run_id: UUID, text: str, policy: ConcurrencyPolicy) -> ModelRun | None:
         """Returns the new run; None if it is refused."""
+        policy = policy or self.default
         unfinished = [run for run in self.runs if run.open]
         if unfinished and policy is ConcurrencyPolicy.REJECT:
             return None
@@ -90,8 +97,7 @@ class Model:
             return ClaimOutcome.REQUIRES_ACTION
         if self.live or self.head is not run:
             return ClaimOutcome.ALREADY_CLAIMED
-        if run.cancel:
-            self.end_unheld(run, RunStatus.CANCELLED)
+        if self.end_if_due(run):
             return ClaimOutcome.FINISHED
         if any(kind not in PREAMBLE for kind in run.log[run.claim_seq - 1 :]):
             run.idle = 0
@@ -108,6 +114,17 @@ class Model:
         self.attach = 0
         self.leased, self.owner, self.expired = run, owner, False
         return ClaimOutcome.CLAIMED
+
+    def end_if_due(self, run: ModelRun) -> bool:
+        if run.cancel:
+            self.end_unheld(run, RunStatus.CANCELLED)
+        elif run.late and run.clock_runs:
+            self.end_unheld(run, RunStatus.FAILED)
+        return not run.open
+
+    def end_orphans(self) -> None:
+        if not self.live and self.head is not None and self.head.clock_runs:
+            self.end_if_due(self.head)
 
     def append(
         self,

@@ -23,8 +23,8 @@ SELECT gen_random_uuid(), $1, 't', '{{}}', '', 'u' || n % 100, n, n, {FINISHED /
 FROM generate_series(1, {SESSIONS}) n;
 INSERT INTO session.lease (session_id, tenant_id, fence) SELECT session_id, tenant_id, 1 FROM session.session;
 INSERT INTO session.run (run_id, tenant_id, session_id, ordinal, status, model, options, last_seq, created_ms,
-                         finished_ms)
-SELECT gen_random_uuid(), tenant_id, session_id, o, 4, 'm', '', 2, 1, 2
+                         finished_ms, left_ms, deadline)
+SELECT gen_random_uuid(), tenant_id, session_id, o, 4, 'm', '', 2, 1, 2, 600000, now()
 FROM session.session, generate_series(1, {FINISHED // SESSIONS}) o;
 INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content, tool_calls,
                              tool_call_id, created_ms)
@@ -115,6 +115,23 @@ async def test_the_sweep_costs_what_is_unfinished_and_not_what_is_stored(full: K
     assert await full.due() == {submitted.run.run_id for submitted in queued}
     for grant in held:
         await full.finish(grant, 2)
+
+
+async def test_the_look_for_orphans_costs_what_there_is_to_end(full: Kit) -> None:
+    # The statement inside of session.end_orphans, whose own plan EXPLAIN does not show.
+    body = await full.pool.fetchval("SELECT prosrc FROM pg_proc WHERE proname = 'end_orphans'")
+    statement = body.partition("FOR v_found IN")[2].partition("LOOP")[0].replace("p_limit", "$1::integer")
+    held = [await full.started() for _ in range(50)]
+    scans, pages = await explain(full, statement, 64)
+    assert {scan.rpartition(" ")[2] for scan in scans} >= {"run_overdue", "run_cancelling"}, scans
+    assert not any(scan.startswith("Seq Scan") for scan in scans), scans
+    assert pages < 20, pages
+    for grant in held:
+        await full.run_out(grant.run_id)
+        await full.expire(grant.session_id)
+    _, pages = await explain(full, statement, 64)
+    assert pages < 50 * 12, pages
+    assert await full.store.end_orphans(64) == 50
 
 
 @pytest.mark.parametrize(

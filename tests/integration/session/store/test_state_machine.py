@@ -31,12 +31,14 @@ from services.session.domain import (
     LeaseRef,
     NewMessage,
     RunStatus,
+    TenantChange,
 )
 from services.session.store.postgres import PostgresStore
 from tests.integration.session.store.kit import Kit, event, intent
 from tests.integration.session.store.model import Handle, Model, ModelRun
 
 T = TypeVar("T")
+TENANT = "machine"
 OWNERS = st.sampled_from(["a", "b"])
 # Where a writer writes relative to the log's end: mostly right, at times again or too far.
 SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
@@ -71,6 +73,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             # The grant that is good now, if one is: without it most random writes would be stale ones.
             self.current: Handle | None = None
             self.former: Handle | None = None
+            self.default(ConcurrencyPolicy.ENQUEUE)
 
         def text(self) -> str:
             self.count += 1
@@ -78,6 +81,11 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
 
         def grant(self, handle: Handle) -> Grant:
             return Grant(self.session_id, handle.run.run_id, handle.fence, 0, 0, 0)
+
+        @rule(policy=st.sampled_from([policy for policy in ConcurrencyPolicy if policy]))
+        def default(self, policy: ConcurrencyPolicy) -> None:
+            assert run(kit.store.set_tenant(TENANT, TenantChange(policy))) is not None
+            self.model.default = policy
 
         @rule(target=runs, policy=POLICIES)
         def submit(self, policy: ConcurrencyPolicy) -> Any:
@@ -92,11 +100,15 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             assert submitted.run.ordinal == len(self.model.runs)
             return made
 
-        @rule(target=handles, owner=OWNERS)
-        def submit_and_claim(self, owner: str) -> Any:
+        @rule(target=handles, owner=OWNERS, policy=POLICIES)
+        def submit_and_claim(self, owner: str, policy: ConcurrencyPolicy) -> Any:
             text = self.text()
-            submitted = run(kit.submit(self.session_id, text, owner=owner))
-            made = self.model.submit(submitted.run.run_id, text, ConcurrencyPolicy.ENQUEUE)
+            try:
+                submitted = run(kit.submit(self.session_id, text, owner=owner, policy=policy))
+            except FailedPreconditionError:
+                assert self.model.submit(uuid7(), text, policy) is None
+                return multiple()
+            made = self.model.submit(submitted.run.run_id, text, policy)
             assert made is not None
             outcome = self.model.claim(made, owner)
             if submitted.claim is None:
@@ -249,6 +261,21 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             )
             self.model.resolve(head)
 
+        @rule(made=runs)
+        def run_out_of_time(self, made: ModelRun) -> None:
+            run(kit.run_out(made.run_id))
+            made.late = True
+
+        @rule()
+        def holder_runs_out_of_time(self) -> None:
+            if self.current is not None:
+                self.run_out_of_time(self.current.run)
+
+        @rule()
+        def end_orphans(self) -> None:
+            run(kit.store.end_orphans(10_000))
+            self.model.end_orphans()
+
         @rule()
         def sweep(self) -> None:
             run(kit.make_due())
@@ -280,6 +307,14 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
                 assert log["types"] == made.log
                 assert log["fences"] == made.fences
                 assert (stored.status, stored.last_seq) == (made.status, len(made.log))
+            running = await kit.pool.fetch(
+                "SELECT run_id FROM session.run"
+                " WHERE session_id = $1 AND status < 4 AND deadline IS NOT NULL",
+                self.session_id,
+            )
+            assert {row["run_id"] for row in running} == {
+                made.run_id for made in model.runs if made.open and made.clock_runs
+            }
             contents = [(m[0], m[2]) for m in await kit.messages(self.session_id)]
             assert contents == [(n, text) for n, (_, text) in enumerate(model.messages, start=1)]
             session = await kit.store.get_session(kit.tenant, self.session_id)
@@ -298,7 +333,7 @@ def test_random_histories_keep_every_promise(database: str) -> None:
         pool = runner.run(open_pool(database, min_size=1, max_size=2, name="test-machine"))
         try:
             store = PostgresStore(pool)
-            tenant = runner.run(store.ensure_key("machine", uuid7().hex * 2, "k"))
+            tenant = runner.run(store.ensure_key(TENANT, uuid7().hex * 2, "k"))
             made = machine(runner.run, Kit(store, tenant, pool))
             run_state_machine_as_test(
                 made,

@@ -78,6 +78,7 @@ def test_a_context_is_read_with_its_parts_in_order() -> None:
             "user": "u",
             "agent": "a",
             "omitted": 4,
+            "approval_tools": ["pay", "*"],
         }
     )
     context = rows.context_of(text, rows.run_of(run_row()))
@@ -89,11 +90,13 @@ def test_a_context_is_read_with_its_parts_in_order() -> None:
     assert (call.effect, call.state) == (EffectClass.NON_IDEMPOTENT, ToolCallState.UNKNOWN)
     assert (call.content, call.content_ref, call.idempotency_key, call.fence) == ("out", "", "k", 9)
     assert (context.user, context.agent, context.omitted_messages) == ("u", "a", 4)
+    assert list(context.approval_tools) == ["pay", "*"]
     assert isinstance(message.message_id, UUID)
 
 
 def test_an_empty_context_is_empty() -> None:
-    text = '{"messages":null,"events":null,"tool_calls":null,"user":"","agent":"","omitted":0}'
+    nothing = dict.fromkeys(("messages", "events", "tool_calls"))
+    text = json.dumps(nothing | {"user": "", "agent": "", "omitted": 0, "approval_tools": []})
     context = rows.context_of(text, rows.run_of(run_row()))
     assert not context.messages
     assert not context.events

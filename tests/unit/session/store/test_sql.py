@@ -9,10 +9,11 @@ import pytest
 from meshkit.postgres import load_sql
 
 FILES = ("tenants", "sessions", "runs", "log", "journal", "upkeep")
-# Reached with the mesh's own credential only, or by watchers that were admitted with their tenant before.
+# Reached by an operator's command, with the mesh's own credential, or by watchers that were admitted with
+# their tenant before.
 NOT_BY_TENANT = {
-    "tenants": {"tenant_of_key", "ensure_tenant", "ensure_key"},
-    "runs": {"claim", "due", "last_ordinals"},
+    "tenants": {"tenant_of_key", "ensure_tenant", "ensure_key", "get_tenant", "set_tenant"},
+    "runs": {"claim", "due", "end_orphans", "last_ordinals"},
     "log": {
         "append",
         "refusals",
