@@ -41,6 +41,10 @@ class ToolServiceStub:
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.CancelRequest, _tool_service_pb2.CancelResponse]
     """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+    Reconcile: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.ReconcileRequest, _tool_service_pb2.ReconcileResponse]
+    """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+    it finds. It never acts, so that it may be repeated.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -55,6 +59,10 @@ class ToolServiceAsyncStub(ToolServiceStub):
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.CancelRequest, _tool_service_pb2.CancelResponse]  # type: ignore[assignment]
     """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+    Reconcile: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.ReconcileRequest, _tool_service_pb2.ReconcileResponse]  # type: ignore[assignment]
+    """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+    it finds. It never acts, so that it may be repeated.
+    """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     """ToolService lists and runs tools. It keeps nothing: the journal is the session service's."""
@@ -84,5 +92,15 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tool_service_pb2.CancelResponse, _abc.Awaitable[_tool_service_pb2.CancelResponse]]:
         """For the mesh only: asks a running call to stop. What it did until then is reported by Execute."""
+
+    @_abc_1.abstractmethod
+    def Reconcile(
+        self,
+        request: _tool_service_pb2.ReconcileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tool_service_pb2.ReconcileResponse, _abc.Awaitable[_tool_service_pb2.ReconcileResponse]]:
+        """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+        it finds. It never acts, so that it may be repeated.
+        """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
