@@ -13,3 +13,6 @@ SECONDS = Histogram(
 RUNNING = Gauge("hermesh_tool_running", "Tool calls being worked on now.")
 REFUSED = Counter("hermesh_tool_refused", "Calls refused because the replica was at its limit.")
 COMPLETE_RETRIES = Counter("hermesh_tool_complete_retries", "Outcomes that had to be recorded again.")
+RECONCILES = Counter(
+    "hermesh_tool_reconciles", "Looks at what became of an unknown call, by finding.", ["tool", "finding"]
+)

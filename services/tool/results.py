@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Protocol
 from uuid import UUID
@@ -14,6 +16,8 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore, from_url
 
 from meshkit.errors import StartupError, UnavailableError
+from meshkit.tasks import Backoff
+from services.tool.domain import CallState, Outcome
 
 _log = structlog.get_logger("tool.results")
 
@@ -89,6 +93,34 @@ def open_results(url: str) -> ResultStore | None:
             f"the object store cannot be used ({type(error).__name__}); HERMESH_OBJECT_STORE_URL must be "
             "file:///folder or s3://bucket/prefix"
         ) from error
+
+
+async def shrink(store: ResultStore | None, tenant_id: UUID, outcome: Outcome, seconds: float) -> Outcome:
+    """Returns an outcome that the journal can hold: a large result goes to the object store, or is cut.
+
+    Args:
+        store: The object store; None cuts.
+        tenant_id: Whose result it is.
+        outcome: What the tool returned.
+        seconds: How long it is tried again while the store is away.
+    """
+    data = outcome.content.encode("utf-8")
+    if len(data) <= INLINE_BYTES:
+        return outcome
+    if store is None or outcome.state is not CallState.COMPLETED:
+        return replace(outcome, content=cut(data))
+    end = time.monotonic() + seconds
+    backoff = Backoff(0.2, 5.0)
+    while True:
+        try:
+            ref = await store.put(tenant_id, data)
+        except UnavailableError:
+            wait = backoff.next()
+            if time.monotonic() + wait > end:
+                return replace(outcome, content=cut(data))
+            await asyncio.sleep(wait)
+        else:
+            return replace(outcome, content=preview(data), content_ref=ref)
 
 
 def clean(text: str) -> str:

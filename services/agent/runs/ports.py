@@ -31,6 +31,10 @@ class ToolPort(Protocol):
         """Run one call and return it with its outcome."""
         ...
 
+    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+        """Have a call's tool look up what became of it."""
+        ...
+
     async def cancel(self, call_id: str, tenant_id: str) -> None:
         """Ask a running call to stop."""
         ...

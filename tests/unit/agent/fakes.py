@@ -33,7 +33,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
 from meshkit.ids import uuid7
 from services.agent.clients.session import Claim, NotClaimed
 from services.agent.clients.tools import ToolInfo
-from services.agent.domain.loop import Call, CallState, Limits
+from services.agent.domain.loop import MAX_LOOKS, Call, CallState, Limits
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest, ToolOffer
 from services.agent.runs.leases import Renewal
@@ -340,20 +340,24 @@ class FakeCatalog:
 class FakeTools:
     """Tools that answer from a table; a missing answer never comes."""
 
-    def __init__(
-        self, answers: Mapping[str, Call | str] | None = None, effect: int = EFFECT_CLASS_PURE
-    ) -> None:
+    def __init__(self, answers: Mapping[str, Any] | None = None, effect: int = EFFECT_CLASS_PURE) -> None:
         self.answers = dict(answers or {})
         self.effect = effect
         self.executed: list[str] = []
         self.cancelled: list[str] = []
         self.approval: set[str] = set()
+        self.findings: dict[str, list[str]] = {}
+        self.unlisted: dict[str, str] = {}
         self.started = asyncio.Event()
 
     async def tools(self) -> Mapping[str, ToolInfo]:
         return {
             name: ToolInfo(
-                ToolOffer(name, f"does {name}", {"type": "object"}), self.effect, 5.0, name in self.approval
+                ToolOffer(name, f"does {name}", {"type": "object"}),
+                self.effect,
+                5.0,
+                name in self.approval,
+                name in self.findings,
             )
             for name in self.answers
         }
@@ -368,13 +372,27 @@ class FakeTools:
     ) -> Call:
         self.executed.append(call.call_id)
         self.started.set()
-        answer = self.answers[call.name]
+        answer = self.unlisted[call.name] if call.name in self.unlisted else self.answers[call.name]
+        if isinstance(answer, list):
+            answer = answer.pop(0)
         if answer == "never":
             await asyncio.Event().wait()
         if answer == "unknown":
             return replace(call, state=CallState.UNKNOWN)
         on_progress("working")
         return replace(call, state=CallState.COMPLETED, content=str(answer))
+
+    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+        """Finds what is next in `findings`: "not done", "cannot tell", "never" or a result."""
+        call = replace(call, looks=call.looks + 1)
+        found = self.findings[call.name].pop(0)
+        if found == "never":
+            await asyncio.Event().wait()
+        if found == "not done":
+            return replace(call, state=CallState.INTENT)
+        if found == "cannot tell":
+            return replace(call, looks=MAX_LOOKS)
+        return replace(call, state=CallState.COMPLETED, content=found)
 
     async def cancel(self, call_id: str, tenant_id: str) -> None:
         self.cancelled.append(call_id)

@@ -416,8 +416,9 @@ BEGIN
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
-        -- Whoever waits for a person has nothing under way: a call without an outcome is one to ask about.
-        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2;
+        -- Whoever waits for a person has nothing under way: a call that must not run twice and has no outcome is
+        -- one to ask about.
+        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;
         -- What was said while this step was on its way would find nobody to hear it later.
         SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
         PERFORM session.say_resolved(p_run);

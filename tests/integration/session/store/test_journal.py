@@ -293,7 +293,7 @@ async def test_a_call_that_settles_while_its_run_parks_does_not_leave_it_waiting
 
 
 async def test_whatever_had_no_outcome_when_its_run_parked_can_be_settled(kit: Kit) -> None:
-    grant, (call_id,) = await journalled(kit, EffectClass.IDEMPOTENT)
+    grant, (call_id,) = await journalled(kit, EffectClass.NON_IDEMPOTENT)
     await kit.store.begin(call_id, grant.session_id, grant.fence)
     await kit.step(grant, 4, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
     [call] = await kit.store.calls_of_run(kit.tenant, grant.run_id)
