@@ -27,6 +27,7 @@ SAFE_METHODS = (
     f"{_SESSION}/ListMessages",
     f"{_SESSION}/GetRun",
     f"{_SESSION}/ListRuns",
+    f"{_SESSION}/ListPendingActions",
     "hermesh.session.v1.SessionInternalService/Authenticate",
     "hermesh.agent.v1.AgentService/ListModels",
 )

@@ -117,6 +117,24 @@ async def resolve(gateway: Gateway, request: Request) -> ASGIApp:
     return json_response(models.run_json(answer.run))
 
 
+async def list_actions(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/actions."""
+    answer = await call(
+        gateway.mesh.sessions.ListPendingActions(
+            pb.ListPendingActionsRequest(
+                page_size=query_int(request, "page_size", 1, 200),
+                page_token=query_text(request, "page_token", 500),
+            )
+        )
+    )
+    return json_response(
+        {
+            "actions": [models.waiting_json(item) for item in answer.actions],
+            "next_page_token": answer.next_page_token,
+        }
+    )
+
+
 async def run_events(gateway: Gateway, request: Request) -> ASGIApp:
     """GET /v1/runs/{run_id}/events."""
     run_id = run_id_of(request)
@@ -249,6 +267,15 @@ endpoints = [
         "Asks for a run to be cancelled",
         {202: Answer("The run as it is now; its terminal event follows.", models.Run)},
         body=models.CancelRun,
+        tag="runs",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/actions",
+        list_actions,
+        "Lists the tool calls that wait for a person, in all sessions, the oldest run first",
+        {200: Answer("One page.", models.ActionPage)},
+        params=(Param("page_size", "query", "1 to 200; 50 if left out.", "integer"), PAGE_TOKEN),
         tag="runs",
     ),
     Endpoint(

@@ -417,6 +417,17 @@ class _Sessions(session_grpc.SessionServiceServicer):
         run.resolved.set()
         return session_pb.ResolveActionResponse(run=run.proto())
 
+    @unary
+    async def ListPendingActions(self, request: Any, context: Any) -> Any:
+        tenant = _tenant(context)
+        waiting = [
+            session_pb.PendingAction(tool_call=call, waiting_since_ms=7)
+            for run in self.mesh.runs.values()
+            if run.session.tenant == tenant
+            for call in run.pending
+        ]
+        return session_pb.ListPendingActionsResponse(actions=waiting[: request.page_size or 50])
+
     async def WatchRun(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self.mesh.note("WatchRun", context)
         cut = self.mesh.watch_cuts.pop(0) if self.mesh.watch_cuts else None

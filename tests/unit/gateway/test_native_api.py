@@ -244,7 +244,16 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
     async def asks(made: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         call_id = f"{made.run_id}:1:0"
         made.pending.append(
-            resources.ToolCall(call_id=call_id, name="send_mail", arguments='{"to":"ada"}', effect=3, state=5)
+            resources.ToolCall(
+                call_id=call_id,
+                run_id=made.run_id,
+                session_id=session_id,
+                name="send_mail",
+                arguments='{"to":"ada"}',
+                effect=3,
+                state=5,
+                quiet_in_ms=1500,
+            )
         )
         yield "action.required", {"call_id": call_id, "kind": "unknown", "name": "send_mail", "arguments": {}}
         await made.resolved.wait()
@@ -260,12 +269,21 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
     assert waiting["pending_actions"] == [
         {
             "call_id": f"{made['run_id']}:1:0",
+            "kind": "unknown",
             "name": "send_mail",
             "arguments": {"to": "ada"},
             "effect": "non_idempotent",
             "state": "unknown",
+            "may_act_ms": 1500,
         }
     ]
+    listed = (await served.client.get("/v1/actions")).json()
+    assert listed["next_page_token"] == ""
+    where = {"run_id": made["run_id"], "session_id": session_id, "waiting_since_ms": 7}
+    assert listed["actions"] == [waiting["pending_actions"][0] | where]
+    foreign = {"authorization": f"Bearer {OTHER_KEY}"}
+    assert (await served.client.get("/v1/actions", headers=foreign)).json()["actions"] == []
+    problem(await served.client.get("/v1/actions?page_size=0"), 400, "INVALID_ARGUMENT")
     body = {"decision": "completed", "content": "it was sent"}
     action = f"{url}/actions/{made['run_id']}:1:0"
     assert (await served.client.post(action, json=body)).status_code == 200
