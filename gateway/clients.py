@@ -15,6 +15,7 @@ from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.session.v1 import session_internal_service_pb2 as internal_pb
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit.errors import HermeshError, NotFoundError, from_rpc_error
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ SAFE_METHODS = (
     f"{_SESSION}/GetRun",
     f"{_SESSION}/ListRuns",
     f"{_SESSION}/ListPendingActions",
+    f"{_SESSION}/GetRunToolCall",
     "hermesh.session.v1.SessionInternalService/Authenticate",
     "hermesh.agent.v1.AgentService/ListModels",
 )
@@ -54,6 +56,7 @@ class MeshClients:
     Attributes:
         sessions: Stub of the session service's public face.
         agents: Stub of the agent service.
+        tools: Stub of the tool service.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -61,6 +64,7 @@ class MeshClients:
         # The generated stubs are typed for the synchronous channel as well; these are always aio.
         self.sessions: Any = SessionServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
+        self.tools: Any = ToolServiceStub(channel)
         self._internal: Any = SessionInternalServiceStub(channel)
         self._models: list[agent_pb.Model] = []
         self._models_until = 0.0

@@ -195,6 +195,11 @@ function toolCard(name, callArguments, result, progress) {
   made.append(element("pre", { "aria-label": "Arguments" }, pretty(callArguments)));
   if (progress && !result) made.append(element("pre", { "aria-label": "Progress" }, progress));
   if (result) made.append(element("pre", { "aria-label": "Result" }, pretty(result.content ?? "")));
+  if (result?.content_ref) {
+    const [runId] = result.call_id.split(":");
+    const href = `/v1/runs/${runId}/tool-calls/${encodeURIComponent(result.call_id)}/content`;
+    made.append(element("a", { href, download: `${name}.txt` }, "The whole result"));
+  }
   return made;
 }
 

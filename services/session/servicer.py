@@ -202,6 +202,15 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             run=convert.run_to_proto(run), tool_call=convert.tool_call_to_proto(call)
         )
 
+    async def GetRunToolCall(
+        self, request: pb.GetRunToolCallRequest, context: Context
+    ) -> pb.GetRunToolCallResponse:
+        """See the proto."""
+        _check_texts(call_id=request.call_id)
+        run = await self._store.get_run(require_tenant(), _id(request.run_id, "run_id"))
+        call = await self._store.call_of_run(run.tenant_id, run.run_id, request.call_id)
+        return pb.GetRunToolCallResponse(tool_call=convert.tool_call_to_proto(call))
+
     async def ListPendingActions(
         self, request: pb.ListPendingActionsRequest, context: Context
     ) -> pb.ListPendingActionsResponse:

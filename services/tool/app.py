@@ -82,7 +82,7 @@ async def serve(settings: ToolSettings) -> None:
             Server(settings, service="tool", authenticator=MeshAuthenticator(channel, settings))
         )
         reconciler = Reconciler(registry, journal, results, max_looks=settings.tool_max_calls)
-        servicer = ToolServicer(registry, executor, reconciler)
+        servicer = ToolServicer(registry, executor, reconciler, results)
         server.add(add_ToolServiceServicer_to_server, servicer, SERVICE_NAME)
 
         async def drain() -> None:

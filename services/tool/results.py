@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 import obstore
 import structlog
 from obstore.exceptions import BaseError
+from obstore.exceptions import NotFoundError as ObjectNotFoundError
 from obstore.store import ObjectStore, from_url
 
-from meshkit.errors import StartupError, UnavailableError
+from meshkit.errors import NotFoundError, StartupError, UnavailableError
 from meshkit.tasks import Backoff
 from services.tool.domain import CallState, Outcome
 
@@ -24,7 +26,10 @@ _log = structlog.get_logger("tool.results")
 # What the journal and the event log hold themselves; the object store has the rest.
 INLINE_BYTES = 64 * 1024
 PREVIEW_BYTES = 2 * 1024
+# One message of a result that is read.
+READ_BYTES = 256 * 1024
 _PUT_SECONDS = 20.0
+_GET_SECONDS = 20.0
 
 
 class ResultStore(Protocol):
@@ -35,6 +40,15 @@ class ResultStore(Protocol):
 
         Raises:
             UnavailableError: It cannot be stored now.
+        """
+        ...
+
+    async def get(self, tenant_id: UUID, ref: str) -> tuple[int, AsyncIterator[bytes]]:
+        """Returns the size of a tenant's result, and its bytes piece by piece, which raise the same.
+
+        Raises:
+            NotFoundError: TOOL_CALL_NOT_FOUND: the tenant has no such result.
+            UnavailableError: It cannot be read now.
         """
         ...
 
@@ -59,10 +73,41 @@ class ObjectResults:
                 await obstore.put_async(self._store, object_path(tenant_id, ref), data)
         except (BaseError, OSError, TimeoutError) as error:
             _log.warning("a large result was not stored", error=type(error).__name__, bytes=len(data))
-            raise UnavailableError(
-                "SERVICE_UNAVAILABLE", "the object store does not answer", retry_after_ms=1_000
-            ) from error
+            raise _away() from error
         return ref
+
+    async def get(self, tenant_id: UUID, ref: str) -> tuple[int, AsyncIterator[bytes]]:
+        """Opens the object."""
+        try:
+            async with asyncio.timeout(_GET_SECONDS):
+                found = await obstore.get_async(self._store, object_path(tenant_id, ref))
+        except (ObjectNotFoundError, FileNotFoundError) as error:
+            raise NotFoundError(
+                "TOOL_CALL_NOT_FOUND", "there is no such result", metadata={"content_ref": ref}
+            ) from error
+        except (BaseError, OSError, TimeoutError) as error:
+            _log.warning("a large result was not read", error=type(error).__name__)
+            raise _away() from error
+        return int(found.meta["size"]), _pieces(aiter(found.stream(min_chunk_size=READ_BYTES)))
+
+
+async def _pieces(chunks: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            async with asyncio.timeout(_GET_SECONDS):
+                chunk = bytes(await anext(chunks))
+        except StopAsyncIteration:
+            return
+        except (BaseError, OSError, TimeoutError) as error:
+            _log.warning("a large result was not read to its end", error=type(error).__name__)
+            raise _away() from error
+        # A store may hand out more at once than one message takes.
+        for at in range(0, len(chunk), READ_BYTES):
+            yield chunk[at : at + READ_BYTES]
+
+
+def _away() -> UnavailableError:
+    return UnavailableError("SERVICE_UNAVAILABLE", "the object store does not answer", retry_after_ms=1_000)
 
 
 def open_results(url: str) -> ResultStore | None:

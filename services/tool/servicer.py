@@ -11,12 +11,14 @@ from uuid import UUID
 from hermesh.session.v1 import resources_pb2
 from hermesh.tool.v1 import tool_service_pb2 as pb
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceServicer
+from meshkit.errors import NotFoundError
 from meshkit.identity import require_mesh, require_tenant
 from meshkit.paging import make_page_token, read_page_token
 from services.tool.domain import CallRequest, Outcome
 from services.tool.execution import Executor, Progress
 from services.tool.reconcile import Finding, Reconciler
 from services.tool.registry import Registry, Tool
+from services.tool.results import ResultStore
 
 _PAGE = 100
 _FINDINGS = {
@@ -30,11 +32,18 @@ _FINDINGS = {
 class ToolServicer(ToolServiceServicer):
     """hermesh.tool.v1.ToolService."""
 
-    def __init__(self, registry: Registry, executor: Executor, reconciler: Reconciler) -> None:
-        """Serves these."""
+    def __init__(
+        self,
+        registry: Registry,
+        executor: Executor,
+        reconciler: Reconciler,
+        results: ResultStore | None = None,
+    ) -> None:
+        """Serves these; without an object store there is no large result to read."""
         self._registry = registry
         self._executor = executor
         self._reconciler = reconciler
+        self._results = results
 
     async def ListTools(self, request: pb.ListToolsRequest, context: Any) -> pb.ListToolsResponse:
         """Lists the tools by name."""
@@ -90,6 +99,18 @@ class ToolServicer(ToolServiceServicer):
         if look.outcome is not None:
             response.result.CopyFrom(_result(look.outcome))
         return response
+
+    async def ReadResult(
+        self, request: pb.ReadResultRequest, context: Any
+    ) -> AsyncIterator[pb.ReadResultResponse]:
+        """Streams a large result of the tenant's own."""
+        require_mesh()
+        if self._results is None:
+            raise NotFoundError("TOOL_CALL_NOT_FOUND", "there is no such result")
+        size, pieces = await self._results.get(require_tenant(), request.content_ref)
+        yield pb.ReadResultResponse(size=size)
+        async for piece in pieces:
+            yield pb.ReadResultResponse(data=piece)
 
 
 def _tool(tool: Tool) -> pb.Tool:

@@ -17,6 +17,7 @@ from hermesh.session.v1.resources_pb2 import (
     TOOL_CALL_STATE_FAILED,
     TOOL_CALL_STATE_UNKNOWN,
     EffectClass,
+    ToolCall,
 )
 from hermesh.session.v1.session_internal_service_pb2 import (
     BEGIN_OUTCOME_FENCED,
@@ -35,6 +36,7 @@ from hermesh.tool.v1.tool_service_pb2 import (
     ListToolsRequest,
     ReconcileRequest,
     ReconcileResponse,
+    Result,
 )
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
@@ -171,7 +173,7 @@ class ToolClient:
                 async with stream_call(stream) as responses:
                     async for response in responses:
                         if response.WhichOneof("kind") == "result":
-                            return _settled(call, response.result.state, response.result.content)
+                            return _settled(call, response.result)
                         on_progress(response.progress.text)
                 reason, message = "SERVICE_UNAVAILABLE", "the tool service sent no result"
             except grpc.aio.AioRpcError as rpc_error:
@@ -212,11 +214,11 @@ class ToolClient:
                         ),
                         metadata=self._mesh,
                     )
-                    return _settled(call, closed.tool_call.state, closed.tool_call.content)
+                    return _settled(call, closed.tool_call)
                 if begun.outcome == BEGIN_OUTCOME_NOT_APPROVED:
                     return replace(call, needs_approval=True, asked=False)
                 if begun.outcome != BEGIN_OUTCOME_FENCED:
-                    return _settled(call, begun.tool_call.state, begun.tool_call.content)
+                    return _settled(call, begun.tool_call)
             except grpc.aio.AioRpcError as error:
                 _log.warning("the journal does not answer", call_id=call.call_id, code=error.code().name)
             await backoff.sleep()
@@ -248,7 +250,7 @@ class ToolClient:
         while True:
             response = await self._look(request, metadata)
             if response.outcome == RECONCILE_OUTCOME_SETTLED:
-                return _settled(call, response.result.state, response.result.content)
+                return _settled(call, response.result)
             if response.outcome == RECONCILE_OUTCOME_NOT_DONE:
                 return replace(call, state=CallState.INTENT, content="")
             if response.outcome == RECONCILE_OUTCOME_CANNOT_TELL:
@@ -287,12 +289,12 @@ class ToolClient:
             _log.debug("tool call was not cancelled", call_id=call_id, code=error.code().name)
 
 
-def _settled(call: Call, state: int, content: str) -> Call:
-    if state == TOOL_CALL_STATE_COMPLETED:
-        return replace(call, state=CallState.COMPLETED, content=content)
-    if state == TOOL_CALL_STATE_UNKNOWN:
-        return replace(call, state=CallState.UNKNOWN, content=content)
-    return replace(call, state=CallState.FAILED, content=content or "The tool failed.")
+def _settled(call: Call, found: Result | ToolCall) -> Call:
+    if found.state == TOOL_CALL_STATE_COMPLETED:
+        return replace(call, state=CallState.COMPLETED, content=found.content, content_ref=found.content_ref)
+    if found.state == TOOL_CALL_STATE_UNKNOWN:
+        return replace(call, state=CallState.UNKNOWN, content=found.content)
+    return replace(call, state=CallState.FAILED, content=found.content or "The tool failed.")
 
 
 def _schema(text: str) -> Mapping[str, Any]:

@@ -45,6 +45,7 @@ class Call:
         arguments: a JSON object as text.
         state: as the journal has it.
         content: the result, or the error's text.
+        content_ref: where a large result is as a whole; "" for others.
         needs_approval: a person must agree first.
         asked: whether the log has its `action.required` already, and nobody's word since.
         reported: whether the log has its outcome already.
@@ -62,6 +63,7 @@ class Call:
     reported: bool = False
     reconcilable: bool = False
     looks: int = 0
+    content_ref: str = ""
 
     @property
     def waits(self) -> bool:

@@ -105,6 +105,8 @@ class RunJournal:
     def result(self, call: Call) -> None:
         """A tool call came to something."""
         data = {"call_id": call.call_id, "status": call.state.value, "content": call.content}
+        if call.content_ref:
+            data["content_ref"] = call.content_ref
         self._writer.event("tool.result", data)
 
     def reconciled(self, call: Call) -> None:

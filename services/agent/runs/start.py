@@ -119,4 +119,12 @@ def _data(text: str) -> dict[str, object]:
 def _call(entry: ToolCall) -> Call:
     state = _STATES.get(entry.state, CallState.UNKNOWN)
     arguments = entry.arguments or "{}"
-    return Call(entry.call_id, entry.name, arguments, state, entry.content, entry.needs_approval)
+    return Call(
+        entry.call_id,
+        entry.name,
+        arguments,
+        state,
+        entry.content,
+        entry.needs_approval,
+        content_ref=entry.content_ref,
+    )

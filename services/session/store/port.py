@@ -230,6 +230,10 @@ class Journal(Protocol):
         """Returns a call of a session. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         ...
 
+    async def call_of_run(self, tenant_id: UUID, run_id: UUID, call_id: str) -> ToolCall:
+        """Returns a call of a run. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
+        ...
+
     async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
         """Returns a run's calls in order."""
         ...

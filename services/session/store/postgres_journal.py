@@ -70,6 +70,13 @@ class PostgresJournal(PostgresPart):
             raise not_found("tool_call", call_id)
         return tool_call_of(row)
 
+    async def call_of_run(self, tenant_id: UUID, run_id: UUID, call_id: str) -> ToolCall:
+        """See the port."""
+        row = await self._fetchrow(_SQL["get_call"], tenant_id, run_id, call_id)
+        if row is None:
+            raise not_found("tool_call", call_id)
+        return tool_call_of(row)
+
     async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
         """See the port."""
         return [tool_call_of(row) for row in await self._fetch(_SQL["calls_of_run"], tenant_id, run_id)]
@@ -99,10 +106,7 @@ class PostgresJournal(PostgresPart):
             run_id=run_id,
             call_id=call_id,
         )
-        call = await self._fetchrow(_SQL["get_call"], tenant_id, run_id, call_id)
-        if call is None:
-            raise not_found("tool_call", call_id)
-        return run_of(run), tool_call_of(call)
+        return run_of(run), await self.call_of_run(tenant_id, run_id, call_id)
 
     async def pending_actions(
         self, tenant_id: UUID, *, page_size: int, page_token: str

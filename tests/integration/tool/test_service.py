@@ -103,7 +103,12 @@ async def service(tmp_path: Any) -> AsyncIterator[Service]:
         registry = Registry([*builtin_tools(settings), lever.tool])
         mesh_journal = MeshJournal(channel, settings)
         executor = Executor(registry, mesh_journal, open_results(settings.object_store_url), owner)
-        servicer = ToolServicer(registry, executor, Reconciler(registry, mesh_journal, None))
+        servicer = ToolServicer(
+            registry,
+            executor,
+            Reconciler(registry, mesh_journal, None),
+            open_results(settings.object_store_url),
+        )
         server = await stack.enter_async_context(
             Server(settings, service="tool", authenticator=Keys(), configure_logging=False)
         )
@@ -220,6 +225,29 @@ async def test_a_large_result_is_in_the_object_store_below_its_tenant(service: S
     assert len(last.result.content) < 2200
 
 
+async def read(service: Service, ref: str, tenant: UUID = TENANT) -> bytes:
+    request = pb.ReadResultRequest(content_ref=ref)
+    try:
+        stream = service.stub.ReadResult(request, metadata=metadata(tenant), timeout=DEADLINE)
+        first, *rest = [message async for message in stream]
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+    data = b"".join(message.data for message in rest)
+    assert first.size == len(data)
+    assert max(len(message.data) for message in rest) <= 256 * 1024
+    return data
+
+
+async def test_a_large_result_is_read_by_its_tenant_only(service: Service) -> None:
+    service.lever.result = "é" * 1_000_000
+    *_, last = await service.execute("lever")
+    ref = last.result.content_ref
+    assert (await read(service, ref)).decode() == service.lever.result
+    assert await reason(read(service, ref, UUID(int=9))) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, "sha256:" + "0" * 64)) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, "sha256:../../x")) == "INVALID_ARGUMENT"
+
+
 async def test_cancel_ends_a_call(service: Service) -> None:
     service.lever.wait = True
     stream = service.call("lever")
@@ -257,6 +285,10 @@ async def test_execute_and_cancel_are_for_the_mesh(service: Service) -> None:
         _ = [update async for update in service.outside.Execute(request, metadata=key, timeout=DEADLINE)]
     assert from_rpc_error(caught.value).reason == "MESH_ONLY"
     assert await reason(service.outside.Cancel(pb.CancelRequest(call_id=CALL), metadata=key)) == "MESH_ONLY"
+    whole = pb.ReadResultRequest(content_ref="sha256:" + "0" * 64)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [piece async for piece in service.outside.ReadResult(whole, metadata=key, timeout=DEADLINE)]
+    assert from_rpc_error(caught.value).reason == "MESH_ONLY"
     look = pb.ReconcileRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
     assert await reason(service.outside.Reconcile(look, metadata=key)) == "MESH_ONLY"
     assert service.lever.calls == []

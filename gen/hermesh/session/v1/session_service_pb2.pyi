@@ -706,6 +706,52 @@ class ResolveActionResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class GetRunToolCallRequest(message.Message):
+    """The request of GetRunToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    CALL_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    call_id: builtins.str
+    """The tool call."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        call_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetRunToolCallResponse(message.Message):
+    """The response of GetRunToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TOOL_CALL_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def tool_call(self) -> resources_pb2.ToolCall:
+        """The call as it is now."""
+
+    def __init__(
+        self,
+        *,
+        tool_call: resources_pb2.ToolCall | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class PendingAction(message.Message):
     """PendingAction is a tool call that its run waits for."""
 

@@ -61,6 +61,8 @@ class SessionServiceStub:
     """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
     the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
     """
+    GetRunToolCall: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetRunToolCallRequest, _session_service_pb2.GetRunToolCallResponse]
+    """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
     ListPendingActions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListPendingActionsRequest, _session_service_pb2.ListPendingActionsResponse]
     """Lists the tenant's tool calls that their runs wait for, the oldest run first."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchRunRequest, _session_service_pb2.WatchRunResponse]
@@ -101,6 +103,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
     the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
     """
+    GetRunToolCall: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetRunToolCallRequest, _session_service_pb2.GetRunToolCallResponse]  # type: ignore[assignment]
+    """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
     ListPendingActions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListPendingActionsRequest, _session_service_pb2.ListPendingActionsResponse]  # type: ignore[assignment]
     """Lists the tenant's tool calls that their runs wait for, the oldest run first."""
     WatchRun: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchRunRequest, _session_service_pb2.WatchRunResponse]  # type: ignore[assignment]
@@ -204,6 +208,14 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
         the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
         """
+
+    @_abc_1.abstractmethod
+    def GetRunToolCall(
+        self,
+        request: _session_service_pb2.GetRunToolCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.GetRunToolCallResponse, _abc.Awaitable[_session_service_pb2.GetRunToolCallResponse]]:
+        """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListPendingActions(

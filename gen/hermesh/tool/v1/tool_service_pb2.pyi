@@ -384,3 +384,47 @@ class ReconcileResponse(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["outcome", b"outcome", "result", b"result", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadResultRequest(message.Message):
+    """The request of ReadResult."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONTENT_REF_FIELD_NUMBER: builtins.int
+    content_ref: builtins.str
+    """As the journal has it, `sha256:<hex>`; it is looked for among the tenant's own."""
+    def __init__(
+        self,
+        *,
+        content_ref: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["content_ref", b"content_ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadResultResponse(message.Message):
+    """One message of ReadResult's stream; all `data` joined are the result, UTF-8."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    """In the first message: how many bytes the whole result has."""
+    data: builtins.bytes
+    """The next bytes."""
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["data", b"data", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

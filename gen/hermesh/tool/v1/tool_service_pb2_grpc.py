@@ -55,6 +55,11 @@ class ToolServiceStub:
                 request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.SerializeToString,
                 response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.FromString,
                 _registered_method=True)
+        self.ReadResult = channel.unary_stream(
+                '/hermesh.tool.v1.ToolService/ReadResult',
+                request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
+                response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
+                _registered_method=True)
 
 
 class ToolServiceServicer:
@@ -91,6 +96,14 @@ class ToolServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadResult(self, request, context):
+        """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+        if the tenant has no such result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ToolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_ToolServiceServicer_to_server(servicer, server):
                     servicer.Reconcile,
                     request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.FromString,
                     response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.SerializeToString,
+            ),
+            'ReadResult': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadResult,
+                    request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.FromString,
+                    response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +242,33 @@ class ToolService:
             '/hermesh.tool.v1.ToolService/Reconcile',
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.SerializeToString,
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hermesh.tool.v1.ToolService/ReadResult',
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

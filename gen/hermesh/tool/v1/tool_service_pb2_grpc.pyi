@@ -45,6 +45,10 @@ class ToolServiceStub:
     """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
     it finds. It never acts, so that it may be repeated.
     """
+    ReadResult: _grpc.UnaryStreamMultiCallable[_tool_service_pb2.ReadResultRequest, _tool_service_pb2.ReadResultResponse]
+    """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+    if the tenant has no such result.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -62,6 +66,10 @@ class ToolServiceAsyncStub(ToolServiceStub):
     Reconcile: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.ReconcileRequest, _tool_service_pb2.ReconcileResponse]  # type: ignore[assignment]
     """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
     it finds. It never acts, so that it may be repeated.
+    """
+    ReadResult: _aio.UnaryStreamMultiCallable[_tool_service_pb2.ReadResultRequest, _tool_service_pb2.ReadResultResponse]  # type: ignore[assignment]
+    """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+    if the tenant has no such result.
     """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +109,16 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_tool_service_pb2.ReconcileResponse, _abc.Awaitable[_tool_service_pb2.ReconcileResponse]]:
         """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
         it finds. It never acts, so that it may be repeated.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadResult(
+        self,
+        request: _tool_service_pb2.ReadResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tool_service_pb2.ReadResultResponse], _abc.AsyncIterator[_tool_service_pb2.ReadResultResponse]]:
+        """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+        if the tenant has no such result.
         """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -141,6 +141,8 @@ async def test_unknown_calls_and_calls_of_other_sessions_are_not_found(kit: Kit)
         kit.store.complete("nothing", 1, ToolCallState.COMPLETED, "", ""),
         kit.store.reconcile("nothing", ToolCallState.COMPLETED, "", ""),
         kit.resolve(grant.run_id, "nothing", COMPLETED, ""),
+        kit.store.call_of_run(kit.tenant, grant.run_id, "nothing"),
+        kit.store.call_of_run(uuid7(), grant.run_id, call_id),
     ):
         with pytest.raises(NotFoundError) as caught:
             await awaited
