@@ -14,6 +14,7 @@ from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.session.v1 import session_service_pb2 as session_pb
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit.errors import HermeshError, NotFoundError, from_rpc_error
 from meshkit.identity import PROBE_TENANT, TENANT_KEY
 
@@ -27,6 +28,8 @@ SAFE_METHODS = (
     f"{_SESSION}/ListMessages",
     f"{_SESSION}/GetRun",
     f"{_SESSION}/ListRuns",
+    f"{_SESSION}/ListPendingActions",
+    f"{_SESSION}/GetRunToolCall",
     "hermesh.session.v1.SessionInternalService/Authenticate",
     "hermesh.agent.v1.AgentService/ListModels",
 )
@@ -53,6 +56,7 @@ class MeshClients:
     Attributes:
         sessions: Stub of the session service's public face.
         agents: Stub of the agent service.
+        tools: Stub of the tool service.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -60,6 +64,7 @@ class MeshClients:
         # The generated stubs are typed for the synchronous channel as well; these are always aio.
         self.sessions: Any = SessionServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
+        self.tools: Any = ToolServiceStub(channel)
         self._models: list[agent_pb.Model] = []
         self._models_until = 0.0
         self._models_error: HermeshError | None = None

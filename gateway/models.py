@@ -218,10 +218,29 @@ class PendingAction(BaseModel):
     """A tool call that waits for a person."""
 
     call_id: str
+    kind: Literal["unknown", "approval"] = Field(
+        description="It is not known whether it took effect, or it needs approval."
+    )
     name: str
     arguments: Any
     effect: str
     state: str
+    may_act_ms: int = Field(description="For how many more milliseconds an earlier try may still act.")
+
+
+class WaitingAction(PendingAction):
+    """A tool call that waits for a person, whichever run and session it is of."""
+
+    run_id: str
+    session_id: str
+    waiting_since_ms: int = Field(description="Unix milliseconds.")
+
+
+class ActionPage(BaseModel):
+    """One page of tool calls that wait for a person, the oldest run first."""
+
+    actions: list[WaitingAction]
+    next_page_token: str = Field(description="Empty on the last page.")
 
 
 RunStatus = Literal["queued", "running", "requires_action", "completed", "failed", "cancelled"]
@@ -261,8 +280,9 @@ class CancelRun(StrictModel):
 class ResolveAction(StrictModel):
     """A person's word about a tool call."""
 
-    decision: Literal["completed", "failed", "retry", "abandon"] = Field(
-        description="It was done, it was not done, run it again, or give the run up."
+    decision: Literal["completed", "failed", "retry", "abandon", "approve", "deny"] = Field(
+        description="It was done, it was not done, run it again, give the run up; or, of a call that needs "
+        "approval, let it run or not."
     )
     content: str = Field("", max_length=65536, description="The result or the reason.")
 
@@ -351,10 +371,22 @@ def action_json(item: resources.ToolCall) -> dict[str, Any]:
     """Returns a `PendingAction`."""
     return {
         "call_id": item.call_id,
+        "kind": "approval" if item.state == resources.TOOL_CALL_STATE_INTENT else "unknown",
         "name": item.name,
         "arguments": _json_or(item.arguments, {}),
         "effect": resources.EffectClass.Name(item.effect).removeprefix("EFFECT_CLASS_").lower(),
         "state": resources.ToolCallState.Name(item.state).removeprefix("TOOL_CALL_STATE_").lower(),
+        "may_act_ms": item.quiet_in_ms,
+    }
+
+
+def waiting_json(item: session_pb.PendingAction) -> dict[str, Any]:
+    """Returns a `WaitingAction`."""
+    call = item.tool_call
+    return action_json(call) | {
+        "run_id": call.run_id,
+        "session_id": call.session_id,
+        "waiting_since_ms": item.waiting_since_ms,
     }
 
 

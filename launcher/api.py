@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -80,6 +81,45 @@ class Api:
             f"waiting: no {' and no '.join(away)} answers; hermesh status shows what runs, "
             f"hermesh scale {away[0]}=1 starts one where none does"
         )
+
+    def actions(self) -> list[dict[str, Any]]:
+        """The tool calls that wait for a person, in all sessions, from all pages."""
+        found: list[dict[str, Any]] = []
+        page = {"page_size": "200"}
+        while True:
+            answer = self._json("GET", "/v1/actions", params=page)
+            found += answer["actions"]
+            if not answer["next_page_token"]:
+                return found
+            page["page_token"] = answer["next_page_token"]
+
+    def resolve(self, run_id: str, call_id: str, decision: str, content: str) -> dict[str, Any]:
+        """Settles a tool call and returns its run. An answer that is lost is asked for again: it is one word.
+
+        Raises:
+            LaunchError: The gateway refuses, or none answers for `PATIENCE_SECONDS`.
+        """
+        body = {"decision": decision, "content": content}
+        key = {"Idempotency-Key": str(uuid.uuid4())}
+        since = time.monotonic()
+        while True:
+            try:
+                path = f"/v1/runs/{quote(run_id, safe='')}/actions/{quote(call_id, safe='')}"
+                answer = self._client.post(path, json=body, headers=key)
+                if answer.status_code < 400:
+                    run: dict[str, Any] = answer.json()
+                    return run
+                if answer.status_code not in (502, 503, 504):
+                    raise LaunchError(_problem(answer))
+                away = _problem(answer)
+            except httpx.TransportError as error:
+                away = str(error)
+            if time.monotonic() - since > PATIENCE_SECONDS:
+                raise LaunchError(
+                    f"the mesh at {self._client.base_url} cannot be reached ({away}); hermesh status "
+                    "shows what runs, and the same command may be given again"
+                )
+            time.sleep(PAUSE_SECONDS)
 
     def run(self, session_id: str, text: str) -> Iterator[dict[str, Any]]:
         """Submits input and yields the run's events, coming back by cursor when the stream breaks.

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import control
+from launcher.actions import DECISIONS, full_id, lines
 from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
@@ -349,6 +350,44 @@ def sessions(as_json: Json = False) -> None:
         changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(one["update_time_ms"]) / 1000))
         table.add_row(one["session_id"], one["title"], str(one["message_count"]), changed)
     console.print(table)
+
+
+@app.command()
+def actions(as_json: Json = False) -> None:
+    """List the tool calls that wait for a person, in all sessions, with the commands that settle them."""
+    settings, folder = _settings()
+    with _api(folder, settings) as api:
+        found = api.actions()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    if not found:
+        console.print("Nothing waits for a person.")
+    for action in found:
+        for line in lines(action, time.time()):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def resolve(
+    run: Annotated[str, typer.Argument(help="The run, as hermesh actions lists it.")],
+    call: Annotated[str, typer.Argument(help="The call, such as 1:0, or its whole id.")],
+    decision: Annotated[
+        str,
+        typer.Argument(
+            help="completed (it was done), failed (it was not), retry (run it again), abandon (give the run "
+            "up); of a call that needs approval: approve or deny."
+        ),
+    ],
+    content: Annotated[str, typer.Option(help="The result or the reason, for the model.")] = "",
+) -> None:
+    """Decide about a tool call that waits for a person; its run goes on, on whichever replica is free."""
+    if decision not in DECISIONS:
+        raise LaunchError(f"{decision[:100]!r} is no decision; it is one of: {', '.join(DECISIONS)}")
+    settings, folder = _settings()
+    with _api(folder, settings) as api:
+        settled = api.resolve(run, full_id(run, call), decision, content)
+    console.print(f"{decision}; the run is {settled['status']}", markup=False, highlight=False)
 
 
 @app.command()

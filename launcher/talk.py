@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.actions import commands, question
 from launcher.errors import LaunchError
 
 
@@ -28,7 +29,11 @@ def show(events: Iterable[dict[str, Any]], console: Console) -> None:
             case "tool.result":
                 console.print(f"[dim]{data['status']}: {str(data['content'])[:200]}[/dim]", highlight=False)
             case "action.required":
-                console.print(f"[yellow]{data.get('name')} waits for a decision: {data['call_id']}[/yellow]")
+                _ask(event["run_id"], data, console)
+            case "action.resolved":
+                console.print(f"[dim]decided: {data['decision']}[/dim]")
+            case "tool.reconciled":
+                console.print(f"[dim]looked up what became of it: {data['finding']}[/dim]")
             case "context.degraded":
                 console.print(f"[dim]without {data['part']}: {data.get('detail', '')}[/dim]")
             case "run.failed":
@@ -38,3 +43,10 @@ def show(events: Iterable[dict[str, Any]], console: Console) -> None:
                 console.print("\n[dim]cancelled[/dim]")
             case "run.completed":
                 console.print()
+
+
+def _ask(run_id: str, action: dict[str, Any], console: Console) -> None:
+    """Says what a person has to decide, and the commands for it; the run waits for days if need be."""
+    console.print(question(action), style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for command in commands(run_id, action["call_id"], action.get("kind", "")):
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,8 @@ from gateway.body import MAX_INPUT_BODY
 from gateway.clients import call
 from gateway.context import Gateway
 from gateway.cursor import RunCursor, SessionCursor, parse_event_id, parse_seq
+from gateway.download import HEADERS as DOWNLOAD_HEADERS
+from gateway.download import Download
 from gateway.endpoints import (
     Answer,
     Endpoint,
@@ -99,9 +101,7 @@ async def cancel(gateway: Gateway, request: Request) -> ASGIApp:
 async def resolve(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/runs/{run_id}/actions/{call_id}."""
     run_id = run_id_of(request)
-    call_id = request.path_params["call_id"]
-    if not 1 <= len(call_id) <= 100 or "\0" in call_id:
-        raise violation("call_id", "must have 1 to 100 characters, and no NUL")
+    call_id = _call_id_of(request)
     body = await read_model(gateway, request, models.ResolveAction)
     answer = await call(
         gateway.mesh.sessions.ResolveAction(
@@ -115,6 +115,41 @@ async def resolve(gateway: Gateway, request: Request) -> ASGIApp:
         )
     )
     return json_response(models.run_json(answer.run))
+
+
+async def tool_content(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/runs/{run_id}/tool-calls/{call_id}/content."""
+    order = pb.GetRunToolCallRequest(run_id=run_id_of(request), call_id=_call_id_of(request))
+    found = (await call(gateway.mesh.sessions.GetRunToolCall(order))).tool_call
+    if found.content_ref:
+        return Download(gateway.mesh.tools, found.content_ref, gateway.settings.write_timeout_seconds)
+    headers = {name.decode(): value.decode() for name, value in DOWNLOAD_HEADERS}
+    return Response(found.content, headers=headers)
+
+
+def _call_id_of(request: Request) -> str:
+    call_id: str = request.path_params["call_id"]
+    if not 1 <= len(call_id) <= 100 or "\0" in call_id:
+        raise violation("call_id", "must have 1 to 100 characters, and no NUL")
+    return call_id
+
+
+async def list_actions(gateway: Gateway, request: Request) -> ASGIApp:
+    """GET /v1/actions."""
+    answer = await call(
+        gateway.mesh.sessions.ListPendingActions(
+            pb.ListPendingActionsRequest(
+                page_size=query_int(request, "page_size", 1, 200),
+                page_token=query_text(request, "page_token", 500),
+            )
+        )
+    )
+    return json_response(
+        {
+            "actions": [models.waiting_json(item) for item in answer.actions],
+            "next_page_token": answer.next_page_token,
+        }
+    )
 
 
 async def run_events(gateway: Gateway, request: Request) -> ASGIApp:
@@ -249,6 +284,24 @@ endpoints = [
         "Asks for a run to be cancelled",
         {202: Answer("The run as it is now; its terminal event follows.", models.Run)},
         body=models.CancelRun,
+        tag="runs",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/runs/{run_id}/tool-calls/{call_id}/content",
+        tool_content,
+        "Returns the whole result of a tool call",
+        {200: Answer("What the tool returned, or its error's text.", media_type="text/plain")},
+        tag="runs",
+        description="Events and messages hold the first 2 KiB of a result above 64 KiB; this is all of it.",
+    ),
+    Endpoint(
+        "GET",
+        "/v1/actions",
+        list_actions,
+        "Lists the tool calls that wait for a person, in all sessions, the oldest run first",
+        {200: Answer("One page.", models.ActionPage)},
+        params=(Param("page_size", "query", "1 to 200; 50 if left out.", "integer"), PAGE_TOKEN),
         tag="runs",
     ),
     Endpoint(

@@ -195,6 +195,11 @@ function toolCard(name, callArguments, result, progress) {
   made.append(element("pre", { "aria-label": "Arguments" }, pretty(callArguments)));
   if (progress && !result) made.append(element("pre", { "aria-label": "Progress" }, progress));
   if (result) made.append(element("pre", { "aria-label": "Result" }, pretty(result.content ?? "")));
+  if (result?.content_ref) {
+    const [runId] = result.call_id.split(":");
+    const href = `/v1/runs/${runId}/tool-calls/${encodeURIComponent(result.call_id)}/content`;
+    made.append(element("a", { href, download: `${name}.txt` }, "The whole result"));
+  }
   return made;
 }
 
@@ -267,7 +272,19 @@ class RunView {
         if (call) { call.result = data; call.resultSeq = seq; }
         break;
       }
-      case "action.required": items.push({ ...data, seq, kind: "action", kindOfAction: data.kind }); break;
+      case "tool.reconciled": {
+        const call = tool(data.call_id);
+        if (call && data.finding === "not_done") {
+          delete call.result;
+          call.progress.push([seq, "It had not taken effect and runs again.\n"]);
+        }
+        break;
+      }
+      case "action.required": {
+        const open = items.some((item) => item.kind === "action" && item.call_id === data.call_id && !item.resolved);
+        if (!open) items.push({ ...data, seq, kind: "action", kindOfAction: data.kind, keys: {} });
+        break;
+      }
       case "action.resolved":
         for (const item of items) if (item.kind === "action" && item.call_id === data.call_id) item.resolved = true;
         break;
@@ -367,8 +384,13 @@ class RunView {
     const decide = async (decision, content, button) => {
       button.disabled = true;
       try {
+        // One key for each word: sent again after an answer that was lost it is the same word.
+        item.keys[decision] ??= uniqueKey();
         await request("POST", `/v1/runs/${this.runId}/actions/${encodeURIComponent(item.call_id)}`,
-          { decision, content }, { headers: { "Idempotency-Key": uniqueKey() } });
+          { decision, content }, { headers: { "Idempotency-Key": item.keys[decision] } });
+        // The log says so only when the run has nothing else to do.
+        item.resolved = true;
+        this.drawSoon();
         setStatus("");
       } catch (error) {
         button.disabled = false;
@@ -385,10 +407,8 @@ class RunView {
       ? `It is not known whether ${item.name} ran. It will not be run again by itself. What happened?`
       : `${item.name} is about to run. Shall it?`;
     const choices = unknown
-      ? [choice("It was done", "completed", "A person confirms that it was done."),
-        choice("It was not done", "failed", "A person says that it was not done."),
-        choice("Run it again", "retry")]
-      : [choice("Run it", "retry"), choice("Do not run it", "failed", "A person did not allow it.")];
+      ? [choice("It was done", "completed"), choice("It was not done", "failed"), choice("Run it again", "retry")]
+      : [choice("Run it", "approve"), choice("Do not run it", "deny")];
     return element("div", { class: "notice warn", role: "group", "aria-label": "A decision is needed" },
       question, element("pre", {}, pretty(item.arguments ?? {})), ...choices,
       choice("Give up", "abandon", "Given up by a person."));

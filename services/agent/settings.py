@@ -80,6 +80,19 @@ class AgentSettings(MeshSettings):
             "50 ms between two writes. 0 = text is never held back."
         ),
     )
+    reconcile_tries: int = Field(
+        8,
+        ge=1,
+        le=100,
+        description="How often a tool is asked what became of an unknown call while its outside is away; the "
+        "waits between grow from 1 to 30 seconds.",
+    )
+    reconcile_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=86_400,
+        description="Longest time that a run waits until its tool has found that out; then a person decides.",
+    )
     memory_timeout: float = Field(
         0.3, gt=0, le=10, description="Seconds to wait for memories before a run starts without them."
     )

@@ -140,6 +140,9 @@ def tool_call_to_proto(call: ToolCall) -> resources.ToolCall:
         content_ref=call.content_ref,
         idempotency_key=call.idempotency_key,
         fence=call.fence,
+        needs_approval=call.needs_approval,
+        tries=call.tries,
+        quiet_in_ms=call.quiet_in_ms,
     )
 
 
@@ -207,6 +210,7 @@ def commit_of(commit: internal.StepCommit) -> StepCommit:
                 arguments=call.arguments,
                 effect=EffectClass(call.effect or EffectClass.NON_IDEMPOTENT),
                 idempotency_key=call.idempotency_key,
+                needs_approval=call.needs_approval,
             )
             for call in commit.intents
         ],

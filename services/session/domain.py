@@ -79,6 +79,18 @@ class BeginOutcome(IntEnum):
     DONE = 2
     UNKNOWN = 3
     FENCED = 4
+    NOT_APPROVED = 5
+
+
+class ActionDecision(IntEnum):
+    """A person's word about a tool call (`session.v1.ActionDecision`)."""
+
+    COMPLETED = 1
+    FAILED = 2
+    RETRY = 3
+    ABANDON = 4
+    APPROVE = 5
+    DENY = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +218,13 @@ TERMINAL_EVENTS = frozenset({"run.completed", "run.failed", "run.cancelled"})
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One entry of the tool journal."""
+    """One entry of the tool journal.
+
+    Attributes:
+        needs_approval: a person has to agree before it may begin; false once one has.
+        tries: how often it was begun.
+        quiet_in_ms: how much longer a try that was begun may still act, as of the reading.
+    """
 
     call_id: str
     run_id: UUID
@@ -219,6 +237,45 @@ class ToolCall:
     content_ref: str
     idempotency_key: str
     fence: int
+    needs_approval: bool = False
+    tries: int = 0
+    quiet_in_ms: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether only a person's word lets it go on."""
+        return self.state is ToolCallState.UNKNOWN or (
+            self.state is ToolCallState.INTENT and self.needs_approval
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAction:
+    """A call that its run waits for, and since when, Unix milliseconds."""
+
+    call: ToolCall
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person's word about one call.
+
+    Attributes:
+        decision: what is to become of it.
+        content: the result or the reason.
+        request_id: the caller's idempotency key, or empty.
+        fingerprint: of the whole request.
+        time_ms: when, Unix milliseconds.
+        data: the body of the event that says so, JSON as text.
+    """
+
+    decision: ActionDecision
+    content: str
+    request_id: str
+    fingerprint: bytes
+    time_ms: int
+    data: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +307,7 @@ class NewToolCall:
     arguments: str
     effect: EffectClass
     idempotency_key: str
+    needs_approval: bool = False
 
 
 @dataclass(frozen=True, slots=True)

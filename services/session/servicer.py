@@ -13,7 +13,7 @@ from meshkit.errors import FieldViolation, InvalidArgumentError
 from meshkit.identity import current_identity, require_tenant
 from services.session import convert
 from services.session.commits import Commits
-from services.session.domain import ConcurrencyPolicy, RunStatus, ToolCallState
+from services.session.domain import ActionDecision, ConcurrencyPolicy, RunStatus
 from services.session.operations.options import check_options
 from services.session.operations.resolve import resolve
 from services.session.operations.submit import check_text, fingerprint, submit
@@ -163,9 +163,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
         response = pb.GetRunResponse(run=convert.run_to_proto(run))
         if run.status is RunStatus.REQUIRES_ACTION:
             calls = await self._store.calls_of_run(tenant_id, run.run_id)
-            response.pending_actions.extend(
-                convert.tool_call_to_proto(call) for call in calls if call.state is ToolCallState.UNKNOWN
-            )
+            response.pending_actions.extend(convert.tool_call_to_proto(call) for call in calls if call.waits)
         return response
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -196,12 +194,39 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             require_tenant(),
             _id(request.run_id, "run_id"),
             request.call_id,
-            request.decision,
+            ActionDecision(request.decision),
             request.content,
+            request.request_id,
         )
         self._commits.changed(run)
         return pb.ResolveActionResponse(
             run=convert.run_to_proto(run), tool_call=convert.tool_call_to_proto(call)
+        )
+
+    async def GetRunToolCall(
+        self, request: pb.GetRunToolCallRequest, context: Context
+    ) -> pb.GetRunToolCallResponse:
+        """See the proto."""
+        _check_texts(call_id=request.call_id)
+        run = await self._store.get_run(require_tenant(), _id(request.run_id, "run_id"))
+        call = await self._store.call_of_run(run.tenant_id, run.run_id, request.call_id)
+        return pb.GetRunToolCallResponse(tool_call=convert.tool_call_to_proto(call))
+
+    async def ListPendingActions(
+        self, request: pb.ListPendingActionsRequest, context: Context
+    ) -> pb.ListPendingActionsResponse:
+        """See the proto."""
+        page = await self._store.pending_actions(
+            require_tenant(), page_size=request.page_size or 50, page_token=request.page_token
+        )
+        return pb.ListPendingActionsResponse(
+            actions=[
+                pb.PendingAction(
+                    tool_call=convert.tool_call_to_proto(action.call), waiting_since_ms=action.since_ms
+                )
+                for action in page.items
+            ],
+            next_page_token=page.next_page_token,
         )
 
     async def WatchRun(

@@ -109,7 +109,10 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         """See the proto."""
         require_mesh()
         outcome, call = await self._store.begin(
-            request.call_id, convert.uuid_of(request.session_id, "session_id"), request.fence
+            request.call_id,
+            convert.uuid_of(request.session_id, "session_id"),
+            request.fence,
+            request.act_ms,
         )
         return pb.BeginToolCallResponse(
             outcome=int(BeginOutcome(outcome)),  # type: ignore[arg-type]  # the numbers are the wire's
@@ -127,6 +130,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
             ToolCallState(request.state),
             request.content,
             request.content_ref,
+            request.tries,
         )
         return pb.CompleteToolCallResponse(tool_call=convert.tool_call_to_proto(call))
 
@@ -136,6 +140,16 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         """See the proto."""
         require_mesh()
         call = await self._store.reconcile(
-            request.call_id, ToolCallState(request.state), request.content, request.content_ref
+            request.call_id,
+            ToolCallState(request.state),
+            request.content,
+            request.content_ref,
+            request.tries,
         )
         return pb.ReconcileToolCallResponse(tool_call=convert.tool_call_to_proto(call))
+
+    async def GetToolCall(self, request: pb.GetToolCallRequest, context: Context) -> pb.GetToolCallResponse:
+        """See the proto."""
+        require_mesh()
+        call = await self._store.look(request.call_id, convert.uuid_of(request.session_id, "session_id"))
+        return pb.GetToolCallResponse(tool_call=convert.tool_call_to_proto(call))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import ModuleType
 
 from hermesh.tool.v1.tool_service_pb2_grpc import add_ToolServiceServicer_to_server
@@ -17,6 +18,7 @@ from services.tool.builtin.fetch.address import Allowed
 from services.tool.builtin.fetch.client import Fetcher
 from services.tool.execution import Executor
 from services.tool.journal import MeshJournal
+from services.tool.reconcile import Reconciler
 from services.tool.registry import Registry, Tool, load_modules, tools_in
 from services.tool.results import open_results
 from services.tool.runs import MeshRuns
@@ -40,11 +42,19 @@ def make_registry(settings: ToolSettings) -> Registry:
         StartupError: A tool is not declared as it should be, or a name is not known.
     """
     tools = [*builtin_tools(settings), *load_modules(split(settings.tool_modules))]
+    names = {declared.name for declared in tools}
     disabled = set(split(settings.tool_disabled))
-    unknown = disabled - {declared.name for declared in tools}
-    if unknown:
-        raise StartupError(f"HERMESH_TOOL_DISABLED names what is no tool: {', '.join(sorted(unknown))}")
-    return Registry(declared for declared in tools if declared.name not in disabled)
+    approval = {name.removeprefix("-"): name[0] != "-" for name in split(settings.tool_approval)}
+    for variable, named in (("HERMESH_TOOL_DISABLED", disabled), ("HERMESH_TOOL_APPROVAL", set(approval))):
+        if named - names:
+            raise StartupError(f"{variable} names what is no tool: {', '.join(sorted(named - names))}")
+    return Registry(
+        replace(declared, requires_approval=approval.get(declared.name, declared.requires_approval))
+        if declared.name in approval
+        else declared
+        for declared in tools
+        if declared.name not in disabled
+    )
 
 
 async def serve(settings: ToolSettings) -> None:
@@ -57,10 +67,11 @@ async def serve(settings: ToolSettings) -> None:
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("tool"))
+        journal = MeshJournal(channel, settings)
         results = open_results(settings.object_store_url)
         executor = Executor(
             registry,
-            MeshJournal(channel, settings),
+            journal,
             results,
             owner,
             runs=MeshRuns(channel, settings),
@@ -70,7 +81,9 @@ async def serve(settings: ToolSettings) -> None:
         server = await stack.enter_async_context(
             Server(settings, service="tool", authenticator=MeshAuthenticator(channel, settings))
         )
-        server.add(add_ToolServiceServicer_to_server, ToolServicer(registry, executor), SERVICE_NAME)
+        reconciler = Reconciler(registry, journal, results, max_looks=settings.tool_max_calls)
+        servicer = ToolServicer(registry, executor, reconciler, results)
+        server.add(add_ToolServiceServicer_to_server, servicer, SERVICE_NAME)
 
         async def drain() -> None:
             await executor.drain(settings.drain_seconds)

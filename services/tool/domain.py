@@ -23,6 +23,7 @@ class BeginOutcome(IntEnum):
     DONE = 2
     UNKNOWN = 3
     FENCED = 4
+    NOT_APPROVED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,14 @@ class CallRequest:
 class Entry:
     """What the journal has about a call.
 
-    `state` is None while the call has not ended, `effect` is the wire's number, 0 if unset.
+    Attributes:
+        state: None while the call has not ended.
+        content, content_ref: As in `Outcome`.
+        idempotency_key: The same for every try.
+        effect: The wire's number, 0 if unset.
+        tries: How often it was begun.
+        quiet_in: For how many more seconds a try that was begun may still act.
+        may_begin: Whether no try is under way and one may be.
     """
 
     state: CallState | None
@@ -57,6 +65,9 @@ class Entry:
     content_ref: str = ""
     idempotency_key: str = ""
     effect: int = 0
+    tries: int = 0
+    quiet_in: float = 0.0
+    may_begin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,21 @@ ends nothing. Nothing here runs a tool twice. What is tried again is only the re
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import structlog
 
-from meshkit import failpoints
 from meshkit.errors import (
     AbortedError,
     CancelledCallError,
     DeadlineError,
+    FailedPreconditionError,
     HermeshError,
     InternalError,
     ResourceExhaustedError,
@@ -30,18 +29,11 @@ from meshkit.errors import (
 )
 from meshkit.tasks import Backoff, TaskOwner
 from services.tool import metrics
+from services.tool.acting import act, context_of, judge, lost
 from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
-from services.tool.journal import Journal
-from services.tool.registry import (
-    ArgumentsError,
-    Effect,
-    OutcomeUnknownError,
-    Registry,
-    Tool,
-    ToolContext,
-    ToolError,
-)
-from services.tool.results import INLINE_BYTES, ResultStore, clean, cut, preview
+from services.tool.journal import CALL_SECONDS, Journal
+from services.tool.registry import ArgumentsError, Effect, Registry, Tool
+from services.tool.results import INLINE_BYTES, ResultStore, clean, cut_outcome, shrink
 from services.tool.runs import Runs
 
 _log = structlog.get_logger("tool.execution")
@@ -262,7 +254,8 @@ class Executor:
         request = execution.request
         # Before the journal is asked: between its word and the act there should be nothing that takes time.
         prepared = _prepare(found, request)
-        go, entry = await self._journal.begin(request)
+        asked = time.monotonic()
+        go, entry = await self._journal.begin(request, 0.0 if isinstance(prepared, Outcome) else reach(found))
         if go is BeginOutcome.DONE:
             return _stored(entry)
         if go is BeginOutcome.UNKNOWN:
@@ -270,14 +263,21 @@ class Executor:
             return Outcome(CallState.UNKNOWN, text, reason="TOOL_CALL_UNKNOWN")
         if go is BeginOutcome.FENCED:
             raise AbortedError("FENCE_STALE", "another replica owns the session now; nothing was done")
+        if go is BeginOutcome.NOT_APPROVED:
+            raise FailedPreconditionError("APPROVAL_REQUIRED", "a person has to approve the call first")
         if isinstance(prepared, Outcome):
             outcome: Outcome | None = prepared
+        elif time.monotonic() - asked > CALL_SECONDS:
+            # The journal counts on it that an act begins by then, or never.
+            outcome = Outcome(
+                CallState.FAILED, "The tool was not run: it was too late.", reason="TOOL_TIMEOUT"
+            )
         else:
             assert found is not None
             outcome = await self._act(execution, found, prepared, entry)
         if outcome is None:
             raise _stopping()
-        return await self._record(execution, await self._shrink(execution, outcome))
+        return await self._record(execution, await self._shrink(execution, outcome), entry.tries)
 
     async def _act(
         self, execution: Execution, found: Tool, arguments: Mapping[str, Any], entry: Entry
@@ -290,26 +290,33 @@ class Executor:
         left = execution.request.ends_at - time.monotonic()
         if left <= 0:
             return Outcome(CallState.FAILED, f"{_RUN_IS_LATE} before the call began.", reason="TOOL_TIMEOUT")
-        context = _context(execution, entry, asyncio.get_running_loop())
-        act = execution.act = self._owner.start(_call(found, arguments, context), name=f"tool-{found.name}")
-        await self._wait(execution, act, min(found.timeout, left))
-        late = not act.done()
+        progress = _progress(execution, asyncio.get_running_loop())
+        context = context_of(execution.request, entry, progress)
+        seconds = min(found.timeout, left)
+        until = time.monotonic() + seconds
+        task = execution.act = self._owner.start(
+            act(found, arguments, context, until), name=f"tool-{found.name}"
+        )
+        await self._wait(execution, task, seconds)
+        late = not task.done()
         if late:
-            act.cancel()
-            await asyncio.wait({act}, timeout=STOP_SECONDS)
-        if not act.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=STOP_SECONDS)
+        if not task.done():
             self._stuck += 1
-            act.add_done_callback(self._unstuck)
-        if not act.done() or (late and act.cancelled()):
+            task.add_done_callback(self._unstuck)
+        # A process that was stopped may find the act at its end and its time passed at once.
+        late = late or time.monotonic() >= until
+        if not task.done() or (late and task.cancelled()):
             text = f"The tool did not finish within {found.timeout:g} seconds."
             if left < found.timeout:
                 text = f"{_RUN_IS_LATE} before the tool had finished."
-            return _lost(repeatable, text, "TOOL_TIMEOUT")
-        if act.cancelled():
+            return lost(repeatable, text, "TOOL_TIMEOUT")
+        if task.cancelled():
             if self._draining and repeatable and not execution.cancelled:
                 return None
-            return _lost(repeatable, "The call was cancelled.", "CANCELLED")
-        return _judge(act.result(), found, repeatable)
+            return lost(repeatable, "The call was cancelled.", "CANCELLED")
+        return judge(task.result(), found, repeatable)
 
     async def _wait(self, execution: Execution, act: asyncio.Task[str | Exception], seconds: float) -> None:
         """Waits for an act, at most so long; stops it when its run is over.
@@ -340,50 +347,31 @@ class Executor:
         self._stuck -= 1
 
     async def _shrink(self, execution: Execution, outcome: Outcome) -> Outcome:
+        """Stores a large result; watchers are told while that takes, and a drain does not wait for it."""
         data = outcome.content.encode("utf-8")
         if len(data) <= INLINE_BYTES:
             return outcome
-        if outcome.state is not CallState.COMPLETED:
-            return _cut(outcome, data, "error", "an error's text is not stored")
-        if self._results is None:
-            return _cut(outcome, data, "no_store", "there is no object store")
+        request = execution.request
         storing = self._owner.start(
-            self._store(self._results, execution.request.tenant_id, data),
-            name=f"store-{execution.request.call_id}",
+            shrink(self._results, request.tenant_id, outcome, self._complete_seconds),
+            name=f"store-{request.call_id}",
         )
         execution.act = storing
         with metrics.STORING.track_inprogress(), self._telling(execution, "the result waits for the store"):
             await asyncio.wait({storing}, timeout=STOP_SECONDS if self._draining else None)
         if not storing.done() or storing.cancelled():
             storing.cancel()
-            return _cut(outcome, data, "stopped", "the wait for the object store was ended")
-        stored = storing.result()
-        if isinstance(stored, HermeshError):
-            why = f"the object store did not take it for {self._complete_seconds:g} s"
-            return _cut(outcome, data, "store_down", why)
-        return replace(outcome, content=preview(data), content_ref=stored)
+            return cut_outcome(outcome, data, "stopped", "the wait for the object store was ended")
+        return storing.result()
 
-    async def _store(self, results: ResultStore, tenant_id: UUID, data: bytes) -> str | HermeshError:
-        """Stores a large result and returns its reference, or how the last try failed."""
-        end = time.monotonic() + self._complete_seconds
-        backoff = Backoff(0.2, 5.0)
-        while True:
-            try:
-                return await results.put(tenant_id, data)
-            except UnavailableError as error:
-                wait = backoff.next()
-                if time.monotonic() + wait > end:
-                    return error
-                await asyncio.sleep(wait)
-
-    async def _record(self, execution: Execution, outcome: Outcome) -> Outcome:
+    async def _record(self, execution: Execution, outcome: Outcome, tries: int) -> Outcome:
         request = execution.request
         end = time.monotonic() + self._complete_seconds
         backoff = Backoff(0.1, 5.0)
         with ExitStack() as waiting:
             while True:
                 try:
-                    entry = await self._journal.complete(request, outcome)
+                    entry = await self._journal.complete(request, outcome, tries)
                 except HermeshError as error:
                     wait = backoff.next()
                     if not isinstance(error, _PASSING) or time.monotonic() + wait > end:
@@ -423,10 +411,13 @@ class Executor:
             telling.cancel()
 
 
-def _cut(outcome: Outcome, data: bytes, reason: str, why: str) -> Outcome:
-    """Returns the outcome with what the journal itself can hold of its text."""
-    metrics.CUT.labels(reason).inc()
-    return replace(outcome, content=cut(data, why))
+def reach(found: Tool | None) -> float:
+    """Returns for how many seconds from the journal's go a try may act or take effect at most.
+
+    That is until the act may start, its timeout, the time it gets to stop, and the time within which what it
+    sent may still take effect outside.
+    """
+    return 0.0 if found is None else CALL_SECONDS + found.timeout + STOP_SECONDS + found.settle_seconds
 
 
 def _prepare(found: Tool | None, request: CallRequest) -> Mapping[str, Any] | Outcome:
@@ -440,52 +431,13 @@ def _prepare(found: Tool | None, request: CallRequest) -> Mapping[str, Any] | Ou
         return Outcome(CallState.FAILED, clean(text), reason="TOOL_ARGUMENTS_INVALID")
 
 
-def _context(execution: Execution, entry: Entry, loop: asyncio.AbstractEventLoop) -> ToolContext:
-    request = execution.request
-
+def _progress(execution: Execution, loop: asyncio.AbstractEventLoop) -> Callable[[str], None]:
     def progress(text: str) -> None:
         # A tool may speak from a thread, and after the loop has ended.
         if not loop.is_closed():
             loop.call_soon_threadsafe(execution.publish, clean(text)[:_MAX_PROGRESS])
 
-    return ToolContext(
-        call_id=request.call_id,
-        idempotency_key=entry.idempotency_key or request.call_id,
-        tenant_id=request.tenant_id,
-        session_id=request.session_id,
-        run_id=request.run_id,
-        user=request.user,
-        progress=progress,
-    )
-
-
-@failpoints.around("tool.act")
-async def _call(found: Tool, arguments: Mapping[str, Any], context: ToolContext) -> str | Exception:
-    try:
-        value = await found.function(arguments, context)
-        if value is None:
-            return ""
-        return clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    except Exception as error:
-        return error
-
-
-def _lost(repeatable: bool, text: str, reason: str) -> Outcome:
-    """Returns the outcome of a call that ended without telling what it did."""
-    if repeatable:
-        return Outcome(CallState.FAILED, text, reason=reason)
-    return Outcome(CallState.UNKNOWN, f"{text} It is not known whether it took effect.", reason=reason)
-
-
-def _judge(result: str | Exception, found: Tool, repeatable: bool) -> Outcome:
-    if isinstance(result, str):
-        return Outcome(CallState.COMPLETED, result)
-    if isinstance(result, ToolError):
-        return Outcome(CallState.FAILED, clean(result.message), reason=result.reason)
-    if not isinstance(result, OutcomeUnknownError):
-        # Here is its trace; the model and the log of events get none of it.
-        _log.error("a tool failed by an error of its own", tool=found.name, exc_info=result)
-    return _lost(repeatable, "The tool failed.", "TOOL_FAILED")
+    return progress
 
 
 def _stored(entry: Entry) -> Outcome:

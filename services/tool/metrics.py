@@ -17,3 +17,6 @@ STORING = Gauge(
 )
 CUT = Counter("hermesh_tool_results_cut", "Large results of which only the beginning was kept.", ["reason"])
 COMPLETE_RETRIES = Counter("hermesh_tool_complete_retries", "Outcomes that had to be recorded again.")
+RECONCILES = Counter(
+    "hermesh_tool_reconciles", "Looks at what became of an unknown call, by finding.", ["tool", "finding"]
+)

@@ -24,7 +24,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 from types import ModuleType
 from typing import Any
 from uuid import UUID
@@ -75,12 +75,19 @@ class OutcomeUnknownError(Exception):
     """
 
 
+class Reconciled(Enum):
+    """What a tool's `reconcile` may answer in place of a result."""
+
+    NOT_DONE = "not done"
+    CANNOT_TELL = "cannot tell"
+
+
 class ArgumentsError(Exception):
     """The arguments do not fit the tool's schema; the text says where, for the model."""
 
 
-def _ignore(_text: str) -> None:
-    pass
+def ignore(_text: str) -> None:
+    """Takes progress that nobody watches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ class ToolContext:
     session_id: UUID
     run_id: UUID
     user: str = ""
-    progress: Callable[[str], None] = _ignore
+    progress: Callable[[str], None] = ignore
 
 
 ToolFunction = Callable[[Mapping[str, Any], ToolContext], Awaitable[Any]]
@@ -121,6 +128,10 @@ class Tool:
         timeout: Seconds one call may take.
         requires_approval: Whether a person has to approve each call.
         function: Gets the arguments and the context; returns text, or what JSON can hold.
+        reconcile: Looks up in the outside what became of a call whose outcome is unknown. Gets what the
+            function got and returns the result, or a `Reconciled`; it never acts.
+        reconcile_timeout: Seconds one look may take.
+        settle_seconds: For how long after its end what the tool has sent may still take effect outside.
     """
 
     name: str
@@ -130,6 +141,9 @@ class Tool:
     effect: Effect = Effect.NON_IDEMPOTENT
     timeout: float = 30.0
     requires_approval: bool = False
+    reconcile: ToolFunction | None = None
+    reconcile_timeout: float = 10.0
+    settle_seconds: float = 5.0
     schema_text: str = field(init=False)
     _validator: Validator = field(init=False, repr=False, compare=False)
 
@@ -143,6 +157,15 @@ class Tool:
             raise StartupError(f"tool name {self.name!r} must be 1 to 64 letters, digits, '_' or '-'")
         if not 0 < self.timeout <= 3600:
             raise StartupError(f"tool {self.name}: the timeout must be above 0 and at most 3600 seconds")
+        if not (0 < self.reconcile_timeout <= 60 and 0 <= self.settle_seconds <= 86_400):
+            raise StartupError(
+                f"tool {self.name}: reconcile_timeout must be above 0 and at most 60 seconds, "
+                "settle_seconds at most 86400"
+            )
+        if self.reconcile is not None and self.effect is not Effect.NON_IDEMPOTENT:
+            raise StartupError(
+                f"tool {self.name}: what may simply run again has nothing to reconcile; leave reconcile out"
+            )
         if self.input_schema.get("type") != "object":
             raise StartupError(f'tool {self.name}: the input schema must have "type": "object"')
         kind: type[Validator] = validator_for(self.input_schema, default=Draft202012Validator)
@@ -232,6 +255,9 @@ def tool(
     effect: Effect = Effect.NON_IDEMPOTENT,
     timeout: float = 30.0,
     requires_approval: bool = False,
+    reconcile: ToolFunction | None = None,
+    reconcile_timeout: float = 10.0,
+    settle_seconds: float = 5.0,
 ) -> Callable[[ToolFunction], ToolFunction]:
     """Declares an async function as a tool; see `Tool` for the parameters."""
 
@@ -244,6 +270,9 @@ def tool(
             effect=effect,
             timeout=timeout,
             requires_approval=requires_approval,
+            reconcile=reconcile,
+            reconcile_timeout=reconcile_timeout,
+            settle_seconds=settle_seconds,
         )
         setattr(function, _MARK, declaration)
         return function

@@ -12,22 +12,39 @@ from uuid import UUID
 from hermesh.session.v1 import resources_pb2
 from hermesh.tool.v1 import tool_service_pb2 as pb
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceServicer
+from meshkit.errors import NotFoundError
 from meshkit.identity import require_mesh, require_tenant
 from meshkit.paging import make_page_token, read_page_token
 from services.tool.domain import CallRequest, Outcome
 from services.tool.execution import Executor, Progress
+from services.tool.reconcile import Finding, Reconciler
 from services.tool.registry import Registry, Tool
+from services.tool.results import ResultStore
 
 _PAGE = 100
+_FINDINGS = {
+    Finding.SETTLED: pb.RECONCILE_OUTCOME_SETTLED,
+    Finding.NOT_DONE: pb.RECONCILE_OUTCOME_NOT_DONE,
+    Finding.CANNOT_TELL: pb.RECONCILE_OUTCOME_CANNOT_TELL,
+    Finding.ASK_AGAIN: pb.RECONCILE_OUTCOME_ASK_AGAIN,
+}
 
 
 class ToolServicer(ToolServiceServicer):
     """hermesh.tool.v1.ToolService."""
 
-    def __init__(self, registry: Registry, executor: Executor) -> None:
-        """Serves these."""
+    def __init__(
+        self,
+        registry: Registry,
+        executor: Executor,
+        reconciler: Reconciler,
+        results: ResultStore | None = None,
+    ) -> None:
+        """Serves these; without an object store there is no large result to read."""
         self._registry = registry
         self._executor = executor
+        self._reconciler = reconciler
+        self._results = results
 
     async def ListTools(self, request: pb.ListToolsRequest, context: Any) -> pb.ListToolsResponse:
         """Lists the tools by name."""
@@ -65,6 +82,40 @@ class ToolServicer(ToolServiceServicer):
         require_mesh()
         return pb.CancelResponse(found=self._executor.cancel(request.call_id, require_tenant()))
 
+    async def Reconcile(self, request: pb.ReconcileRequest, context: Any) -> pb.ReconcileResponse:
+        """Looks up what became of an unknown call. It never acts."""
+        require_mesh()
+        look = await self._reconciler.look(
+            CallRequest(
+                call_id=request.call_id,
+                tenant_id=require_tenant(),
+                session_id=UUID(request.session_id),
+                run_id=UUID(request.run_id),
+                fence=0,
+                name=request.name,
+                arguments=request.arguments,
+                user=request.user,
+            )
+        )
+        response = pb.ReconcileResponse(
+            outcome=_FINDINGS[look.finding], retry_after_ms=math.ceil(look.after * 1000)
+        )
+        if look.outcome is not None:
+            response.result.CopyFrom(_result(look.outcome))
+        return response
+
+    async def ReadResult(
+        self, request: pb.ReadResultRequest, context: Any
+    ) -> AsyncIterator[pb.ReadResultResponse]:
+        """Streams a large result of the tenant's own."""
+        require_mesh()
+        if self._results is None:
+            raise NotFoundError("TOOL_CALL_NOT_FOUND", "there is no such result")
+        size, pieces = await self._results.get(require_tenant(), request.content_ref)
+        yield pb.ReadResultResponse(size=size)
+        async for piece in pieces:
+            yield pb.ReadResultResponse(data=piece)
+
 
 def _tool(tool: Tool) -> pb.Tool:
     return pb.Tool(
@@ -74,18 +125,21 @@ def _tool(tool: Tool) -> pb.Tool:
         effect=resources_pb2.EffectClass.ValueType(tool.effect),
         timeout_ms=round(tool.timeout * 1000),
         requires_approval=tool.requires_approval,
+        reconciles=tool.reconcile is not None,
     )
 
 
 def _response(update: Progress | Outcome) -> pb.ExecuteResponse:
     if isinstance(update, Progress):
         return pb.ExecuteResponse(progress=pb.Progress(text=update.text))
-    return pb.ExecuteResponse(
-        result=pb.Result(
-            state=resources_pb2.ToolCallState.ValueType(update.state),
-            content=update.content,
-            content_ref=update.content_ref,
-            reason=update.reason,
-            reused=update.reused,
-        )
+    return pb.ExecuteResponse(result=_result(update))
+
+
+def _result(outcome: Outcome) -> pb.Result:
+    return pb.Result(
+        state=resources_pb2.ToolCallState.ValueType(outcome.state),
+        content=outcome.content,
+        content_ref=outcome.content_ref,
+        reason=outcome.reason,
+        reused=outcome.reused,
     )

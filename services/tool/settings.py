@@ -21,6 +21,11 @@ class ToolSettings(MeshSettings):
     tool_disabled: str = Field(
         "", description="Tools that are not offered, by name, separated by commas; for example fetch_page."
     )
+    tool_approval: str = Field(
+        "",
+        description="Tools whose calls a person has to approve, by name, separated by commas, beside those "
+        "that declare it; -name takes a declared one out.",
+    )
     tool_fetch_allow: str = Field(
         "",
         description="host:port pairs, separated by commas, that fetch_page may read although their address "

@@ -153,7 +153,7 @@ MUTATIONS = (
     Mutation(
         "key-of-the-try",
         "An idempotent tool gets another key at each try.",
-        "services/tool/execution.py",
+        "services/tool/acting.py",
         "idempotency_key=entry.idempotency_key or request.call_id,",
         'idempotency_key=f"{request.call_id}:{request.fence}",',
         faults=_points((1.0, "tool.act.after", "crash"), (3.0, "tool.act.after", "crash")) + _AGENTS_DIE,

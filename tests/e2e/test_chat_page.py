@@ -298,6 +298,32 @@ async def test_a_tool_call_of_unknown_outcome_asks_and_takes_the_answer(page: Pa
     assert run.decisions == [(f"{run.run_id}:1:0", 3, "")]
 
 
+@pytest.mark.parametrize(("button", "decision"), [("Run it", 5), ("Do not run it", 6)])
+async def test_a_call_that_needs_approval_asks_while_the_run_goes_on(
+    page: Page, served: Served, button: str, decision: int
+) -> None:
+    async def asks(run: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        call_id = f"{run.run_id}:1:0"
+        action = {"call_id": call_id, "kind": "approval", "name": "send_mail", "arguments": {"to": "ada"}}
+        yield "action.required", action
+        yield "action.required", action
+        await run.resolved.wait()
+        # Decided, and the log does not say so yet.
+        yield "text.delta", {"text": "Meanwhile."}
+        await run.cancelled.wait()
+        yield "run.cancelled", {"reason": "stopped"}
+
+    served.mesh.script = asks
+    await send(page, "send it")
+    await expect(page.locator(".notice.warn")).to_have_count(1)
+    await page.get_by_role("button", name=button, exact=True).click()
+    await expect(page.locator(".message.assistant .text")).to_have_text("Meanwhile.")
+    await expect(page.locator(".notice.warn")).to_have_count(0)
+    run = next(iter(served.mesh.runs.values()))
+    assert run.decisions == [(f"{run.run_id}:1:0", decision, "")]
+    await page.keyboard.press("Escape")
+
+
 async def test_a_failed_run_says_why_and_can_be_tried_again(page: Page, served: Served) -> None:
     failed = {"code": "UNAVAILABLE", "reason": "MODEL_UNAVAILABLE", "message": "no model", "retryable": True}
 

@@ -113,6 +113,7 @@ async def test_http_shows_a_stranger_nothing(mesh: Mesh, other_key: str) -> None
             await check("GET", "/v1/runs/{id}/events", run, headers={"Last-Event-ID": "{id}:1"})
             await check("POST", "/v1/runs/{id}/cancel", run, json={"reason": "mine"})
             await check("POST", "/v1/runs/{id}/actions/{id}:1:0", run, json=resolve)
+            await check("GET", "/v1/runs/{id}/tool-calls/{id}:1:0/content", run)
             for stream in (True, False):
                 body = chat | {"stream": stream}
                 await check("POST", "/v1/chat/completions", session, json=body | {"session_id": "{id}"})

@@ -25,12 +25,15 @@ from hermesh.session.v1 import session_internal_service_pb2 as internal_pb
 from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
 from hermesh.session.v1 import session_service_pb2 as session_pb
 from hermesh.session.v1 import session_service_pb2_grpc as session_grpc
+from hermesh.tool.v1 import tool_service_pb2 as tool_pb
+from hermesh.tool.v1 import tool_service_pb2_grpc as tool_grpc
 from meshkit.clock import now_ms
 from meshkit.errors import (
     AlreadyExistsError,
     HermeshError,
     NotFoundError,
     UnauthenticatedError,
+    UnavailableError,
     to_status,
 )
 from meshkit.ids import uuid7
@@ -165,6 +168,8 @@ class FakeMesh:
         self.run_cuts: list[tuple[int, Any] | None] = []
         self.watch_cuts: list[tuple[int, Any] | None] = []
         self.unary_error: HermeshError | None = None
+        # Large tool results by tenant and reference; an empty piece breaks the stream there.
+        self.results: dict[tuple[str, str], list[bytes]] = {}
         self.frame_size = 1
         self.models = ["scripted", "other"]
         self.calls: list[str] = []
@@ -180,6 +185,7 @@ class FakeMesh:
         session_grpc.add_SessionServiceServicer_to_server(_Sessions(self), server)
         internal_grpc.add_SessionInternalServiceServicer_to_server(_Internal(self), server)
         agent_grpc.add_AgentServiceServicer_to_server(_Agents(self), server)
+        tool_grpc.add_ToolServiceServicer_to_server(_Tools(self), server)
         self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         self._server = server
@@ -417,6 +423,25 @@ class _Sessions(session_grpc.SessionServiceServicer):
         run.resolved.set()
         return session_pb.ResolveActionResponse(run=run.proto())
 
+    @unary
+    async def ListPendingActions(self, request: Any, context: Any) -> Any:
+        tenant = _tenant(context)
+        waiting = [
+            session_pb.PendingAction(tool_call=call, waiting_since_ms=7)
+            for run in self.mesh.runs.values()
+            if run.session.tenant == tenant
+            for call in run.pending
+        ]
+        return session_pb.ListPendingActionsResponse(actions=waiting[: request.page_size or 50])
+
+    @unary
+    async def GetRunToolCall(self, request: Any, context: Any) -> Any:
+        run = self.mesh.run(request.run_id, _tenant(context))
+        for made in run.pending:
+            if made.call_id == request.call_id:
+                return session_pb.GetRunToolCallResponse(tool_call=made)
+        raise NotFoundError("TOOL_CALL_NOT_FOUND", "no such tool call")
+
     async def WatchRun(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self.mesh.note("WatchRun", context)
         cut = self.mesh.watch_cuts.pop(0) if self.mesh.watch_cuts else None
@@ -445,6 +470,23 @@ class _Sessions(session_grpc.SessionServiceServicer):
                 if frame.HasField("reconnect"):
                     return
             index, after = index + 1, 0
+
+
+class _Tools(tool_grpc.ToolServiceServicer):
+    def __init__(self, mesh: FakeMesh) -> None:
+        self.mesh = mesh
+
+    async def ReadResult(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await self.mesh.note("ReadResult", context)
+        pieces = self.mesh.results.get((_tenant(context), request.content_ref))
+        if pieces is None:
+            await _abort(context, NotFoundError("TOOL_CALL_NOT_FOUND", "there is no such result"))
+            return
+        yield tool_pb.ReadResultResponse(size=sum(len(piece) for piece in pieces if piece))
+        for piece in pieces:
+            if not piece:
+                await _abort(context, UnavailableError("SERVICE_UNAVAILABLE", "cut on command"))
+            yield tool_pb.ReadResultResponse(data=piece)
 
 
 class _Internal(internal_grpc.SessionInternalServiceServicer):

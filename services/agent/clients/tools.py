@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,31 +19,39 @@ from hermesh.session.v1.resources_pb2 import (
     TOOL_CALL_STATE_FAILED,
     TOOL_CALL_STATE_UNKNOWN,
     EffectClass,
+    ToolCall,
 )
 from hermesh.session.v1.session_internal_service_pb2 import (
     BEGIN_OUTCOME_FENCED,
     BEGIN_OUTCOME_GO,
+    BEGIN_OUTCOME_NOT_APPROVED,
     BeginToolCallRequest,
     CompleteToolCallRequest,
 )
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.tool.v1.tool_service_pb2 import (
+    RECONCILE_OUTCOME_CANNOT_TELL,
+    RECONCILE_OUTCOME_NOT_DONE,
+    RECONCILE_OUTCOME_SETTLED,
     CancelRequest,
     ExecuteRequest,
     ExecuteResponse,
     ListToolsRequest,
+    ReconcileRequest,
+    ReconcileResponse,
+    Result,
 )
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
 from meshkit.channel import Metadata, mesh_metadata, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.identity import PROBE_TENANT
-from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
 from services.agent import metrics
-from services.agent.domain.loop import Call, CallState
+from services.agent.domain.loop import MAX_LOOKS, Call, CallState
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ToolOffer
+from services.agent.settings import AgentSettings
 
 _log = structlog.get_logger("agent.tools")
 
@@ -59,6 +68,8 @@ CANCEL_SECONDS = 1.0
 # Silence for longer than the tool's own timeout and this is a tool service that is gone: it reports the
 # timeout itself, and better, and tells when a result waits to be stored or recorded.
 EXECUTE_MARGIN = 5.0
+# Above a hook's own time, which is at most a minute.
+RECONCILE_TIMEOUT = 75.0
 # The call cannot be made, whoever asks: the model is told, and may repair it.
 _MODEL_MAY_REPAIR = ("TOOL_NOT_FOUND", "TOOL_ARGUMENTS_INVALID", "INVALID_ARGUMENT", "ADDRESS_REFUSED")
 
@@ -71,6 +82,7 @@ class ToolInfo:
     effect: EffectClass.ValueType
     timeout: float
     requires_approval: bool
+    reconciles: bool = False
 
 
 ExecuteCall: TypeAlias = "grpc.aio.UnaryStreamCall[ExecuteRequest, ExecuteResponse]"
@@ -92,10 +104,10 @@ class ToolClient:
 
     Args:
         channel: to the mesh.
-        settings: for the mesh's credential.
+        settings: for the mesh's credential, and how long an unknown outcome is looked for.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, settings: MeshSettings) -> None:
+    def __init__(self, channel: grpc.aio.Channel, settings: AgentSettings) -> None:
         self._stub = ToolServiceStub(channel)
         self._journal = SessionInternalServiceStub(channel)
         self._settings = settings
@@ -151,7 +163,11 @@ class ToolClient:
             for tool in response.tools:
                 offer = ToolOffer(tool.name, tool.description, _schema(tool.input_schema))
                 tools[tool.name] = ToolInfo(
-                    offer, tool.effect, (tool.timeout_ms or 30_000) / 1000, tool.requires_approval
+                    offer,
+                    tool.effect,
+                    (tool.timeout_ms or 30_000) / 1000,
+                    tool.requires_approval,
+                    tool.reconciles,
                 )
             token = response.next_page_token
             if not token:
@@ -206,7 +222,7 @@ class ToolClient:
                     async for response in responses:
                         quiet.reschedule(clock() + silence)
                         if response.WhichOneof("kind") == "result":
-                            return _settled(call, response.result.state, response.result.content)
+                            return _settled(call, response.result)
                         on_progress(response.progress.text)
                 reason, message = "SERVICE_UNAVAILABLE", "the tool service sent no result"
             except TimeoutError:
@@ -214,6 +230,8 @@ class ToolClient:
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 reason, message = error.reason, error.message
+            if reason == "APPROVAL_REQUIRED":
+                return replace(call, needs_approval=True, asked=False)
             if reason in _MODEL_MAY_REPAIR:
                 return replace(call, state=CallState.FAILED, content=message)
             stale = reason == "FENCE_STALE"
@@ -248,12 +266,68 @@ class ToolClient:
                         ),
                         metadata=self._mesh,
                     )
-                    return _settled(call, closed.tool_call.state, closed.tool_call.content)
+                    return _settled(call, closed.tool_call)
+                if begun.outcome == BEGIN_OUTCOME_NOT_APPROVED:
+                    return replace(call, needs_approval=True, asked=False)
                 if begun.outcome != BEGIN_OUTCOME_FENCED:
-                    return _settled(call, begun.tool_call.state, begun.tool_call.content)
+                    return _settled(call, begun.tool_call)
             except grpc.aio.AioRpcError as error:
                 _log.warning("the journal does not answer", call_id=call.call_id, code=error.code().name)
             await backoff.sleep()
+
+    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+        """Have a call's tool look up what became of it, and return it as it stands then.
+
+        A look never acts. An outside that does not answer is asked again on a schedule, a bounded number of
+        times and for a bounded time; then the call stays UNKNOWN. While an earlier try may still act, "not
+        done" does not count, and is asked for again when no try can any more.
+
+        Args:
+            spec: the run.
+            call: the call, UNKNOWN.
+        """
+        metadata = mesh_metadata(self._settings, spec.tenant_id)
+        request = ReconcileRequest(
+            call_id=call.call_id,
+            session_id=spec.session_id,
+            run_id=spec.run_id,
+            name=call.name,
+            arguments=call.arguments,
+            user=spec.user,
+        )
+        call = replace(call, looks=call.looks + 1)
+        left_to_a_person = replace(call, looks=MAX_LOOKS)
+        end = time.monotonic() + self._settings.reconcile_seconds
+        backoff = Backoff(1.0, 30.0)
+        while True:
+            response = await self._look(request, metadata)
+            if response.outcome == RECONCILE_OUTCOME_SETTLED:
+                return _settled(call, response.result)
+            if response.outcome == RECONCILE_OUTCOME_NOT_DONE:
+                return replace(call, state=CallState.INTENT, content="")
+            if response.outcome == RECONCILE_OUTCOME_CANNOT_TELL:
+                return left_to_a_person
+            wait = response.retry_after_ms / 1000
+            if not wait:
+                wait = backoff.next()
+                if backoff.attempts >= self._settings.reconcile_tries:
+                    return left_to_a_person
+            if time.monotonic() + wait > end:
+                return left_to_a_person
+            await asyncio.sleep(wait)
+
+    async def _look(self, request: ReconcileRequest, metadata: Metadata) -> ReconcileResponse:
+        """Return what the tool found; without an answer one that says nothing, so that it is asked again."""
+        try:
+            response: ReconcileResponse = await self._stub.Reconcile(
+                request, metadata=metadata, timeout=RECONCILE_TIMEOUT
+            )
+        except grpc.aio.AioRpcError as error:
+            _log.warning(
+                "what became of a call was not found out", call_id=request.call_id, code=error.code().name
+            )
+            return ReconcileResponse()
+        return response
 
     async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
         """Ask a running call to stop, on the replica that has it; a replica that is gone runs nothing."""
@@ -302,12 +376,12 @@ def _named(headers: Iterable[tuple[str, str | bytes]]) -> str:
     return next((str(value) for name, value in headers if name == REPLICA_HEADER), "")
 
 
-def _settled(call: Call, state: int, content: str) -> Call:
-    if state == TOOL_CALL_STATE_COMPLETED:
-        return replace(call, state=CallState.COMPLETED, content=content)
-    if state == TOOL_CALL_STATE_UNKNOWN:
-        return replace(call, state=CallState.UNKNOWN, content=content)
-    return replace(call, state=CallState.FAILED, content=content or "The tool failed.")
+def _settled(call: Call, found: Result | ToolCall) -> Call:
+    if found.state == TOOL_CALL_STATE_COMPLETED:
+        return replace(call, state=CallState.COMPLETED, content=found.content, content_ref=found.content_ref)
+    if found.state == TOOL_CALL_STATE_UNKNOWN:
+        return replace(call, state=CallState.UNKNOWN, content=found.content)
+    return replace(call, state=CallState.FAILED, content=found.content or "The tool failed.")
 
 
 def _schema(text: str) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """The loop: what to do next, given what was done.
 
 `decide` looks at a `LoopState` and answers with one decision; the runner carries it out and feeds the
-outcome back through `turn_done`, `turn_broken`, `calls_done` or `calls_reported`, each of which returns the
-next state.
+outcome back through `turn_done`, `turn_broken`, `calls_done`, `calls_asked` or `calls_reported`, each of
+which returns the next state.
 A step is one model turn with the tool calls it asked for.
 """
 
@@ -14,6 +14,10 @@ from enum import Enum
 from typing import Literal
 
 from services.agent.model.port import ChatMessage, ToolUse, Usage
+
+# How often a call whose outcome is unknown is looked up by one replica: one that times out each time, and was
+# not done each time, would go on for ever.
+MAX_LOOKS = 3
 
 
 class CallState(Enum):
@@ -41,8 +45,12 @@ class Call:
         arguments: a JSON object as text.
         state: as the journal has it.
         content: the result, or the error's text.
+        content_ref: where a large result is as a whole; "" for others.
         needs_approval: a person must agree first.
-        reported: whether the log has its `tool.result` already.
+        asked: whether the log has its `action.required` already, and nobody's word since.
+        reported: whether the log has its outcome already.
+        reconcilable: whether its tool can look up what became of it.
+        looks: how often that was done here.
     """
 
     call_id: str
@@ -51,12 +59,21 @@ class Call:
     state: CallState = CallState.INTENT
     content: str = ""
     needs_approval: bool = False
+    asked: bool = False
     reported: bool = False
+    reconcilable: bool = False
+    looks: int = 0
+    content_ref: str = ""
 
     @property
     def waits(self) -> bool:
         """Whether only a person can settle it."""
         return self.state is CallState.UNKNOWN or (self.needs_approval and self.state is CallState.INTENT)
+
+    @property
+    def may_be_found_out(self) -> bool:
+        """Whether its tool is to look up what became of it before a person is asked."""
+        return self.state is CallState.UNKNOWN and self.reconcilable and self.looks < MAX_LOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +169,20 @@ class CallTools:
 
 
 @dataclass(frozen=True, slots=True)
+class AskApproval:
+    """Ask a person about these calls, and go on with the others meanwhile."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FindOut:
+    """Have these calls' tools look up what became of them, side by side."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportCalls:
     """All of the step's calls are settled: make them messages, with results that the log lacks."""
 
@@ -186,7 +217,7 @@ class Fail:
     retry_after_ms: int = 0
 
 
-Decision = CallModel | CallTools | ReportCalls | AwaitAction | Finish | Fail
+Decision = CallModel | CallTools | AskApproval | FindOut | ReportCalls | AwaitAction | Finish | Fail
 
 
 def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill: bool) -> Decision:
@@ -200,15 +231,23 @@ def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill
     """
     if state.finish_reason and not state.calls:
         return Finish(state.finish_reason)
+    waiting = tuple(call for call in state.calls if call.waits)
     if seconds_left <= 0:
+        if any(call.state is CallState.UNKNOWN for call in waiting):
+            # A call that may have run is never passed over: a person decides, however late it is.
+            return AwaitAction(waiting)
         return Fail("DEADLINE_EXCEEDED", "RUN_TIMEOUT", "the run's time limit was reached", True)
     if state.calls and all(call.state.settled for call in state.calls):
         return ReportCalls(state.calls)
     if state.calls:
         todo = tuple(call for call in state.calls if not call.state.settled and not call.waits)
+        unclear = tuple(call for call in waiting if call.may_be_found_out)
+        unasked = tuple(call for call in waiting if call.state is CallState.INTENT and not call.asked)
+        if unasked and (todo or unclear):
+            return AskApproval(unasked)
         if todo:
             return CallTools(state.step, todo)
-        return AwaitAction(tuple(call for call in state.calls if call.waits))
+        return FindOut(unclear) if unclear else AwaitAction(waiting)
     if state.turns >= limits.max_turns:
         return Fail(
             "RESOURCE_EXHAUSTED", "TURN_LIMIT", f"the limit of {limits.max_turns} model turns was reached"
@@ -278,6 +317,11 @@ def calls_done(state: LoopState, results: Sequence[Call]) -> LoopState:
     """Note what calls came to."""
     by_id = {call.call_id: call for call in results}
     return replace(state, calls=tuple(by_id.get(call.call_id, call) for call in state.calls))
+
+
+def calls_asked(state: LoopState, asked: Sequence[Call]) -> LoopState:
+    """Note that a person was asked about calls."""
+    return calls_done(state, [replace(call, asked=True) for call in asked])
 
 
 def calls_reported(state: LoopState) -> LoopState:

@@ -37,7 +37,7 @@ class _Fold:
     step: int = 0
     pieces: list[tuple[int, str]] = field(default_factory=list)
     reported: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    approved: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
 
 
 def restore(
@@ -45,7 +45,7 @@ def restore(
     messages: Sequence[StoredMessage],
     events: Sequence[LoggedEvent] = (),
     journal: Sequence[Call] = (),
-    approval: Collection[str] = (),
+    reconciles: Collection[str] = (),
 ) -> LoopState:
     """Rebuild the state of a run.
 
@@ -54,7 +54,7 @@ def restore(
         messages: the conversation with what this run has added, oldest first.
         events: at least everything of the current model turn and the `step.started` before it.
         journal: the run's tool calls.
-        approval: names of tools whose calls a person must agree to first.
+        reconciles: names of tools that can look up what became of a call.
 
     Returns:
         The state to go on with. Where the log has half a turn, `partial` says so.
@@ -78,7 +78,7 @@ def restore(
     if all(use.call_id in answered for use in uses):
         return state
     by_id = {call.call_id: call for call in journal}
-    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, approval) for use in uses)
+    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, reconciles) for use in uses)
     return replace(state, calls=calls)
 
 
@@ -110,8 +110,10 @@ def _fold(events: Sequence[LoggedEvent]) -> _Fold:
             fold.pieces = []
         elif event.type == "tool.result":
             fold.reported[str(data["call_id"])] = data
-        elif event.type == "action.resolved" and data.get("decision") in ("retry", "approved"):
-            fold.approved.add(str(data["call_id"]))
+        elif event.type == "action.required":
+            fold.asked.add(str(data["call_id"]))
+        elif event.type == "action.resolved":
+            fold.asked.discard(str(data["call_id"]))
     return fold
 
 
@@ -121,7 +123,7 @@ def _partial(fold: _Fold) -> Partial | None:
     return Partial("".join(text for _, text in fold.pieces), fold.pieces[0][0])
 
 
-def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, approval: Collection[str]) -> Call:
+def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, reconciles: Collection[str]) -> Call:
     reported = fold.reported.get(use.call_id)
     if entry is None:
         # It never got into the journal: it was refused when the model made it, and the log says how.
@@ -131,8 +133,10 @@ def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, approval: Colle
         )
     return replace(
         entry,
-        needs_approval=entry.name in approval and use.call_id not in fold.approved,
-        reported=reported is not None,
+        asked=use.call_id in fold.asked,
+        # "unknown" was not the last word.
+        reported=reported is not None and reported.get("status") != CallState.UNKNOWN.value,
+        reconcilable=entry.name in reconciles,
     )
 
 

@@ -89,6 +89,7 @@ class RunJournal:
                         effect=effects[call.call_id],
                         state=TOOL_CALL_STATE_INTENT,
                         idempotency_key=call.call_id,
+                        needs_approval=call.needs_approval,
                     )
                 )
         events = [_completed(message_id, turn.text, rendered)]
@@ -104,7 +105,18 @@ class RunJournal:
     def result(self, call: Call) -> None:
         """A tool call came to something."""
         data = {"call_id": call.call_id, "status": call.state.value, "content": call.content}
+        if call.content_ref:
+            data["content_ref"] = call.content_ref
         self._writer.event("tool.result", data)
+
+    def reconciled(self, call: Call) -> None:
+        """A call's tool looked up what became of it."""
+        finding = "not_done" if call.state is CallState.INTENT else call.state.value
+        self._writer.event("tool.reconciled", {"call_id": call.call_id, "finding": finding})
+
+    def asks(self, calls: Sequence[Call]) -> None:
+        """A person is asked about calls while the run goes on."""
+        self._writer.events([_required(call) for call in calls])
 
     def carry(self, messages: Sequence[ChatMessage]) -> None:
         """Store tool messages with the next event that commits anything."""
@@ -116,19 +128,8 @@ class RunJournal:
         ]
 
     def requires_action(self, calls: Sequence[Call]) -> None:
-        """The run waits for a person."""
-        events = [
-            (
-                "action.required",
-                {
-                    "call_id": call.call_id,
-                    "kind": "unknown" if call.state is CallState.UNKNOWN else "approval",
-                    "name": call.name,
-                    "arguments": orjson.loads(call.arguments),
-                },
-            )
-            for call in calls
-        ]
+        """The run waits for a person; those calls are asked about that were not yet."""
+        events = [_required(call) for call in calls if not call.asked]
         self._writer.events(events, self._carry(StepCommit(status=RUN_STATUS_REQUIRES_ACTION)))
 
     def completed(self, text: str | None, finish_reason: str, usage: Usage, ttft_ms: int) -> None:
@@ -204,6 +205,16 @@ class RunJournal:
 def _assistant(message_id: str, text: str, calls: list[dict[str, Any]]) -> NewMessage:
     tool_calls = orjson.dumps(calls).decode() if calls else ""
     return NewMessage(message_id=message_id, role="assistant", content=text, tool_calls=tool_calls)
+
+
+def _required(call: Call) -> tuple[str, dict[str, Any]]:
+    data = {
+        "call_id": call.call_id,
+        "kind": "unknown" if call.state is CallState.UNKNOWN else "approval",
+        "name": call.name,
+        "arguments": orjson.loads(call.arguments),
+    }
+    return "action.required", data
 
 
 def _completed(message_id: str, text: str, calls: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:

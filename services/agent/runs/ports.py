@@ -33,6 +33,10 @@ class ToolPort(Protocol):
         """Run one call and return it with its outcome."""
         ...
 
+    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+        """Have a call's tool look up what became of it."""
+        ...
+
     async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
         """Ask a running call to stop."""
         ...

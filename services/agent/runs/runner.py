@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
+from hermesh.session.v1.resources_pb2 import (
+    EFFECT_CLASS_IDEMPOTENT,
+    EFFECT_CLASS_NON_IDEMPOTENT,
+    EFFECT_CLASS_PURE,
+)
 from meshkit import failpoints
 from meshkit.errors import HermeshError
 from services.agent import metrics
 from services.agent.clients.tools import CallPlace, ToolInfo, allowed
 from services.agent.domain import loop
 from services.agent.domain.loop import (
+    AskApproval,
     AwaitAction,
     Call,
     CallModel,
     CallState,
     CallTools,
     Fail,
+    FindOut,
     Finish,
     LoopState,
     Partial,
@@ -30,7 +38,7 @@ from services.agent.domain.loop import (
 from services.agent.domain.prompt import Background, RunSpec, build_prompt
 from services.agent.domain.turn import TurnBuilder
 from services.agent.model.errors import ModelError
-from services.agent.model.port import ChatMessage, Usage
+from services.agent.model.port import ChatMessage, ToolOffer, Usage
 from services.agent.runs.journal import RunJournal
 from services.agent.runs.ports import World
 from services.agent.runs.start import Start
@@ -42,6 +50,8 @@ _log = structlog.get_logger("agent.run")
 # How long a run's last events may wait for the store before the run is left to a takeover.
 LAST_WRITE_SECONDS = 30.0
 RELEASE_SECONDS = 1.0
+# The longest that a tool may take; of one that is not listed now no more is known.
+UNLISTED_SECONDS = 3600.0
 _BROKE_OFF = "model_stream_broke"
 _TAKEN_OVER = "taken_over"
 
@@ -181,7 +191,7 @@ class Runner:
         failure = await self._prepare()
         if failure is not None:
             return await self._fail(failure)
-        state = start.restore({name for name, info in self._tools.items() if info.requires_approval})
+        state = start.restore({name for name, info in self._tools.items() if info.reconciles})
         if state.step:
             metrics.takeovers.inc()
         limits = world.limits(self.spec)
@@ -193,7 +203,7 @@ class Runner:
                 seconds_left=self._deadline - world.monotonic(),
                 can_prefill=world.can_prefill and not self._constrained(state),
             )
-            if world.draining() and isinstance(decision, CallModel | CallTools):
+            if world.draining() and isinstance(decision, CallModel | CallTools | FindOut):
                 self._interrupt = "released"
                 return "released"
             match decision:
@@ -207,6 +217,11 @@ class Runner:
                     state = outcome
                 case CallTools():
                     state = loop.calls_done(state, await self._call_tools(decision))
+                case AskApproval():
+                    self._journal.asks(decision.calls)
+                    state = loop.calls_asked(state, decision.calls)
+                case FindOut():
+                    state = loop.calls_done(state, await self._find_out(decision))
                 case ReportCalls():
                     for call in decision.calls:
                         if not call.reported:
@@ -365,7 +380,8 @@ class Runner:
             known = ", ".join(sorted(self._tools)) or "none"
             content = f"There is no tool named {call.name!r}. The tools are: {known}."
             return replace(call, state=CallState.FAILED, content=content)
-        return replace(call, needs_approval=info.requires_approval)
+        needs_approval = info.requires_approval or call.name in self._start.approval
+        return replace(call, needs_approval=needs_approval, reconcilable=info.reconciles)
 
     # tools
 
@@ -375,43 +391,78 @@ class Runner:
         done: list[Call] = []
         try:
             async with asyncio.timeout_at(self._deadline):
-                await self._side_by_side(decision.calls, done)
+                await self._side_by_side(decision.calls, lambda call: self._call_tool(call, done))
         except TimeoutError:
+            # Those that may have acted are not passed over: the journal knows whether they did.
+            cut_off = [
+                replace(call, state=CallState.UNKNOWN, looks=loop.MAX_LOOKS)
+                for call in decision.calls
+                if call.call_id in self._running_calls
+                and self._info(call).effect not in (EFFECT_CLASS_PURE, EFFECT_CLASS_IDEMPOTENT)
+            ]
             await self._cancel_calls()
+            done += cut_off
         return done
 
-    async def _side_by_side(self, calls: Sequence[Call], done: list[Call]) -> None:
+    async def _find_out(self, decision: FindOut) -> list[Call]:
+        """Have tools look up what became of calls, side by side; until the run's time limit."""
+        found: list[Call] = []
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._side_by_side(decision.calls, lambda call: self._look(call, found))
+        except TimeoutError:
+            pass  # the next decision leaves them to a person
+        return found
+
+    async def _side_by_side(
+        self, calls: Sequence[Call], work: Callable[[Call], Coroutine[Any, Any, None]]
+    ) -> None:
         # Raised after `except*`: before Python 3.11.4 what is raised within it comes out as a group.
         failed: list[BaseException] = []
         try:
             async with asyncio.TaskGroup() as group:
                 for call in calls:
-                    group.create_task(self._call_tool(call, done), name=f"tool-{call.call_id}")
+                    group.create_task(work(call), name=f"tool-{call.call_id}")
         except* WriterStopped as stopped:
             failed.extend(stopped.exceptions)
         if failed:
             raise failed[0]
 
+    def _info(self, call: Call) -> ToolInfo:
+        """Return a call's tool; one that is not listed now was when the call was made, by another replica."""
+        return self._tools.get(call.name) or ToolInfo(
+            ToolOffer(call.name, "", {}),
+            EFFECT_CLASS_NON_IDEMPOTENT,
+            UNLISTED_SECONDS,
+            requires_approval=False,
+        )
+
     async def _call_tool(self, call: Call, done: list[Call]) -> None:
-        info = self._tools.get(call.name)
-        if info is None:
-            # It was there when the call was made, by another replica: whether it acted is not known.
-            result = replace(call, state=CallState.UNKNOWN)
-        else:
-            place = self._running_calls[call.call_id] = CallPlace()
-            result = await self._world.tools.execute(
-                self.spec,
-                call,
-                info,
-                lambda: self._writer.fence,
-                lambda text: self._journal.progress(call.call_id, text),
-                lambda: self._deadline - self._world.monotonic(),
-                place,
-            )
-            del self._running_calls[call.call_id]
+        place = self._running_calls[call.call_id] = CallPlace()
+        result = await self._world.tools.execute(
+            self.spec,
+            call,
+            self._info(call),
+            lambda: self._writer.fence,
+            lambda text: self._journal.progress(call.call_id, text),
+            lambda: self._deadline - self._world.monotonic(),
+            place,
+        )
+        del self._running_calls[call.call_id]
         metrics.tool_calls.labels(result.state.value).inc()
+        if result.waits and result.state is CallState.INTENT:
+            done.append(result)  # it turned out to need approval
+            return
         self._journal.result(result)
-        done.append(replace(result, reported=True))
+        done.append(replace(result, reported=result.state.settled))
+
+    async def _look(self, call: Call, found: list[Call]) -> None:
+        self._journal.progress(call.call_id, "looking up whether it took effect")
+        result = await self._world.tools.reconcile(self.spec, call)
+        self._journal.reconciled(result)
+        if result.state.settled:
+            self._journal.result(result)
+        found.append(replace(result, reported=result.state.settled))
 
     async def _cancel_calls(self) -> None:
         calls, self._running_calls = self._running_calls, {}

@@ -41,6 +41,7 @@ class Start:
         events: the run's own events that a takeover needs.
         journal: the run's tool calls.
         omitted: how many older messages the store left out.
+        approval: tools whose calls the tenant wants approved, beside those that ask for it themselves.
     """
 
     spec: RunSpec
@@ -48,6 +49,7 @@ class Start:
     events: tuple[LoggedEvent, ...]
     journal: tuple[Call, ...]
     omitted: int
+    approval: frozenset[str] = frozenset()
 
     @property
     def said(self) -> str:
@@ -60,9 +62,9 @@ class Start:
         """Whether the run has tool calls from an attempt before."""
         return bool(self.journal)
 
-    def restore(self, approval: Collection[str]) -> LoopState:
+    def restore(self, reconciles: Collection[str]) -> LoopState:
         """Rebuild the state that the attempts before left; see `domain.restore`."""
-        return restore(self.spec.run_id, self.messages, self.events, self.journal, approval)
+        return restore(self.spec.run_id, self.messages, self.events, self.journal, reconciles)
 
 
 def start_of(claim: Claim, settings: AgentSettings) -> Start:
@@ -99,7 +101,12 @@ def start_of(claim: Claim, settings: AgentSettings) -> Start:
     )
     events = tuple(LoggedEvent(one.seq, one.type, _data(one.data)) for one in context.events)
     return Start(
-        spec, messages, events, tuple(_call(one) for one in context.tool_calls), context.omitted_messages
+        spec,
+        messages,
+        events,
+        tuple(_call(one) for one in context.tool_calls),
+        context.omitted_messages,
+        frozenset(context.approval_tools),
     )
 
 
@@ -112,4 +119,13 @@ def _data(text: str) -> dict[str, object]:
 
 def _call(entry: ToolCall) -> Call:
     state = _STATES.get(entry.state, CallState.UNKNOWN)
-    return Call(entry.call_id, entry.name, entry.arguments or "{}", state, entry.content)
+    arguments = entry.arguments or "{}"
+    return Call(
+        entry.call_id,
+        entry.name,
+        arguments,
+        state,
+        entry.content,
+        entry.needs_approval,
+        content_ref=entry.content_ref,
+    )

@@ -12,12 +12,13 @@ from services.session.domain import (
     AppendResult,
     BeginOutcome,
     Claim,
+    Decision,
     Event,
     Grant,
     LeaseRef,
     Message,
-    NewEvent,
     Page,
+    PendingAction,
     Renewal,
     Run,
     RunAppend,
@@ -214,18 +215,42 @@ class Log(Protocol):
 class Journal(Protocol):
     """The tool journal."""
 
-    async def begin(self, call_id: str, session_id: UUID, fence: int) -> tuple[BeginOutcome, ToolCall]:
-        """Marks a call as running if the fence is current and the call may run (again)."""
+    async def begin(
+        self, call_id: str, session_id: UUID, fence: int, act_ms: int = 0
+    ) -> tuple[BeginOutcome, ToolCall]:
+        """Marks a call as running if the fence is current and the call may run (again).
+
+        `act_ms` is for how long from now this try may act at most.
+        """
         ...
 
     async def complete(
-        self, call_id: str, fence: int, state: ToolCallState, content: str, content_ref: str
+        self,
+        call_id: str,
+        fence: int,
+        state: ToolCallState,
+        content: str,
+        content_ref: str,
+        tries: int = 0,
     ) -> ToolCall:
-        """Stores what a begun call did; the first outcome stays."""
+        """Stores what a begun call did; the first outcome stays. `tries` says which try did it."""
         ...
 
-    async def reconcile(self, call_id: str, state: ToolCallState, content: str, content_ref: str) -> ToolCall:
-        """Stores the outcome of an unknown call; other states are left as they are."""
+    async def reconcile(
+        self, call_id: str, state: ToolCallState, content: str, content_ref: str, tries: int = 0
+    ) -> ToolCall:
+        """Stores what became of an unknown call, as of its `tries`; other states are left as they are.
+
+        INTENT (it was not done and may run) is taken only once no try can act any more.
+        """
+        ...
+
+    async def look(self, call_id: str, session_id: UUID) -> ToolCall:
+        """Returns a call of a session. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
+        ...
+
+    async def call_of_run(self, tenant_id: UUID, run_id: UUID, call_id: str) -> ToolCall:
+        """Returns a call of a run. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         ...
 
     async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
@@ -233,17 +258,18 @@ class Journal(Protocol):
         ...
 
     async def resolve(
-        self,
-        tenant_id: UUID,
-        run_id: UUID,
-        call_id: str,
-        decision: int,
-        content: str,
-        events: Sequence[NewEvent],
+        self, tenant_id: UUID, run_id: UUID, call_id: str, decision: Decision
     ) -> tuple[Run, ToolCall]:
-        """Settles a call that waits for a person (`session.v1.ActionDecision`), appends `events`
-        (action.resolved) and makes the run due again or, on ABANDON, ends it.
+        """Settles a call that waits for a person, appends action.resolved and, once none of its calls waits,
+        makes the run due again; on ABANDON ends it. Raises AlreadyExistsError(REQUEST_ID_REUSED),
+        FailedPreconditionError(ACTION_NOT_REQUIRED).
         """
+        ...
+
+    async def pending_actions(
+        self, tenant_id: UUID, *, page_size: int, page_token: str
+    ) -> Page[PendingAction]:
+        """Lists the calls that the tenant's runs wait for, the oldest run first."""
         ...
 
 

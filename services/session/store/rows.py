@@ -116,6 +116,9 @@ def tool_call_of(row: Row) -> ToolCall:
         content_ref=row["content_ref"],
         idempotency_key=row["idempotency_key"],
         fence=row["fence"],
+        needs_approval=row["needs_approval"],
+        tries=row["tries"],
+        quiet_in_ms=row["quiet_in_ms"],
     )
 
 
@@ -169,7 +172,10 @@ def intents_json(intents: Sequence[NewToolCall]) -> str | None:
     if not intents:
         return None
     return orjson.dumps(
-        [[c.call_id, c.name, c.arguments, int(c.effect), c.idempotency_key] for c in intents]
+        [
+            [c.call_id, c.name, c.arguments, int(c.effect), c.idempotency_key, c.needs_approval]
+            for c in intents
+        ]
     ).decode()
 
 

@@ -49,14 +49,15 @@ BEGIN
     IF p_intents IS NOT NULL THEN
         -- An intent that was never acted on may be made anew, with other arguments.
         INSERT INTO session.tool_call AS t (call_id, tenant_id, session_id, run_id, name, arguments, effect,
-                                            idempotency_key, created_ms)
+                                            idempotency_key, needs_approval, created_ms)
         SELECT c.value ->> 0, v_lease.tenant_id, p_session, p_run, c.value ->> 1, c.value ->> 2,
-               (c.value ->> 3)::smallint, c.value ->> 4, v_now
+               (c.value ->> 3)::smallint, c.value ->> 4, (c.value ->> 5)::boolean, v_now
         FROM json_array_elements(p_intents) WITH ORDINALITY c(value, place)
         ORDER BY c.place
         ON CONFLICT (call_id) DO UPDATE SET name = excluded.name, arguments = excluded.arguments,
-            effect = excluded.effect, idempotency_key = excluded.idempotency_key
-        WHERE t.state = 1 AND t.run_id = excluded.run_id;
+            effect = excluded.effect, idempotency_key = excluded.idempotency_key,
+            needs_approval = excluded.needs_approval
+        WHERE t.state = 1 AND t.tries = 0 AND t.run_id = excluded.run_id;
     END IF;
     outcome := 1;
     next_seq := v_lease.next_seq;
@@ -71,14 +72,15 @@ BEGIN
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
-        -- Whoever waits for a person has nothing under way: a call without an outcome is one to ask about.
-        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2;
+        -- Whoever waits for a person has nothing under way: a call that must not run twice and has no outcome is
+        -- one to ask about.
+        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;
         -- What was said while this step was on its way would find nobody to hear it later.
         SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
+        PERFORM session.say_resolved(p_run);
         IF v_run.cancel_requested THEN
             PERFORM session.cancel_unheld(p_run);
-        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
-              AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
+        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run) THEN
             PERFORM session.requeue_run(p_run);
         END IF;
     END IF;
@@ -98,6 +100,11 @@ CREATE TABLE session.tool_call (
     content_ref text DEFAULT ''::text NOT NULL,
     idempotency_key text NOT NULL,
     fence bigint DEFAULT 0 NOT NULL,
+    tries integer DEFAULT 0 NOT NULL,
+    quiet_at timestamp with time zone,
+    needs_approval boolean DEFAULT false NOT NULL,
+    unsaid text DEFAULT ''::text NOT NULL,
+    unsaid_ms bigint DEFAULT 0 NOT NULL,
     created_ms bigint NOT NULL,
     CONSTRAINT tool_call_effect_check CHECK (((effect >= 1) AND (effect <= 3))),
     CONSTRAINT tool_call_state_check CHECK (((state >= 1) AND (state <= 5)))
@@ -105,7 +112,15 @@ CREATE TABLE session.tool_call (
 
 COMMENT ON COLUMN session.tool_call.fence IS 'under which it was begun last';
 
-CREATE FUNCTION session.begin_tool_call(p_call text, p_session uuid, p_fence bigint) RETURNS TABLE(outcome smallint, call session.tool_call)
+COMMENT ON COLUMN session.tool_call.tries IS 'how often it was begun';
+
+COMMENT ON COLUMN session.tool_call.quiet_at IS 'from when on no try that was begun can act any more; NULL: none was';
+
+COMMENT ON COLUMN session.tool_call.needs_approval IS 'a person has to agree before it may begin; false once one has';
+
+COMMENT ON COLUMN session.tool_call.unsaid IS 'the data of an action.resolved that was decided while an agent held the run, and is not in the log yet';
+
+CREATE FUNCTION session.begin_tool_call(p_call text, p_session uuid, p_fence bigint, p_act interval) RETURNS TABLE(outcome smallint, call session.tool_call)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -126,14 +141,21 @@ BEGIN
              OR p_fence NOT BETWEEN v_lease.fence - v_lease.attach AND v_lease.fence THEN 4
         WHEN v_call.state IN (3, 4) THEN 2
         WHEN v_call.state = 5 OR (v_call.state = 2 AND v_call.effect = 3) THEN 3
+        WHEN v_call.state = 1 AND v_call.needs_approval THEN 5
         ELSE 1 END;
     IF v_outcome = 1 THEN
-        UPDATE session.tool_call t SET state = 2, fence = p_fence WHERE t.call_id = p_call RETURNING * INTO v_call;
+        UPDATE session.tool_call t SET state = 2, fence = p_fence, tries = t.tries + 1,
+               quiet_at = greatest(t.quiet_at, clock_timestamp() + p_act)
+        WHERE t.call_id = p_call RETURNING * INTO v_call;
     ELSIF v_outcome = 3 AND v_call.state = 2 THEN
         UPDATE session.tool_call t SET state = 5 WHERE t.call_id = p_call RETURNING * INTO v_call;
     END IF;
     RETURN QUERY SELECT v_outcome, v_call;
 END $$;
+
+CREATE FUNCTION session.call_waits(p_state smallint, p_needs_approval boolean) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ((p_state = 5) OR ((p_state = 1) AND p_needs_approval));
 
 CREATE FUNCTION session.ms_until(p_time timestamp with time zone) RETURNS bigint
     LANGUAGE sql PARALLEL SAFE
@@ -318,6 +340,9 @@ BEGIN
         FROM session.run_view v WHERE v.run_id = p_run;
         RETURN;
     END IF;
+    IF v_run.attempt > 0 THEN
+        PERFORM session.say_resolved(p_run);
+    END IF;
     v_next := CASE WHEN v_run.attempt = 0 THEN v_run.last_seq + 1 ELSE session.next_seq(p_run) END;
     UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,
            owner = p_owner, lease_until = clock_timestamp() + p_ttl
@@ -347,15 +372,18 @@ BEGIN
     FROM session.run_view v WHERE v.run_id = p_run;
 END $$;
 
-CREATE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state smallint, p_content text, p_ref text) RETURNS SETOF session.tool_call
+CREATE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state smallint, p_content text, p_ref text, p_tries integer) RETURNS SETOF session.tool_call
     LANGUAGE plpgsql
     AS $$
 BEGIN
     UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
-    WHERE t.call_id = p_call AND t.state = 2 AND t.fence = p_fence;
+    WHERE t.call_id = p_call AND t.fence = p_fence
+      AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
+           OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
     IF NOT FOUND AND EXISTS (SELECT FROM session.tool_call t
                              WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence) THEN
-        RETURN QUERY SELECT * FROM session.settle_tool_call(p_call, p_state, p_content, p_ref);
+        RETURN QUERY
+        SELECT * FROM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
         RETURN;
     END IF;
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
@@ -531,6 +559,10 @@ CREATE FUNCTION session.now_ms() RETURNS bigint
     LANGUAGE sql PARALLEL SAFE
     RETURN ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint;
 
+CREATE FUNCTION session.quiet_in_ms(p_quiet_at timestamp with time zone) RETURNS bigint
+    LANGUAGE sql PARALLEL SAFE
+    RETURN (COALESCE(GREATEST((0)::numeric, ceil((EXTRACT(epoch FROM (p_quiet_at - clock_timestamp())) * (1000)::numeric))), (0)::numeric))::bigint;
+
 CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_n integer, OUT outcome smallint, OUT next_seq integer) RETURNS record
     LANGUAGE sql STABLE
     AS $$
@@ -562,22 +594,41 @@ BEGIN
     UPDATE session.run SET status = 1, idle_claims = 0, dispatch_after = clock_timestamp(),
            deadline = clock_timestamp() + left_ms * interval '1 ms'
     WHERE run_id = p_run AND status = 3
+      AND NOT EXISTS (SELECT FROM session.tool_call t
+                      WHERE t.run_id = p_run AND session.call_waits(t.state, t.needs_approval))
     RETURNING session_id INTO v_session;
     IF FOUND THEN
         PERFORM pg_notify('hermesh_due', v_session::text);
     END IF;
 END $$;
 
-CREATE FUNCTION session.resolve_action(p_tenant uuid, p_run uuid, p_call text, p_decision integer, p_content text, p_types text[], p_times bigint[], p_data text[]) RETURNS TABLE(run session.run_view, call session.tool_call)
+CREATE FUNCTION session.resolve_action(p_tenant uuid, p_run uuid, p_call text, p_decision integer, p_content text, p_request_id text, p_fingerprint bytea, p_time_ms bigint, p_data text) RETURNS TABLE(run session.run_view, call session.tool_call)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 DECLARE
+    v_known bytea;
+    v_repeated boolean := false;
     v_session uuid;
     v_status smallint;
     v_call session.tool_call%ROWTYPE;
+    v_approval boolean;
     v_state smallint;
 BEGIN
+    IF p_request_id <> '' THEN
+        -- Waits for another call with the same id that is under way.
+        INSERT INTO session.idempotency (tenant_id, scope, key, fingerprint, result_id)
+        VALUES (p_tenant, 'action', p_request_id, p_fingerprint, p_run)
+        ON CONFLICT (tenant_id, scope, key) DO NOTHING;
+        v_repeated := NOT FOUND;
+        IF v_repeated THEN
+            SELECT i.fingerprint INTO v_known FROM session.idempotency i
+            WHERE i.tenant_id = p_tenant AND i.scope = 'action' AND i.key = p_request_id;
+            IF v_known IS DISTINCT FROM p_fingerprint THEN
+                RAISE EXCEPTION 'REQUEST_ID_REUSED' USING ERRCODE = 'HM409';
+            END IF;
+        END IF;
+    END IF;
     SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant;
     PERFORM FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
     SELECT r.status INTO v_status FROM session.run r WHERE r.run_id = p_run AND r.tenant_id = p_tenant
@@ -590,19 +641,25 @@ BEGIN
     IF v_call.call_id IS NULL THEN
         RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
-    v_state := CASE p_decision WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 1 ELSE v_call.state END;
-    IF v_status = 3 AND v_call.state IN (1, 5) THEN
-        UPDATE session.tool_call t SET state = v_state,
-               content = CASE WHEN p_decision IN (1, 2) THEN p_content ELSE t.content END
+    v_approval := v_call.state = 1 AND v_call.needs_approval;
+    v_state := CASE WHEN p_decision = 1 THEN 3 WHEN p_decision IN (2, 6) THEN 4
+                    WHEN p_decision IN (3, 5) THEN 1 ELSE v_call.state END;
+    IF v_repeated THEN
+        NULL;
+    ELSIF (v_approval AND v_status < 4) OR (v_call.state = 5 AND v_status = 3 AND p_decision < 5) THEN
+        UPDATE session.tool_call t SET state = v_state, needs_approval = v_approval AND p_decision = 4,
+               content = CASE WHEN v_state IN (3, 4) THEN p_content ELSE t.content END,
+               unsaid = CASE WHEN v_status = 3 OR p_decision = 4 THEN '' ELSE p_data END, unsaid_ms = p_time_ms
         WHERE t.call_id = p_call;
-        PERFORM session.write_unheld(p_run, p_types, p_times, p_data);
+        IF v_status = 3 THEN
+            PERFORM session.write_unheld(p_run, ARRAY['action.resolved'], ARRAY[p_time_ms], ARRAY[p_data]);
+        END IF;
         IF p_decision = 4 THEN
-            PERFORM session.request_cancel(p_run, coalesce(nullif(p_content, ''), 'abandoned'));
-            PERFORM session.cancel_unheld(p_run);
-        ELSIF NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state = 5) THEN
+            PERFORM session.cancel_run(p_tenant, p_run, coalesce(nullif(p_content, ''), 'abandoned'));
+        ELSE
             PERFORM session.requeue_run(p_run);
         END IF;
-    ELSIF NOT (p_decision IN (1, 2) AND v_call.state = v_state AND v_call.content = p_content) THEN
+    ELSIF NOT (p_decision IN (1, 2, 6) AND v_call.state = v_state AND v_call.content = p_content) THEN
         -- The same word again changes nothing; another one comes too late.
         RAISE EXCEPTION 'ACTION_NOT_REQUIRED' USING ERRCODE = 'HM412';
     END IF;
@@ -660,7 +717,8 @@ BEGIN
         SELECT json_agg(json_build_array(seq, type, time_ms, data) ORDER BY seq) INTO v_events
         FROM session.event WHERE run_id = p_run AND seq >= coalesce(v_step, 2);
         SELECT json_agg(json_build_array(call_id, name, arguments, effect, state, content, content_ref,
-                                         idempotency_key, fence) ORDER BY position) INTO v_calls
+                                         idempotency_key, fence, needs_approval, tries,
+                                         session.quiet_in_ms(quiet_at)) ORDER BY position) INTO v_calls
         FROM session.tool_call WHERE run_id = p_run;
     END IF;
     RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
@@ -669,7 +727,24 @@ BEGIN
                              'omitted', v_session.message_count - v_kept);
 END $$;
 
-CREATE FUNCTION session.settle_tool_call(p_call text, p_state smallint, p_content text, p_ref text) RETURNS SETOF session.tool_call
+CREATE FUNCTION session.say_resolved(p_run uuid) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_times bigint[];
+    v_data text[];
+BEGIN
+    SELECT array_agg(unsaid_ms ORDER BY unsaid_ms, position), array_agg(unsaid ORDER BY unsaid_ms, position)
+    INTO v_times, v_data
+    FROM session.tool_call WHERE run_id = p_run AND unsaid <> '';
+    IF v_data IS NOT NULL THEN
+        PERFORM session.write_unheld(p_run, array_fill('action.resolved'::text, ARRAY[cardinality(v_data)]),
+                                     v_times, v_data);
+        UPDATE session.tool_call SET unsaid = '' WHERE run_id = p_run AND unsaid <> '';
+    END IF;
+END $$;
+
+CREATE FUNCTION session.settle_tool_call(p_call text, p_state smallint, p_content text, p_ref text, p_tries integer) RETURNS SETOF session.tool_call
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -684,12 +759,13 @@ BEGIN
     PERFORM FROM session.lease l WHERE l.session_id = v_session FOR NO KEY UPDATE;
     SELECT r.status INTO v_status FROM session.run r WHERE r.run_id = v_run FOR NO KEY UPDATE;
     UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
-    WHERE t.call_id = p_call AND t.state = 5 AND p_state IN (3, 4);
-    IF FOUND AND v_status = 3
-       AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = v_run AND t.state = 5) THEN
+    WHERE t.call_id = p_call AND t.state = 5
+      AND ((p_state IN (3, 4) AND p_tries IN (0, t.tries))
+           OR (p_state = 1 AND p_tries = t.tries AND t.quiet_at <= clock_timestamp()));
+    IF FOUND AND v_status = 3 THEN
         PERFORM session.write_unheld(v_run, ARRAY['action.resolved'], ARRAY[session.now_ms()],
             ARRAY['{"call_id":' || to_json(p_call)::text || ',"decision":"'
-                  || CASE p_state WHEN 3 THEN 'completed' ELSE 'failed' END || '"}']);
+                  || CASE p_state WHEN 3 THEN 'completed' WHEN 4 THEN 'failed' ELSE 'retry' END || '"}']);
         PERFORM session.requeue_run(v_run);
     END IF;
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
@@ -975,6 +1051,8 @@ CREATE INDEX run_due ON session.run USING btree (dispatch_after) WHERE (status =
 CREATE INDEX run_overdue ON session.run USING btree (deadline) WHERE ((status = ANY (ARRAY[1, 2])) AND (deadline IS NOT NULL));
 
 CREATE INDEX run_unfinished ON session.run USING btree (session_id, ordinal) WHERE (status < 4);
+
+CREATE INDEX run_waiting ON session.run USING btree (tenant_id, run_id) WHERE (status = 3);
 
 CREATE INDEX session_by_update ON session.session USING btree (tenant_id, updated_ms DESC, session_id DESC);
 

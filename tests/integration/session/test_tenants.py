@@ -59,6 +59,7 @@ def requests(session_id: str, run_id: str) -> dict[str, Any]:
         "ListRuns": public.ListRunsRequest(session_id=session_id),
         "CancelRun": public.CancelRunRequest(run_id=run_id),
         "ResolveAction": public.ResolveActionRequest(run_id=run_id, call_id="x", decision=1),
+        "GetRunToolCall": public.GetRunToolCallRequest(run_id=run_id, call_id="x"),
         "WatchRun": public.WatchRunRequest(run_id=run_id),
         "WatchSession": public.WatchSessionRequest(session_id=session_id),
     }
@@ -78,13 +79,30 @@ async def answers(client: Client, session_id: str, run_id: str) -> dict[str, tup
 
 async def test_every_public_rpc_hides_other_tenants(first: Client, stranger: Client) -> None:
     methods = {method.name for method in public.DESCRIPTOR.services_by_name["SessionService"].methods}
-    assert set(requests("", "")) == methods - {"CreateSession", "ListSessions"}
+    assert set(requests("", "")) == methods - {
+        "CreateSession",
+        "ListSessions",
+        "ListPendingActions",
+    }
     writer = await new_writer(first)
+    waiting = await new_writer(first)
+    async with append_stream(first) as stream:
+        step = waiting.append("action.required", status=3)
+        step.commit.intents.add(call_id=f"{waiting.run_id}:1:0", name="pay", needs_approval=True)
+        await stream.write(step)
     foreign = await answers(stranger, writer.session_id, writer.run_id)
     assert foreign == await answers(stranger, NOBODY, NOBODY)
     assert {code for code, *_ in foreign.values()} == {grpc.StatusCode.NOT_FOUND}
     listed = await stranger.public.ListSessions(public.ListSessionsRequest(), metadata=stranger.metadata)
     assert writer.session_id not in {session.session_id for session in listed.sessions}
+    pending = {
+        name: await client.public.ListPendingActions(
+            public.ListPendingActionsRequest(), metadata=client.metadata
+        )
+        for name, client in (("owner", first), ("stranger", stranger))
+    }
+    assert [one.tool_call.run_id for one in pending["owner"].actions] == [waiting.run_id]
+    assert not pending["stranger"].actions
     # And nothing happened to it.
     async with append_stream(first) as stream:
         [result] = await stream.write(writer.append("run.completed", status=4))

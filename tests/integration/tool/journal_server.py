@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -35,7 +36,7 @@ class JournalServicer(SessionInternalServiceServicer):
 
     async def BeginToolCall(self, request: pb.BeginToolCallRequest, context: Any) -> pb.BeginToolCallResponse:
         call = self._call(request.call_id, request.fence, request.session_id)
-        outcome, entry = await self.journal.begin(call)
+        outcome, entry = await self.journal.begin(call, request.act_ms / 1000)
         return pb.BeginToolCallResponse(
             outcome=pb.BeginOutcome.ValueType(outcome), tool_call=_wire(request.call_id, entry)
         )
@@ -44,8 +45,23 @@ class JournalServicer(SessionInternalServiceServicer):
         self, request: pb.CompleteToolCallRequest, context: Any
     ) -> pb.CompleteToolCallResponse:
         outcome = Outcome(CallState(request.state), request.content, request.content_ref)
-        entry = await self.journal.complete(self._call(request.call_id, request.fence), outcome)
+        entry = await self.journal.complete(
+            self._call(request.call_id, request.fence), outcome, request.tries
+        )
         return pb.CompleteToolCallResponse(tool_call=_wire(request.call_id, entry))
+
+    async def GetToolCall(self, request: pb.GetToolCallRequest, context: Any) -> pb.GetToolCallResponse:
+        entry = await self.journal.look(self._call(request.call_id, 0, request.session_id))
+        return pb.GetToolCallResponse(tool_call=_wire(request.call_id, entry))
+
+    async def ReconcileToolCall(
+        self, request: pb.ReconcileToolCallRequest, context: Any
+    ) -> pb.ReconcileToolCallResponse:
+        outcome = None
+        if request.state != resources_pb2.TOOL_CALL_STATE_INTENT:
+            outcome = Outcome(CallState(request.state), request.content, request.content_ref)
+        entry = await self.journal.reconcile(self._call(request.call_id, 0), outcome, request.tries)
+        return pb.ReconcileToolCallResponse(tool_call=_wire(request.call_id, entry))
 
     def _call(self, call_id: str, fence: int, session_id: str = str(RUN)) -> CallRequest:
         tenant_id = require_tenant()
@@ -54,7 +70,10 @@ class JournalServicer(SessionInternalServiceServicer):
 
 
 def _wire(call_id: str, entry: Entry) -> resources_pb2.ToolCall:
-    state = entry.state if entry.state is not None else resources_pb2.TOOL_CALL_STATE_RUNNING
+    unsettled = (
+        resources_pb2.TOOL_CALL_STATE_INTENT if entry.may_begin else resources_pb2.TOOL_CALL_STATE_RUNNING
+    )
+    state = entry.state if entry.state is not None else unsettled
     return resources_pb2.ToolCall(
         call_id=call_id,
         state=resources_pb2.ToolCallState.ValueType(state),
@@ -62,6 +81,8 @@ def _wire(call_id: str, entry: Entry) -> resources_pb2.ToolCall:
         content_ref=entry.content_ref,
         idempotency_key=entry.idempotency_key,
         effect=resources_pb2.EffectClass.ValueType(entry.effect),
+        tries=entry.tries,
+        quiet_in_ms=math.ceil(entry.quiet_in * 1000),
     )
 
 

@@ -186,3 +186,35 @@ async def test_a_session_service_that_is_gone_is_unavailable() -> None:
     async with open_channel(settings) as channel:
         with pytest.raises(UnavailableError):
             await MeshJournal(channel, settings).begin(call())
+
+
+async def unknown(bench: Bench, act_seconds: float = 0.0) -> CallRequest:
+    request = await bench.intend(Effect.NON_IDEMPOTENT)
+    go, entry = await bench.journal.begin(request, act_seconds)
+    assert (go, entry.tries) == (BeginOutcome.GO, 1)
+    await bench.journal.complete(request, Outcome(CallState.UNKNOWN, "?"), 1)
+    return request
+
+
+async def test_what_was_found_is_the_outcome_of_an_unknown_call(bench: Bench) -> None:
+    request = await unknown(bench, 60.0)
+    looked = await bench.journal.look(request)
+    assert (looked.state, looked.tries, looked.may_begin) == (CallState.UNKNOWN, 1, False)
+    assert 50 < looked.quiet_in <= 60
+    found = Outcome(CallState.COMPLETED, "found", "sha256:ab")
+    assert (await bench.journal.reconcile(request, found, 7)).state is CallState.UNKNOWN
+    entry = await bench.journal.reconcile(request, found, 1)
+    assert (entry.state, entry.content, entry.content_ref) == (CallState.COMPLETED, "found", "sha256:ab")
+    assert (await bench.journal.begin(request))[0] is BeginOutcome.DONE
+
+
+async def test_what_was_not_done_may_begin_again_when_nothing_acts_any_more(bench: Bench) -> None:
+    request = await unknown(bench, 60.0)
+    entry = await bench.journal.reconcile(request, None, 1)
+    assert (entry.state, entry.may_begin) == (CallState.UNKNOWN, False)
+    assert entry.quiet_in > 50
+    request = await unknown(bench)
+    entry = await bench.journal.reconcile(request, None, 1)
+    assert (entry.state, entry.may_begin) == (None, True)
+    go, entry = await bench.journal.begin(request)
+    assert (go, entry.tries) == (BeginOutcome.GO, 2)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +26,8 @@ from services.tool.app import SERVICE_NAME, builtin_tools
 from services.tool.domain import CallState
 from services.tool.execution import Executor
 from services.tool.journal import MeshJournal
-from services.tool.registry import Effect, Registry
+from services.tool.reconcile import Reconciler
+from services.tool.registry import Effect, Reconciled, Registry
 from services.tool.results import open_results
 from services.tool.servicer import ToolServicer
 from services.tool.settings import ToolSettings
@@ -100,13 +101,18 @@ async def service(tmp_path: Any) -> AsyncIterator[Service]:
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("tool"))
         registry = Registry([*builtin_tools(settings), lever.tool])
-        executor = Executor(
-            registry, MeshJournal(channel, settings), open_results(settings.object_store_url), owner
+        mesh_journal = MeshJournal(channel, settings)
+        executor = Executor(registry, mesh_journal, open_results(settings.object_store_url), owner)
+        servicer = ToolServicer(
+            registry,
+            executor,
+            Reconciler(registry, mesh_journal, None),
+            open_results(settings.object_store_url),
         )
         server = await stack.enter_async_context(
             Server(settings, service="tool", authenticator=Keys(), configure_logging=False)
         )
-        server.add(add_ToolServiceServicer_to_server, ToolServicer(registry, executor), SERVICE_NAME)
+        server.add(add_ToolServiceServicer_to_server, servicer, SERVICE_NAME)
         await server.start()
         inside = await stack.enter_async_context(open_channel(settings, server.address))
         outside = await stack.enter_async_context(open_channel(settings, server.address, mesh=False))
@@ -219,6 +225,29 @@ async def test_a_large_result_is_in_the_object_store_below_its_tenant(service: S
     assert len(last.result.content) < 2200
 
 
+async def read(service: Service, ref: str, tenant: UUID = TENANT) -> bytes:
+    request = pb.ReadResultRequest(content_ref=ref)
+    try:
+        stream = service.stub.ReadResult(request, metadata=metadata(tenant), timeout=DEADLINE)
+        first, *rest = [message async for message in stream]
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+    data = b"".join(message.data for message in rest)
+    assert first.size == len(data)
+    assert max(len(message.data) for message in rest) <= 256 * 1024
+    return data
+
+
+async def test_a_large_result_is_read_by_its_tenant_only(service: Service) -> None:
+    service.lever.result = "é" * 1_000_000
+    *_, last = await service.execute("lever")
+    ref = last.result.content_ref
+    assert (await read(service, ref)).decode() == service.lever.result
+    assert await reason(read(service, ref, UUID(int=9))) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, "sha256:" + "0" * 64)) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, "sha256:../../x")) == "INVALID_ARGUMENT"
+
+
 async def test_cancel_ends_a_call(service: Service) -> None:
     service.lever.wait = True
     stream = service.call("lever")
@@ -231,6 +260,24 @@ async def test_cancel_ends_a_call(service: Service) -> None:
     assert not (await service.stub.Cancel(request, metadata=metadata())).found
 
 
+async def test_a_hook_settles_an_unknown_call_and_never_acts(service: Service) -> None:
+    service.journal.intend(CALL, Effect.NON_IDEMPOTENT)
+    row = service.journal.rows[CALL]
+    row.running, row.entry = True, replace(row.entry, state=CallState.UNKNOWN, tries=1, quiet_in=2.0)
+    request = pb.ReconcileRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
+    service.lever.found = Reconciled.NOT_DONE
+    early = await service.stub.Reconcile(request, metadata=metadata())
+    assert (early.outcome, early.retry_after_ms) == (pb.RECONCILE_OUTCOME_ASK_AGAIN, 2_000)
+    service.lever.found = "it was done"
+    settled = await service.stub.Reconcile(request, metadata=metadata())
+    assert settled.outcome == pb.RECONCILE_OUTCOME_SETTLED
+    assert (settled.result.state, settled.result.content) == (
+        resources_pb2.TOOL_CALL_STATE_COMPLETED,
+        "it was done",
+    )
+    assert service.lever.calls == []
+
+
 async def test_execute_and_cancel_are_for_the_mesh(service: Service) -> None:
     key = (("authorization", "Bearer hm_good"),)
     request = pb.ExecuteRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
@@ -238,6 +285,12 @@ async def test_execute_and_cancel_are_for_the_mesh(service: Service) -> None:
         _ = [update async for update in service.outside.Execute(request, metadata=key, timeout=DEADLINE)]
     assert from_rpc_error(caught.value).reason == "MESH_ONLY"
     assert await reason(service.outside.Cancel(pb.CancelRequest(call_id=CALL), metadata=key)) == "MESH_ONLY"
+    whole = pb.ReadResultRequest(content_ref="sha256:" + "0" * 64)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [piece async for piece in service.outside.ReadResult(whole, metadata=key, timeout=DEADLINE)]
+    assert from_rpc_error(caught.value).reason == "MESH_ONLY"
+    look = pb.ReconcileRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
+    assert await reason(service.outside.Reconcile(look, metadata=key)) == "MESH_ONLY"
     assert service.lever.calls == []
 
 
@@ -256,6 +309,7 @@ async def test_tools_are_listed_page_by_page_for_a_key(service: Service) -> None
     assert [json.loads(tool.input_schema)["type"] for tool in all_of_them.tools] == ["object"] * 4
     assert all_of_them.tools[3].effect == resources_pb2.EFFECT_CLASS_NON_IDEMPOTENT
     assert all_of_them.tools[2].timeout_ms == 25_000
+    assert [tool.reconciles for tool in all_of_them.tools] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,14 @@ from hermesh.session.v1.resources_pb2 import (
 )
 from hermesh.tool.v1 import tool_service_pb2 as tool_pb
 from hermesh.tool.v1 import tool_service_pb2_grpc as tool_grpc
-from meshkit.errors import AbortedError, HermeshError, NotFoundError, UnavailableError, to_status
+from meshkit.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    HermeshError,
+    NotFoundError,
+    UnavailableError,
+    to_status,
+)
 from services.agent.clients.tools import REPLICA_HEADER
 from tests.unit.agent.fakes import TENANT, TTL_MS, FakeStore
 
@@ -151,6 +158,8 @@ class Tools(tool_grpc.ToolServiceServicer):
             await refuse(context, AbortedError("FENCE_STALE", "old"))
         if action == "gone":
             await refuse(context, NotFoundError("TOOL_NOT_FOUND", "no such tool"))
+        if action == "unapproved":
+            await refuse(context, FailedPreconditionError("APPROVAL_REQUIRED", "ask first"))
         if action == "nothing":
             return
         if action == "hang":
@@ -165,6 +174,13 @@ class Tools(tool_grpc.ToolServiceServicer):
             "failed": TOOL_CALL_STATE_FAILED,
         }.get(action, TOOL_CALL_STATE_UNKNOWN)
         yield tool_pb.ExecuteResponse(result=tool_pb.Result(state=state, content=action))
+
+    async def Reconcile(self, request: Any, context: Any) -> Any:
+        self.mesh.looked.append(request)
+        answer = self.mesh.findings.pop(0)
+        if answer is None:
+            await refuse(context, UnavailableError("SERVICE_UNAVAILABLE", "away"))
+        return answer
 
     async def Cancel(self, request: Any, context: Any) -> Any:
         if self.mesh.failing_cancels:
@@ -200,6 +216,8 @@ class FakeMesh:
     def __init__(self) -> None:
         self.store = FakeStore()
         self.submits: list[Any] = []
+        self.looked: list[Any] = []
+        self.findings: list[Any] = []
         self.failing_submits = 0
         self.unknown_session = ""
         self.busy = False

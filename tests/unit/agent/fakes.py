@@ -35,7 +35,7 @@ from meshkit.ids import uuid7
 from services.agent.clients.memory import Known
 from services.agent.clients.session import Claim, NotClaimed
 from services.agent.clients.tools import CallPlace, ToolInfo
-from services.agent.domain.loop import Call, CallState, Limits
+from services.agent.domain.loop import MAX_LOOKS, Call, CallState, Limits
 from services.agent.domain.prompt import RunSpec
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest, ToolOffer
 from services.agent.runs.leases import Renewal
@@ -343,9 +343,7 @@ class FakeCatalog:
 class FakeTools:
     """Tools that answer from a table; a missing answer never comes."""
 
-    def __init__(
-        self, answers: Mapping[str, Call | str] | None = None, effect: int = EFFECT_CLASS_PURE
-    ) -> None:
+    def __init__(self, answers: Mapping[str, Any] | None = None, effect: int = EFFECT_CLASS_PURE) -> None:
         self.answers = dict(answers or {})
         self.effect = effect
         self.executed: list[str] = []
@@ -353,6 +351,8 @@ class FakeTools:
         self.seconds_left: list[float] = []
         self.approval: set[str] = set()
         self.error: HermeshError | None = None
+        self.findings: dict[str, list[str]] = {}
+        self.unlisted: dict[str, str] = {}
         self.started = asyncio.Event()
 
     async def tools(self) -> Mapping[str, ToolInfo]:
@@ -360,7 +360,11 @@ class FakeTools:
             raise self.error
         return {
             name: ToolInfo(
-                ToolOffer(name, f"does {name}", {"type": "object"}), self.effect, 5.0, name in self.approval
+                ToolOffer(name, f"does {name}", {"type": "object"}),
+                self.effect,
+                5.0,
+                name in self.approval,
+                name in self.findings,
             )
             for name in self.answers
         }
@@ -379,13 +383,27 @@ class FakeTools:
         self.seconds_left.append(seconds_left())
         place.replica = f"replica of {call.call_id}"
         self.started.set()
-        answer = self.answers[call.name]
+        answer = self.unlisted[call.name] if call.name in self.unlisted else self.answers[call.name]
+        if isinstance(answer, list):
+            answer = answer.pop(0)
         if answer == "never":
             await asyncio.Event().wait()
         if answer == "unknown":
             return replace(call, state=CallState.UNKNOWN)
         on_progress("working")
         return replace(call, state=CallState.COMPLETED, content=str(answer))
+
+    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+        """Finds what is next in `findings`: "not done", "cannot tell", "never" or a result."""
+        call = replace(call, looks=call.looks + 1)
+        found = self.findings[call.name].pop(0)
+        if found == "never":
+            await asyncio.Event().wait()
+        if found == "not done":
+            return replace(call, state=CallState.INTENT)
+        if found == "cannot tell":
+            return replace(call, looks=MAX_LOOKS)
+        return replace(call, state=CallState.COMPLETED, content=found)
 
     async def cancel(self, call_id: str, tenant_id: str, place: CallPlace) -> None:
         assert place.replica == f"replica of {call_id}"

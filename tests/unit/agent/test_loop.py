@@ -5,18 +5,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.agent.domain.loop import (
+    MAX_LOOKS,
+    AskApproval,
     AwaitAction,
     Call,
     CallModel,
     CallState,
     CallTools,
     Fail,
+    FindOut,
     Finish,
     Limits,
     LoopState,
     Partial,
     ReportCalls,
     Turn,
+    calls_asked,
     calls_done,
     calls_reported,
     decide,
@@ -64,16 +68,48 @@ def test_only_calls_without_an_outcome_are_made():
     assert next_of(replace(START, step=1, turns=1, calls=(done, running))) == CallTools(1, (running,))
 
 
-@pytest.mark.parametrize(
-    "waiting",
-    [Call("r:1:1", "pay", "{}", CallState.UNKNOWN), Call("r:1:1", "pay", "{}", needs_approval=True)],
-)
-def test_a_call_only_a_person_can_settle_waits_until_the_others_are_done(waiting):
-    other = Call("r:1:0", "add", "{}")
+def test_an_unknown_call_waits_until_the_others_are_done():
+    other, waiting = Call("r:1:0", "add", "{}"), Call("r:1:1", "pay", "{}", CallState.UNKNOWN)
     state = replace(START, step=1, turns=1, calls=(other, waiting))
     assert next_of(state) == CallTools(1, (other,))
     state = calls_done(state, [replace(other, state=CallState.COMPLETED)])
     assert next_of(state) == AwaitAction((waiting,))
+
+
+def test_approvals_are_asked_for_all_at_once_while_the_others_run():
+    other = Call("r:1:0", "add", "{}")
+    first, second = (Call(f"r:1:{i}", "pay", "{}", needs_approval=True) for i in (1, 2))
+    state = replace(START, step=1, turns=1, calls=(first, other, second))
+    assert next_of(state) == AskApproval((first, second))
+    state = calls_asked(state, (first, second))
+    assert next_of(state) == CallTools(1, (other,))
+    state = calls_done(state, [replace(other, state=CallState.COMPLETED)])
+    assert next_of(state) == AwaitAction((replace(first, asked=True), replace(second, asked=True)))
+    # Nothing else to do: they are asked for as the run stops.
+    assert next_of(replace(state, calls=(first, second))) == AwaitAction((first, second))
+
+
+def test_a_tool_that_can_find_out_is_asked_before_a_person():
+    unclear = Call("r:1:0", "pay", "{}", CallState.UNKNOWN, reconcilable=True)
+    plain = Call("r:1:1", "pay", "{}", CallState.UNKNOWN)
+    approval = Call("r:1:2", "pay", "{}", needs_approval=True)
+    state = replace(START, step=1, turns=1, calls=(unclear, plain, approval))
+    assert next_of(state) == AskApproval((approval,))
+    state = calls_asked(state, (approval,))
+    assert next_of(state) == FindOut((unclear,))
+    again = calls_done(state, [replace(unclear, state=CallState.INTENT, looks=1)])
+    assert next_of(again) == CallTools(1, (replace(unclear, state=CallState.INTENT, looks=1),))
+    left = replace(unclear, looks=MAX_LOOKS)
+    assert next_of(calls_done(state, [left])) == AwaitAction((left, plain, replace(approval, asked=True)))
+
+
+def test_the_time_limit_does_not_pass_over_a_call_that_may_have_run():
+    unclear = Call("r:1:0", "pay", "{}", CallState.UNKNOWN, reconcilable=True)
+    todo = Call("r:1:1", "add", "{}")
+    state = replace(START, step=1, turns=1, calls=(unclear, todo))
+    assert next_of(state, seconds_left=0) == AwaitAction((unclear,))
+    approval = Call("r:1:2", "pay", "{}", needs_approval=True)
+    assert isinstance(next_of(replace(state, calls=(approval, todo)), seconds_left=0), Fail)
 
 
 def test_the_limits_on_turns_tokens_and_time():

@@ -91,10 +91,37 @@ def test_answered_calls_are_history():
 
 
 def test_approval_is_asked_once():
-    journal = [Call("r:1:0", "add", "{}"), Call("r:1:1", "mul", "{}")]
-    events = log(STEP, (5, "action.resolved", {"call_id": "r:1:0", "decision": "retry"}))
-    calls = restore("r", [USER, ASKED], events, journal, {"add", "mul"}).calls
-    assert [call.needs_approval for call in calls] == [False, True]
+    journal = [
+        Call("r:1:0", "add", "{}", needs_approval=True),
+        Call("r:1:1", "mul", "{}", needs_approval=True),
+    ]
+    events = log(STEP, (5, "action.required", {"call_id": "r:1:0"}))
+    calls = restore("r", [USER, ASKED], events, journal).calls
+    assert [(call.needs_approval, call.asked) for call in calls] == [(True, True), (True, False)]
+
+
+def test_a_call_that_became_unknown_after_it_was_approved_is_asked_about_anew():
+    journal = [Call("r:1:0", "add", "{}", CallState.UNKNOWN), Call("r:1:1", "mul", "{}", CallState.FAILED)]
+    events = log(
+        STEP,
+        (5, "action.required", {"call_id": "r:1:0"}),
+        (6, "action.resolved", {"call_id": "r:1:0", "decision": "approve"}),
+    )
+    calls = restore("r", [USER, ASKED], events, journal, {"add"}).calls
+    assert [(call.asked, call.reconcilable) for call in calls] == [(False, True), (False, False)]
+
+
+def test_unknown_was_not_a_calls_last_word():
+    journal = [
+        Call("r:1:0", "add", "{}", CallState.COMPLETED, "4"),
+        Call("r:1:1", "mul", "{}", CallState.FAILED),
+    ]
+    events = log(
+        STEP,
+        (5, "tool.result", {"call_id": "r:1:0", "status": "unknown"}),
+        (6, "tool.result", {"call_id": "r:1:1", "status": "failed"}),
+    )
+    assert [call.reported for call in restore("r", [USER, ASKED], events, journal).calls] == [False, True]
 
 
 def test_tool_calls_that_cannot_be_read_count_as_none():

@@ -2,6 +2,7 @@ import asyncio
 import json
 
 from hermesh.session.v1.resources_pb2 import (
+    EFFECT_CLASS_NON_IDEMPOTENT,
     RUN_STATUS_CANCELLED,
     RUN_STATUS_COMPLETED,
     RUN_STATUS_FAILED,
@@ -117,6 +118,99 @@ async def test_a_tool_that_needs_approval_is_not_run_before_it(make_bench):
     assert bench.outcome == "requires_action"
     assert bench.tools.executed == []
     assert run.data("action.required")[0]["kind"] == "approval"
+
+
+async def test_all_approvals_of_a_step_are_asked_at_once_and_the_rest_runs_meanwhile(make_bench):
+    model = FakeModel([[call(0, "pay"), call(1, "add"), call(2, "mail")], [Finished("tool_calls")]], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers = {"pay": "paid", "add": "3", "mail": "sent"}
+    bench.tools.approval = {"pay"}
+    claim = bench.store.new_claim("pay")
+    claim.context.approval_tools.append("mail")
+    run = await bench.finish(claim)
+    assert bench.outcome == "requires_action"
+    assert bench.tools.executed == [f"{run.run_id}:1:1"]
+    required = run.data("action.required")
+    assert [(data["name"], data["kind"]) for data in required] == [("pay", "approval"), ("mail", "approval")]
+    types = run.types()
+    assert types.index("action.required") < types.index("tool.result")
+    assert [run.calls[f"{run.run_id}:1:{i}"].needs_approval for i in range(3)] == [True, False, True]
+    # As the store has it after a person's words.
+    for index in (0, 2):
+        run.calls[f"{run.run_id}:1:{index}"].needs_approval = False
+    run.calls[f"{run.run_id}:1:1"].state, run.calls[f"{run.run_id}:1:1"].content = 3, "3"
+    run = await bench.finish(bench.store.take_over(run.run_id))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert len(run.data("action.required")) == 2
+    assert [m.content for m in model.requests[1].messages[2:]] == ["paid", "3", "sent"]
+
+
+async def test_a_tool_finds_out_what_became_of_its_call_and_the_run_goes_on(make_bench):
+    model = FakeModel([[call(0, "pay")], [Finished("tool_calls")]], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers = {"pay": "unknown"}
+    bench.tools.findings = {"pay": ["it was paid"]}
+    run = await bench.finish(bench.store.new_claim("pay"))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert "action.required" not in run.types()
+    assert run.data("tool.reconciled") == [{"call_id": f"{run.run_id}:1:0", "finding": "completed"}]
+    assert [data["status"] for data in run.data("tool.result")] == ["unknown", "completed"]
+    assert model.requests[1].messages[-1].content == "it was paid"
+
+
+async def test_what_was_not_done_runs_again(make_bench):
+    bench = make_bench(FakeModel([[call(0, "pay")], [Finished("tool_calls")]], HELLO))
+    bench.tools.answers = {"pay": ["unknown", "paid"]}
+    bench.tools.findings = {"pay": ["not done"]}
+    run = await bench.finish(bench.store.new_claim("pay"))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert len(bench.tools.executed) == 2
+    assert run.data("tool.reconciled")[0]["finding"] == "not_done"
+
+
+async def test_what_no_tool_can_tell_waits_for_a_person(make_bench):
+    bench = make_bench(FakeModel([[call(0, "pay")], [Finished("tool_calls")]]))
+    bench.tools.answers = {"pay": "unknown"}
+    bench.tools.findings = {"pay": ["cannot tell"]}
+    run = await bench.finish(bench.store.new_claim("pay"))
+    assert bench.outcome == "requires_action"
+    assert run.data("tool.reconciled")[0]["finding"] == "unknown"
+    assert run.data("action.required")[0]["kind"] == "unknown"
+
+
+async def test_a_call_that_is_never_done_is_not_tried_for_ever(make_bench):
+    bench = make_bench(FakeModel([[call(0, "pay")], [Finished("tool_calls")]]))
+    bench.tools.answers = {"pay": "unknown"}
+    bench.tools.findings = {"pay": ["not done"] * 9}
+    await bench.finish(bench.store.new_claim("pay"))
+    assert bench.outcome == "requires_action"
+    assert len(bench.tools.executed) == 4
+
+
+async def test_the_time_limit_leaves_a_call_that_may_have_run_to_a_person(make_bench):
+    bench = make_bench(FakeModel([[call(0, "pay"), call(1, "mail")], [Finished("tool_calls")]]))
+    bench.tools.answers = {"pay": "never", "mail": "unknown"}
+    bench.tools.findings = {"mail": ["never"]}
+    bench.tools.effect = EFFECT_CLASS_NON_IDEMPOTENT
+    run = await bench.finish(bench.store.new_claim("pay", RunOptions(timeout_ms=100)))
+    assert bench.outcome == "requires_action"
+    assert bench.tools.cancelled == [f"{run.run_id}:1:0"]
+    assert [data["name"] for data in run.data("action.required")] == ["pay", "mail"]
+
+
+async def test_a_call_of_a_tool_that_is_not_listed_now_is_still_asked_for(make_bench):
+    model = FakeModel([[call(0, "gone"), call(1, "slow")], [Finished("tool_calls")]], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers = {"gone": "never", "slow": "never"}
+    claim = bench.store.new_claim("hi")
+    bench.supervisor.begin(claim)
+    run = bench.store.runs[claim.run.run_id]
+    await bench.tools.started.wait()
+    bench.tools.answers = {"slow": "late"}
+    bench.tools.unlisted = {"gone": "after all"}
+    await bench.finish(bench.store.take_over(run.run_id))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert [m.content for m in model.requests[1].messages[2:]] == ["after all", "late"]
 
 
 async def test_cancelling_closes_the_model_at_once_and_keeps_the_partial_text(make_bench):

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -15,11 +16,20 @@ from bench.model_server import ModelServer
 from hermesh.agent.v1.agent_service_pb2 import ExecuteRequest, ListModelsRequest, RunRequest
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.common.v1.event_pb2 import InputMessage
-from hermesh.session.v1.resources_pb2 import RUN_STATUS_COMPLETED, RunOptions
-from hermesh.session.v1.session_internal_service_pb2 import BEGIN_OUTCOME_UNKNOWN
+from hermesh.session.v1.resources_pb2 import RUN_STATUS_COMPLETED, TOOL_CALL_STATE_COMPLETED, RunOptions
+from hermesh.session.v1.session_internal_service_pb2 import BEGIN_OUTCOME_NOT_APPROVED, BEGIN_OUTCOME_UNKNOWN
+from hermesh.tool.v1.tool_service_pb2 import (
+    RECONCILE_OUTCOME_ASK_AGAIN,
+    RECONCILE_OUTCOME_CANNOT_TELL,
+    RECONCILE_OUTCOME_NOT_DONE,
+    RECONCILE_OUTCOME_SETTLED,
+    ReconcileResponse,
+    Result,
+)
 from meshkit.channel import mesh_metadata, open_channel
 from meshkit.errors import DeadlineError, from_rpc_error
 from meshkit.ids import uuid7
+from meshkit.tasks import Backoff
 from services.agent.app import assemble
 from services.agent.clients.memory import MemoryClient, cut
 from services.agent.clients.tools import (
@@ -242,9 +252,9 @@ async def test_a_draining_replica_still_accepts_input_for_others(mesh, model):
 
 
 @asynccontextmanager
-async def clients(mesh):
+async def clients(mesh, **more):
     settings = AgentSettings(
-        mesh_address=mesh.address, mesh_token=SecretStr(TOKEN), llm_base_url="http://model.invalid/v1"
+        mesh_address=mesh.address, mesh_token=SecretStr(TOKEN), llm_base_url="http://model.invalid/v1", **more
     )
     async with open_channel(settings) as channel:
         yield ToolClient(channel, settings), MemoryClient(channel, settings)
@@ -357,6 +367,67 @@ async def test_a_cancel_is_sent_again_while_nobody_takes_it_and_not_for_ever(mes
         async with asyncio.timeout(CANCEL_SECONDS + 1):
             await tools.cancel("other", SPEC.tenant_id, CallPlace("here"))
     assert mesh.tool_cancels == ["call"]
+
+
+async def test_a_call_that_turns_out_to_need_approval_is_asked_for(mesh):
+    mesh.tool_script = ["unapproved"]
+    async with clients(mesh) as (tools, _):
+        result = await execute(tools)
+    assert result.waits
+    mesh.tool_script = ["unavailable"] * EXECUTE_TRIES
+    mesh.begin_outcome, mesh.journal.state = BEGIN_OUTCOME_NOT_APPROVED, 1
+    async with clients(mesh) as (tools, _):
+        assert (await execute(tools)).waits
+
+
+NOT_DONE = ReconcileResponse(outcome=RECONCILE_OUTCOME_NOT_DONE)
+ASK_AGAIN = ReconcileResponse(outcome=RECONCILE_OUTCOME_ASK_AGAIN)
+EARLY = ReconcileResponse(outcome=RECONCILE_OUTCOME_ASK_AGAIN, retry_after_ms=3)
+DONE = ReconcileResponse(
+    outcome=RECONCILE_OUTCOME_SETTLED, result=Result(state=TOOL_CALL_STATE_COMPLETED, content="found")
+)
+UNCLEAR = Call(f"{SPEC.run_id}:1:0", "pay", '{"a":1}', CallState.UNKNOWN)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(
+        "services.agent.clients.tools.Backoff", lambda first, limit: Backoff(first / 1000, limit / 1000)
+    )
+
+
+async def find_out(mesh, *findings, **settings):
+    mesh.findings = list(findings)
+    async with clients(mesh, **settings) as (tools, _):
+        return await tools.reconcile(SPEC, UNCLEAR)
+
+
+async def test_a_tool_is_asked_until_it_has_found_out(mesh, quick):
+    found = await find_out(mesh, None, ASK_AGAIN, EARLY, DONE)
+    assert (found.state, found.content) == (CallState.COMPLETED, "found")
+    assert len(mesh.looked) == 4
+    assert {(one.call_id, one.name, one.arguments) for one in mesh.looked} == {
+        (UNCLEAR.call_id, "pay", '{"a":1}')
+    }
+
+
+async def test_a_call_that_was_not_done_may_run_again(mesh):
+    found = await find_out(mesh, NOT_DONE)
+    assert (found.state, found.needs_approval, found.looks) == (CallState.INTENT, False, 1)
+
+
+async def test_what_cannot_be_found_out_is_left_to_a_person(mesh, quick):
+    cannot = ReconcileResponse(outcome=RECONCILE_OUTCOME_CANNOT_TELL)
+    for findings, settings, looks in (
+        ([cannot], {}, 1),
+        ([ASK_AGAIN] * 9, {"reconcile_tries": 3}, 3),
+        ([EARLY] * 9, {"reconcile_seconds": 0.0}, 1),
+    ):
+        mesh.looked.clear()
+        found = await find_out(mesh, *findings, **settings)
+        assert found.state is CallState.UNKNOWN
+        assert not replace(found, reconcilable=True).may_be_found_out
+        assert len(mesh.looked) == looks
 
 
 async def test_what_is_known_is_asked_for_side_by_side(mesh):

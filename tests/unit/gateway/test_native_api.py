@@ -18,7 +18,7 @@ from meshkit.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from tests.fakes.mesh import OTHER_KEY, FakeRun, echo
+from tests.fakes.mesh import OTHER_KEY, TENANT, FakeRun, echo
 
 
 def problem(answer: httpx.Response, status: int, reason: str) -> dict[str, Any]:
@@ -244,7 +244,16 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
     async def asks(made: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         call_id = f"{made.run_id}:1:0"
         made.pending.append(
-            resources.ToolCall(call_id=call_id, name="send_mail", arguments='{"to":"ada"}', effect=3, state=5)
+            resources.ToolCall(
+                call_id=call_id,
+                run_id=made.run_id,
+                session_id=session_id,
+                name="send_mail",
+                arguments='{"to":"ada"}',
+                effect=3,
+                state=5,
+                quiet_in_ms=1500,
+            )
         )
         yield "action.required", {"call_id": call_id, "kind": "unknown", "name": "send_mail", "arguments": {}}
         await made.resolved.wait()
@@ -260,17 +269,52 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
     assert waiting["pending_actions"] == [
         {
             "call_id": f"{made['run_id']}:1:0",
+            "kind": "unknown",
             "name": "send_mail",
             "arguments": {"to": "ada"},
             "effect": "non_idempotent",
             "state": "unknown",
+            "may_act_ms": 1500,
         }
     ]
+    listed = (await served.client.get("/v1/actions")).json()
+    assert listed["next_page_token"] == ""
+    where = {"run_id": made["run_id"], "session_id": session_id, "waiting_since_ms": 7}
+    assert listed["actions"] == [waiting["pending_actions"][0] | where]
+    foreign = {"authorization": f"Bearer {OTHER_KEY}"}
+    assert (await served.client.get("/v1/actions", headers=foreign)).json()["actions"] == []
+    problem(await served.client.get("/v1/actions?page_size=0"), 400, "INVALID_ARGUMENT")
     body = {"decision": "completed", "content": "it was sent"}
     action = f"{url}/actions/{made['run_id']}:1:0"
     assert (await served.client.post(action, json=body)).status_code == 200
     assert served.mesh.runs[made["run_id"]].decisions == [(f"{made['run_id']}:1:0", 1, "it was sent")]
     problem(await served.client.post(action, json={"decision": "maybe"}), 400, "INVALID_ARGUMENT")
+
+
+async def test_a_tool_calls_whole_result_is_served(served: Any) -> None:
+    session_id = await new_session(served)
+    made = (await served.client.post(f"/v1/sessions/{session_id}/runs", json={"input": "x"})).json()
+    call_id, ref = f"{made['run_id']}:1:0", "sha256:" + "a" * 64
+    call = resources.ToolCall(call_id=call_id, content="the beginning", state=3)
+    served.mesh.runs[made["run_id"]].pending.append(call)
+    url = f"/v1/runs/{made['run_id']}/tool-calls/{call_id}/content"
+    small = await served.client.get(url)
+    assert (small.text, small.headers["content-type"]) == ("the beginning", "text/plain; charset=utf-8")
+    call.content_ref = ref
+    problem(await served.client.get(url), 404, "TOOL_CALL_NOT_FOUND")
+    pieces = [b"<script>" * 30_000, "é".encode() * 100_000]
+    served.mesh.results[str(TENANT), ref] = pieces
+    large = await served.client.get(url)
+    assert large.content == b"".join(pieces)
+    for headers in (small.headers, large.headers):
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["content-disposition"] == "attachment"
+    served.mesh.results[str(TENANT), ref] = [pieces[0], b"", pieces[1]]
+    with pytest.raises(httpx.TransportError):
+        await served.client.get(url)
+    foreign = {"authorization": f"Bearer {OTHER_KEY}"}
+    problem(await served.client.get(url, headers=foreign), 404, "RUN_NOT_FOUND")
+    problem(await served.client.get(url.replace(":1:0", ":1:1")), 404, "TOOL_CALL_NOT_FOUND")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.actions import full_id, lines
 from launcher.api import Api
 from launcher.errors import LaunchError
 from launcher.talk import show
@@ -122,6 +123,34 @@ def test_a_submission_whose_answer_was_lost_is_sent_again_under_its_key(gateway:
     assert len(set(gateway.keys)) == 1
 
 
+def test_a_decision_whose_answer_was_lost_is_sent_again_under_its_key(gateway: Gateway, api: Api) -> None:
+    path = f"/v1/runs/{RUN}/actions/{RUN}%3A1%3A0"
+    gateway.away = {path: 2}
+    gateway.answers = {path: (200, {"status": "queued"})}
+    assert api.resolve(RUN, f"{RUN}:1:0", "retry", "")["status"] == "queued"
+    assert [asked for asked, _, _ in gateway.asked] == ["POST"] * 3
+    assert len(set(gateway.keys)) == 1
+    problem = {"detail": "the tool call does not wait", "reason": "ACTION_NOT_REQUIRED"}
+    gateway.answers = {path: (409, problem)}
+    with pytest.raises(LaunchError, match=r"does not wait \(ACTION_NOT_REQUIRED\)"):
+        api.resolve(RUN, f"{RUN}:1:0", "retry", "")
+
+
+def test_a_decision_that_reaches_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.api.PATIENCE_SECONDS", 0.0)
+    with Api("http://127.0.0.1:1", "hm_key") as api, pytest.raises(LaunchError, match="cannot be reached"):
+        api.resolve(RUN, f"{RUN}:1:0", "retry", "")
+
+
+def test_all_pages_of_actions_are_read(gateway: Gateway, api: Api) -> None:
+    first, second = "/v1/actions?page_size=200", "/v1/actions?page_size=200&page_token=next"
+    gateway.answers = {
+        first: (200, {"actions": [{"call_id": "a"}], "next_page_token": "next"}),
+        second: (200, {"actions": [{"call_id": "b"}], "next_page_token": ""}),
+    }
+    assert [action["call_id"] for action in api.actions()] == ["a", "b"]
+
+
 def test_the_mesh_is_not_looked_for_behind_a_proxy(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
@@ -192,3 +221,34 @@ def test_what_happens_beside_the_text_is_told() -> None:
     )
     for word in ("calculator", "42", "starts again", "without memory", "cancelled"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("approval", ["approve", "deny", "abandon"]), ("unknown", ["completed", "failed", "retry", "abandon"])],
+)
+def test_a_question_comes_with_the_commands_that_answer_it(kind: str, words: list[str]) -> None:
+    asked = event(2, "action.required", call_id=f"{RUN}:1:0", kind=kind, name="pay", arguments={"a": "[b]"})
+    text = shown([asked, event(3, "action.resolved", call_id=f"{RUN}:1:0", decision=words[0])])
+    assert 'pay {"a": "[b]"}' in text
+    assert [line.split()[-1] for line in text.splitlines() if "hermesh resolve" in line] == words
+    assert f"hermesh resolve {RUN} 1:0 {words[0]}" in text
+    assert f"decided: {words[0]}" in text
+
+
+def test_what_waits_is_listed_with_what_it_waits_for() -> None:
+    action = {
+        "run_id": RUN,
+        "session_id": "s-1",
+        "call_id": f"{RUN}:2:1",
+        "kind": "unknown",
+        "name": "pay",
+        "arguments": {"a": 1},
+        "waiting_since_ms": 1_000_000_000,
+        "may_act_ms": 12_300,
+    }
+    text = "\n".join(lines(action, 1_000_000 + 2 * 3600 + 61))
+    for words in ("pay", "2 h 1 min", "s-1", "may still act for 12 s", f"hermesh resolve {RUN} 2:1 retry"):
+        assert words in text
+    assert "may still act" not in "\n".join(lines(action | {"may_act_ms": 0}, 1_000_000))
+    assert full_id(RUN, "2:1") == full_id(RUN, f"{RUN}:2:1") == f"{RUN}:2:1"

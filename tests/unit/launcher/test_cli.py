@@ -37,6 +37,8 @@ def hermesh(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("run", "hello"),
         ("chat",),
         ("sessions",),
+        ("actions",),
+        ("resolve", "r", "1:0", "retry"),
         ("scale", "agent=2"),
         ("migrate",),
         ("status",),
@@ -54,6 +56,15 @@ def test_what_needs_a_mesh_says_how_to_start_one(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "hermesh up" in said
+
+
+def test_a_word_that_is_no_decision_is_one_line(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hermesh(monkeypatch, "resolve", "r", "1:0", "maybe") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "approve" in said
 
 
 def test_status_for_programs_is_an_empty_list(

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from meshkit.errors import HermeshError, NotFoundError
 from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
-from services.tool.registry import Effect, Tool, ToolContext
+from services.tool.registry import Effect, Reconciled, Tool, ToolContext
 
 TENANT = UUID("0192aaaa-0000-7000-8000-000000000001")
 SESSION = UUID("0192aaaa-0000-7000-8000-000000000002")
@@ -33,6 +33,8 @@ class FakeJournal:
         self.fence = fence
         self.rows: dict[str, Row] = {}
         self.begins: list[str] = []
+        self.reach: list[float] = []
+        self.looks = 0
         self.completes: list[Outcome] = []
         self.begin_errors: list[HermeshError] = []
         self.complete_errors: list[HermeshError] = []
@@ -41,8 +43,9 @@ class FakeJournal:
     def intend(self, call_id: str, effect: Effect = Effect.PURE) -> None:
         self.rows[call_id] = Row(effect, Entry(None, idempotency_key=f"key-{call_id}", effect=int(effect)))
 
-    async def begin(self, request: CallRequest) -> tuple[BeginOutcome, Entry]:
+    async def begin(self, request: CallRequest, act_seconds: float = 0.0) -> tuple[BeginOutcome, Entry]:
         self.begins.append(request.call_id)
+        self.reach.append(act_seconds)
         if self.begin_gate is not None:
             await self.begin_gate.wait()
         if self.begin_errors:
@@ -58,9 +61,26 @@ class FakeJournal:
             row.entry = replace(row.entry, state=CallState.UNKNOWN)
             return BeginOutcome.UNKNOWN, row.entry
         row.running, row.fence = True, request.fence
+        row.entry = replace(row.entry, tries=row.entry.tries + 1, quiet_in=act_seconds)
         return BeginOutcome.GO, row.entry
 
-    async def complete(self, request: CallRequest, outcome: Outcome) -> Entry:
+    async def look(self, request: CallRequest) -> Entry:
+        self.looks += 1
+        row = self.rows[request.call_id]
+        return replace(row.entry, may_begin=row.entry.state is None and not row.running)
+
+    async def reconcile(self, request: CallRequest, outcome: Outcome | None, tries: int) -> Entry:
+        row = self.rows[request.call_id]
+        if row.entry.state is CallState.UNKNOWN and tries == row.entry.tries:
+            if outcome is not None:
+                row.entry = replace(
+                    row.entry, state=outcome.state, content=outcome.content, content_ref=outcome.content_ref
+                )
+            elif row.entry.quiet_in == 0:
+                row.entry, row.running = replace(row.entry, state=None), False
+        return await self.look(request)
+
+    async def complete(self, request: CallRequest, outcome: Outcome, tries: int = 0) -> Entry:
         if self.complete_errors:
             raise self.complete_errors.pop(0)
         row = self.rows.get(request.call_id)
@@ -104,6 +124,7 @@ class Lever:
         self.stubborn = False
         self.result: Any = "done"
         self.error: Exception | None = None
+        self.found: Any = Reconciled.CANNOT_TELL
         self.tool = Tool(
             name=name,
             description="A lever.",
@@ -115,7 +136,11 @@ class Lever:
             function=self.run,
             effect=effect,
             timeout=timeout,
+            reconcile=self.reconcile if effect is Effect.NON_IDEMPOTENT else None,
         )
+
+    async def reconcile(self, arguments: Mapping[str, Any], context: ToolContext) -> Any:
+        return self.found
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> Any:
         self.calls.append(dict(arguments))

@@ -648,3 +648,24 @@ async def test_a_call_whose_run_is_over_and_that_does_not_stop_is_let_go(
     got = await outcome(executor(journal, owner, lever, runs=runs), call())
     assert got.state is CallState.UNKNOWN
     lever.release.set()
+
+
+async def test_the_journal_is_told_for_how_long_a_try_may_act(journal: FakeJournal, owner: TaskOwner) -> None:
+    lever = Lever(timeout=3.0)
+    runner = executor(journal, owner, lever)
+    await outcome(runner, call())
+    expected = execution_module.CALL_SECONDS + 3.0 + execution_module.STOP_SECONDS + lever.tool.settle_seconds
+    assert journal.reach == [expected]
+    journal.intend("run:1:1")
+    await outcome(runner, call("run:1:1", arguments="[]"))
+    assert journal.reach[1] == 0.0, "what cannot be run does not act"
+
+
+async def test_a_permission_that_comes_too_late_is_not_used(
+    journal: FakeJournal, owner: TaskOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lever = Lever(Effect.NON_IDEMPOTENT)
+    monkeypatch.setattr(execution_module, "CALL_SECONDS", -1.0)
+    got = await outcome(executor(journal, owner, lever), call())
+    assert (got.state, got.reason) == (CallState.FAILED, "TOOL_TIMEOUT")
+    assert lever.calls == []

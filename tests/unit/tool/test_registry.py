@@ -155,3 +155,39 @@ def test_the_built_in_tools_declare_what_the_journal_needs() -> None:
         "current_time": Effect.PURE,
         "fetch_page": Effect.IDEMPOTENT,
     }
+
+
+def test_the_operator_decides_which_tools_a_person_has_to_approve() -> None:
+    found = make_registry(ToolSettings(tool_approval="calculator, -current_time")).page("", 100)
+    assert {one.name: one.requires_approval for one in found} == {
+        "calculator": True,
+        "current_time": False,
+        "fetch_page": False,
+    }
+    for named in ("calculater", "-calculater"):
+        with pytest.raises(StartupError, match="HERMESH_TOOL_APPROVAL names what is no tool: calculater"):
+            make_registry(ToolSettings(tool_approval=named))
+
+
+def test_an_approval_that_a_tool_declares_can_be_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = make("careful", requires_approval=True)
+    monkeypatch.setattr("services.tool.app.builtin_tools", lambda _: [declared])
+    for named, expected in (("", True), ("careful", True), ("-careful", False)):
+        [one] = make_registry(ToolSettings(tool_approval=named)).page("", 100)
+        assert one.requires_approval is expected
+        assert one.parse('{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"effect": Effect.IDEMPOTENT},
+        {"reconcile_timeout": 0},
+        {"reconcile_timeout": 61},
+        {"settle_seconds": -1},
+    ],
+)
+def test_a_hook_that_makes_no_sense_stops_the_start(more: dict[str, Any]) -> None:
+    make(reconcile=nothing)
+    with pytest.raises(StartupError):
+        make(reconcile=nothing, **more)

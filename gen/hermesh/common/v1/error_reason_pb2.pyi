@@ -116,6 +116,8 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """CANCELLED. The caller cancelled."""
     ERROR_REASON_ORIGIN_REFUSED: _ErrorReason.ValueType  # 46
     """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
+    ERROR_REASON_APPROVAL_REQUIRED: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -217,3 +219,5 @@ ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 45
 """CANCELLED. The caller cancelled."""
 ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
+ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""

@@ -37,9 +37,9 @@ class Event(message.Message):
     """Position in the run's log, from 1."""
     type: builtins.str
     """What happened: `run.created`, `run.started`, `step.started`, `text.delta`, `reasoning.delta`,
-    `message.completed`, `tool.call`, `tool.progress`, `tool.result`, `action.required`,
-    `action.resolved`, `attempt.reset`, `context.degraded`, `memory.recalled`, `usage`, and one
-    terminal `run.completed`, `run.failed` or `run.cancelled`.
+    `message.completed`, `tool.call`, `tool.progress`, `tool.result`, `tool.reconciled`,
+    `action.required`, `action.resolved`, `attempt.reset`, `context.degraded`, `memory.recalled`,
+    `usage`, and one terminal `run.completed`, `run.failed` or `run.cancelled`.
     """
     time_ms: builtins.int
     """When the writer made it, Unix time in milliseconds. Informative: order is `seq`."""

@@ -516,6 +516,9 @@ class ToolCall(message.Message):
     CONTENT_REF_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     FENCE_FIELD_NUMBER: builtins.int
+    NEEDS_APPROVAL_FIELD_NUMBER: builtins.int
+    TRIES_FIELD_NUMBER: builtins.int
+    QUIET_IN_MS_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """`<run_id>:<step>:<index>`."""
     run_id: builtins.str
@@ -538,6 +541,12 @@ class ToolCall(message.Message):
     """The same for every try of this call; handed to tools that are idempotent."""
     fence: builtins.int
     """The fence under which it was begun last."""
+    needs_approval: builtins.bool
+    """Whether a person has to agree before it may begin; false once one has."""
+    tries: builtins.int
+    """How often it was begun: which try an outcome is of."""
+    quiet_in_ms: builtins.int
+    """How much longer a try that was begun may still act, milliseconds as of this answer; 0 = no try acts."""
     def __init__(
         self,
         *,
@@ -552,10 +561,13 @@ class ToolCall(message.Message):
         content_ref: builtins.str = ...,
         idempotency_key: builtins.str = ...,
         fence: builtins.int = ...,
+        needs_approval: builtins.bool = ...,
+        tries: builtins.int = ...,
+        quiet_in_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "effect", b"effect", "fence", b"fence", "idempotency_key", b"idempotency_key", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "effect", b"effect", "fence", b"fence", "idempotency_key", b"idempotency_key", "name", b"name", "needs_approval", b"needs_approval", "quiet_in_ms", b"quiet_in_ms", "run_id", b"run_id", "session_id", b"session_id", "state", b"state", "tries", b"tries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -594,7 +606,9 @@ class RunContext(message.Message):
 
     @builtins.property
     def approval_tools(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Tools whose every call a person must approve, by the tenant's settings; `*` means all tools."""
+        """Tools whose calls the tenant wants approved by a person, beside those that ask for it themselves; `*`
+        means all tools.
+        """
 
     def __init__(
         self,

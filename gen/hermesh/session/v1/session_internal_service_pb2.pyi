@@ -102,6 +102,8 @@ class _BeginOutcomeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_BeginOutc
     """It may have been done before and must not be done again."""
     BEGIN_OUTCOME_FENCED: _BeginOutcome.ValueType  # 4
     """The fence is old: do not act."""
+    BEGIN_OUTCOME_NOT_APPROVED: _BeginOutcome.ValueType  # 5
+    """A person has to agree first: do not act."""
 
 class BeginOutcome(_BeginOutcome, metaclass=_BeginOutcomeEnumTypeWrapper):
     """BeginOutcome says whether a tool may act."""
@@ -116,6 +118,8 @@ BEGIN_OUTCOME_UNKNOWN: BeginOutcome.ValueType  # 3
 """It may have been done before and must not be done again."""
 BEGIN_OUTCOME_FENCED: BeginOutcome.ValueType  # 4
 """The fence is old: do not act."""
+BEGIN_OUTCOME_NOT_APPROVED: BeginOutcome.ValueType  # 5
+"""A person has to agree first: do not act."""
 
 @typing.final
 class AuthenticateRequest(message.Message):
@@ -684,22 +688,26 @@ class BeginToolCallRequest(message.Message):
     CALL_ID_FIELD_NUMBER: builtins.int
     SESSION_ID_FIELD_NUMBER: builtins.int
     FENCE_FIELD_NUMBER: builtins.int
+    ACT_MS_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The call."""
     session_id: builtins.str
     """The session."""
     fence: builtins.int
     """The lease's fence."""
+    act_ms: builtins.int
+    """For how long from now this try may act or take effect at most, milliseconds."""
     def __init__(
         self,
         *,
         call_id: builtins.str = ...,
         session_id: builtins.str = ...,
         fence: builtins.int = ...,
+        act_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "fence", b"fence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["act_ms", b"act_ms", "call_id", b"call_id", "fence", b"fence", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -740,6 +748,7 @@ class CompleteToolCallRequest(message.Message):
     STATE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     CONTENT_REF_FIELD_NUMBER: builtins.int
+    TRIES_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The call."""
     fence: builtins.int
@@ -752,6 +761,10 @@ class CompleteToolCallRequest(message.Message):
     """The result or the error's text."""
     content_ref: builtins.str
     """Where a large result is; see ToolCall."""
+    tries: builtins.int
+    """Which try it is the outcome of, as Begin said; of a non-idempotent call only the last one's counts.
+    0 = not said.
+    """
     def __init__(
         self,
         *,
@@ -760,10 +773,11 @@ class CompleteToolCallRequest(message.Message):
         state: resources_pb2.ToolCallState.ValueType = ...,
         content: builtins.str = ...,
         content_ref: builtins.str = ...,
+        tries: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "fence", b"fence", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "fence", b"fence", "state", b"state", "tries", b"tries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -799,14 +813,21 @@ class ReconcileToolCallRequest(message.Message):
     STATE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     CONTENT_REF_FIELD_NUMBER: builtins.int
+    TRIES_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The call."""
     state: resources_pb2.ToolCallState.ValueType
-    """COMPLETED or FAILED: what the tool found out."""
+    """What the tool found out: COMPLETED, FAILED, or INTENT: it was not done and may run. INTENT needs
+    `tries`, and is taken only once no try that was begun can act any more (`quiet_in_ms` is 0).
+    """
     content: builtins.str
     """The result or the error's text."""
     content_ref: builtins.str
     """Where a large result is; see ToolCall."""
+    tries: builtins.int
+    """How often the call had been begun when the tool looked: what it found counts for no later try.
+    0 = not said.
+    """
     def __init__(
         self,
         *,
@@ -814,16 +835,63 @@ class ReconcileToolCallRequest(message.Message):
         state: resources_pb2.ToolCallState.ValueType = ...,
         content: builtins.str = ...,
         content_ref: builtins.str = ...,
+        tries: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "state", b"state", "tries", b"tries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class ReconcileToolCallResponse(message.Message):
     """The response of ReconcileToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TOOL_CALL_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def tool_call(self) -> resources_pb2.ToolCall:
+        """The entry as it is now."""
+
+    def __init__(
+        self,
+        *,
+        tool_call: resources_pb2.ToolCall | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetToolCallRequest(message.Message):
+    """The request of GetToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    call_id: builtins.str
+    """The call."""
+    session_id: builtins.str
+    """The session."""
+    def __init__(
+        self,
+        *,
+        call_id: builtins.str = ...,
+        session_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetToolCallResponse(message.Message):
+    """The response of GetToolCall."""
 
     DESCRIPTOR: descriptor.Descriptor
 

@@ -75,6 +75,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallResponse.FromString,
                 _registered_method=True)
+        self.GetToolCall = channel.unary_unary(
+                '/hermesh.session.v1.SessionInternalService/GetToolCall',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.FromString,
+                _registered_method=True)
 
 
 class SessionInternalServiceServicer:
@@ -137,6 +142,13 @@ class SessionInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetToolCall(self, request, context):
+        """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionInternalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +191,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.ReconcileToolCall,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallResponse.SerializeToString,
+            ),
+            'GetToolCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetToolCall,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ReconcileToolCall',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReconcileToolCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetToolCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/GetToolCall',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.FromString,
             options,
             channel_credentials,
             insecure,

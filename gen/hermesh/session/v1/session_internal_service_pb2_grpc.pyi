@@ -49,6 +49,8 @@ class SessionInternalServiceStub:
     """Records what a tool did."""
     ReconcileToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReconcileToolCallRequest, _session_internal_service_pb2.ReconcileToolCallResponse]
     """Records the outcome of an unknown call that its tool could find out."""
+    GetToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.GetToolCallRequest, _session_internal_service_pb2.GetToolCallResponse]
+    """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
 
 @_typing.type_check_only
 class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
@@ -71,6 +73,8 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Records what a tool did."""
     ReconcileToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReconcileToolCallRequest, _session_internal_service_pb2.ReconcileToolCallResponse]  # type: ignore[assignment]
     """Records the outcome of an unknown call that its tool could find out."""
+    GetToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.GetToolCallRequest, _session_internal_service_pb2.GetToolCallResponse]  # type: ignore[assignment]
+    """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
 
 class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     """SessionInternalService is for callers with the mesh's own credential; others get MESH_ONLY."""
@@ -138,5 +142,13 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_internal_service_pb2.ReconcileToolCallResponse, _abc.Awaitable[_session_internal_service_pb2.ReconcileToolCallResponse]]:
         """Records the outcome of an unknown call that its tool could find out."""
+
+    @_abc_1.abstractmethod
+    def GetToolCall(
+        self,
+        request: _session_internal_service_pb2.GetToolCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_internal_service_pb2.GetToolCallResponse, _abc.Awaitable[_session_internal_service_pb2.GetToolCallResponse]]:
+        """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
 
 def add_SessionInternalServiceServicer_to_server(servicer: SessionInternalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,10 @@ class _ActionDecisionEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ActionD
     """Run it again, on this person's word."""
     ACTION_DECISION_ABANDON: _ActionDecision.ValueType  # 4
     """Give the run up."""
+    ACTION_DECISION_APPROVE: _ActionDecision.ValueType  # 5
+    """Let a call run that waits for approval."""
+    ACTION_DECISION_DENY: _ActionDecision.ValueType  # 6
+    """Do not let a call run that waits for approval; `content` says why, for the model."""
 
 class ActionDecision(_ActionDecision, metaclass=_ActionDecisionEnumTypeWrapper):
     """ActionDecision is a person's word about a tool call."""
@@ -51,6 +55,10 @@ ACTION_DECISION_RETRY: ActionDecision.ValueType  # 3
 """Run it again, on this person's word."""
 ACTION_DECISION_ABANDON: ActionDecision.ValueType  # 4
 """Give the run up."""
+ACTION_DECISION_APPROVE: ActionDecision.ValueType  # 5
+"""Let a call run that waits for approval."""
+ACTION_DECISION_DENY: ActionDecision.ValueType  # 6
+"""Do not let a call run that waits for approval; `content` says why, for the model."""
 
 @typing.final
 class CreateSessionRequest(message.Message):
@@ -653,7 +661,7 @@ class ResolveActionRequest(message.Message):
     content: builtins.str
     """The result or the reason, as `decision` says."""
     request_id: builtins.str
-    """Makes the call safe to repeat."""
+    """Makes the call safe to repeat: any text unique to this request."""
     def __init__(
         self,
         *,
@@ -694,6 +702,128 @@ class ResolveActionResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["run", b"run", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["run", b"run", "tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetRunToolCallRequest(message.Message):
+    """The request of GetRunToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    CALL_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    call_id: builtins.str
+    """The tool call."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        call_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetRunToolCallResponse(message.Message):
+    """The response of GetRunToolCall."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TOOL_CALL_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def tool_call(self) -> resources_pb2.ToolCall:
+        """The call as it is now."""
+
+    def __init__(
+        self,
+        *,
+        tool_call: resources_pb2.ToolCall | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PendingAction(message.Message):
+    """PendingAction is a tool call that its run waits for."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TOOL_CALL_FIELD_NUMBER: builtins.int
+    WAITING_SINCE_MS_FIELD_NUMBER: builtins.int
+    waiting_since_ms: builtins.int
+    """Since when the run waits, Unix time in milliseconds: the time of its last event."""
+    @builtins.property
+    def tool_call(self) -> resources_pb2.ToolCall:
+        """The call: UNKNOWN, or INTENT with `needs_approval`."""
+
+    def __init__(
+        self,
+        *,
+        tool_call: resources_pb2.ToolCall | None = ...,
+        waiting_since_ms: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call", "waiting_since_ms", b"waiting_since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPendingActionsRequest(message.Message):
+    """The request of ListPendingActions."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most this many; 0 means 50."""
+    page_token: builtins.str
+    """From the response before."""
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPendingActionsResponse(message.Message):
+    """The response of ListPendingActions."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ACTIONS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page."""
+    @builtins.property
+    def actions(self) -> containers.RepeatedCompositeFieldContainer[PendingAction]:
+        """One page."""
+
+    def __init__(
+        self,
+        *,
+        actions: abc.Iterable[PendingAction] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["actions", b"actions", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

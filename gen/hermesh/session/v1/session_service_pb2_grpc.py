@@ -91,6 +91,16 @@ class SessionServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionResponse.FromString,
                 _registered_method=True)
+        self.GetRunToolCall = channel.unary_unary(
+                '/hermesh.session.v1.SessionService/GetRunToolCall',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallResponse.FromString,
+                _registered_method=True)
+        self.ListPendingActions = channel.unary_unary(
+                '/hermesh.session.v1.SessionService/ListPendingActions',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsResponse.FromString,
+                _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/hermesh.session.v1.SessionService/WatchRun',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.WatchRunRequest.SerializeToString,
@@ -180,7 +190,22 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResolveAction(self, request, context):
-        """Settles a tool call whose outcome is unknown or that needs approval.
+        """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
+        the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRunToolCall(self, request, context):
+        """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPendingActions(self, request, context):
+        """Lists the tenant's tool calls that their runs wait for, the oldest run first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,6 +282,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.ResolveAction,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionResponse.SerializeToString,
+            ),
+            'GetRunToolCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRunToolCall,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallResponse.SerializeToString,
+            ),
+            'ListPendingActions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPendingActions,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -568,6 +603,60 @@ class SessionService:
             '/hermesh.session.v1.SessionService/ResolveAction',
             hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__service__pb2.ResolveActionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRunToolCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionService/GetRunToolCall',
+            hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__service__pb2.GetRunToolCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPendingActions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionService/ListPendingActions',
+            hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__service__pb2.ListPendingActionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,7 +58,13 @@ class SessionServiceStub:
     CancelRun: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CancelRunRequest, _session_service_pb2.CancelRunResponse]
     """Asks for a run to be cancelled; durable, and harmless when repeated or too late."""
     ResolveAction: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ResolveActionRequest, _session_service_pb2.ResolveActionResponse]
-    """Settles a tool call whose outcome is unknown or that needs approval."""
+    """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
+    the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
+    """
+    GetRunToolCall: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetRunToolCallRequest, _session_service_pb2.GetRunToolCallResponse]
+    """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
+    ListPendingActions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListPendingActionsRequest, _session_service_pb2.ListPendingActionsResponse]
+    """Lists the tenant's tool calls that their runs wait for, the oldest run first."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchRunRequest, _session_service_pb2.WatchRunResponse]
     """Streams a run's events after a seq: what is stored, then live, until the terminal event."""
     WatchSession: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]
@@ -94,7 +100,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     CancelRun: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CancelRunRequest, _session_service_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Asks for a run to be cancelled; durable, and harmless when repeated or too late."""
     ResolveAction: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ResolveActionRequest, _session_service_pb2.ResolveActionResponse]  # type: ignore[assignment]
-    """Settles a tool call whose outcome is unknown or that needs approval."""
+    """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
+    the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
+    """
+    GetRunToolCall: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetRunToolCallRequest, _session_service_pb2.GetRunToolCallResponse]  # type: ignore[assignment]
+    """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
+    ListPendingActions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListPendingActionsRequest, _session_service_pb2.ListPendingActionsResponse]  # type: ignore[assignment]
+    """Lists the tenant's tool calls that their runs wait for, the oldest run first."""
     WatchRun: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchRunRequest, _session_service_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams a run's events after a seq: what is stored, then live, until the terminal event."""
     WatchSession: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]  # type: ignore[assignment]
@@ -193,7 +205,25 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.ResolveActionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ResolveActionResponse, _abc.Awaitable[_session_service_pb2.ResolveActionResponse]]:
-        """Settles a tool call whose outcome is unknown or that needs approval."""
+        """Settles a tool call whose outcome is unknown or that needs approval. A repeated `request_id` with
+        the same body succeeds as the first did; with another body REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRunToolCall(
+        self,
+        request: _session_service_pb2.GetRunToolCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.GetRunToolCallResponse, _abc.Awaitable[_session_service_pb2.GetRunToolCallResponse]]:
+        """Returns a tool call of a run. Errors: RUN_NOT_FOUND, TOOL_CALL_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def ListPendingActions(
+        self,
+        request: _session_service_pb2.ListPendingActionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.ListPendingActionsResponse, _abc.Awaitable[_session_service_pb2.ListPendingActionsResponse]]:
+        """Lists the tenant's tool calls that their runs wait for, the oldest run first."""
 
     @_abc_1.abstractmethod
     def WatchRun(

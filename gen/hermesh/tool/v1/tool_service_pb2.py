@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from hermesh.session.v1 import resources_pb2 as hermesh_dot_session_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"hermesh/tool/v1/tool_service.proto\x12\x0fhermesh.tool.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"hermesh/session/v1/resources.proto\"\x9f\x01\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cinput_schema\x18\x03 \x01(\t\x12/\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1f.hermesh.session.v1.EffectClass\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x05\x12\x19\n\x11requires_approval\x18\x06 \x01(\x08\"O\n\x10ListToolsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"R\n\x11ListToolsResponse\x12$\n\x05tools\x18\x01 \x03(\x0b\x32\x15.hermesh.tool.v1.Tool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc4\x01\n\x0e\x45xecuteRequest\x12\x1a\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x1c\n\nsession_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x18\n\x06run_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\x03\x12\x18\n\x04name\x18\x05 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x11\n\targuments\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x14\n\x0ctime_left_ms\x18\x08 \x01(\x03\"s\n\x0f\x45xecuteResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.hermesh.tool.v1.ProgressH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.hermesh.tool.v1.ResultH\x00\x42\x06\n\x04kind\"\x18\n\x08Progress\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x80\x01\n\x06Result\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hermesh.session.v1.ToolCallState\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x63ontent_ref\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06reused\x18\x05 \x01(\x08\"+\n\rCancelRequest\x12\x1a\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xfc\x01\n\x0bToolService\x12R\n\tListTools\x12!.hermesh.tool.v1.ListToolsRequest\x1a\".hermesh.tool.v1.ListToolsResponse\x12N\n\x07\x45xecute\x12\x1f.hermesh.tool.v1.ExecuteRequest\x1a .hermesh.tool.v1.ExecuteResponse0\x01\x12I\n\x06\x43\x61ncel\x12\x1e.hermesh.tool.v1.CancelRequest\x1a\x1f.hermesh.tool.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"hermesh/tool/v1/tool_service.proto\x12\x0fhermesh.tool.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"hermesh/session/v1/resources.proto\"\xb3\x01\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cinput_schema\x18\x03 \x01(\t\x12/\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1f.hermesh.session.v1.EffectClass\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x05\x12\x19\n\x11requires_approval\x18\x06 \x01(\x08\x12\x12\n\nreconciles\x18\x07 \x01(\x08\"O\n\x10ListToolsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\"R\n\x11ListToolsResponse\x12$\n\x05tools\x18\x01 \x03(\x0b\x32\x15.hermesh.tool.v1.Tool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc4\x01\n\x0e\x45xecuteRequest\x12\x1a\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x1c\n\nsession_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x18\n\x06run_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\x03\x12\x18\n\x04name\x18\x05 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x11\n\targuments\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x14\n\x0ctime_left_ms\x18\x08 \x01(\x03\"s\n\x0f\x45xecuteResponse\x12-\n\x08progress\x18\x01 \x01(\x0b\x32\x19.hermesh.tool.v1.ProgressH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.hermesh.tool.v1.ResultH\x00\x42\x06\n\x04kind\"\x18\n\x08Progress\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x80\x01\n\x06Result\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hermesh.session.v1.ToolCallState\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x63ontent_ref\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06reused\x18\x05 \x01(\x08\"+\n\rCancelRequest\x12\x1a\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xa1\x01\n\x10ReconcileRequest\x12\x1a\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x1c\n\nsession_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x18\n\x06run_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x18\n\x04name\x18\x04 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x11\n\targuments\x18\x05 \x01(\t\x12\x0c\n\x04user\x18\x06 \x01(\t\"\x88\x01\n\x11ReconcileResponse\x12\x32\n\x07outcome\x18\x01 \x01(\x0e\x32!.hermesh.tool.v1.ReconcileOutcome\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x17.hermesh.tool.v1.Result\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\x03\"F\n\x11ReadResultRequest\x12\x31\n\x0b\x63ontent_ref\x18\x01 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^sha256:[0-9a-f]{64}$\"0\n\x12ReadResultResponse\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*\xb8\x01\n\x10ReconcileOutcome\x12!\n\x1dRECONCILE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19RECONCILE_OUTCOME_SETTLED\x10\x01\x12\x1e\n\x1aRECONCILE_OUTCOME_NOT_DONE\x10\x02\x12!\n\x1dRECONCILE_OUTCOME_CANNOT_TELL\x10\x03\x12\x1f\n\x1bRECONCILE_OUTCOME_ASK_AGAIN\x10\x04\x32\xa9\x03\n\x0bToolService\x12R\n\tListTools\x12!.hermesh.tool.v1.ListToolsRequest\x1a\".hermesh.tool.v1.ListToolsResponse\x12N\n\x07\x45xecute\x12\x1f.hermesh.tool.v1.ExecuteRequest\x1a .hermesh.tool.v1.ExecuteResponse0\x01\x12I\n\x06\x43\x61ncel\x12\x1e.hermesh.tool.v1.CancelRequest\x1a\x1f.hermesh.tool.v1.CancelResponse\x12R\n\tReconcile\x12!.hermesh.tool.v1.ReconcileRequest\x1a\".hermesh.tool.v1.ReconcileResponse\x12W\n\nReadResult\x12\".hermesh.tool.v1.ReadResultRequest\x1a#.hermesh.tool.v1.ReadResultResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,24 +47,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXECUTEREQUEST'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_CANCELREQUEST'].fields_by_name['call_id']._loaded_options = None
   _globals['_CANCELREQUEST'].fields_by_name['call_id']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_RECONCILEREQUEST'].fields_by_name['call_id']._loaded_options = None
+  _globals['_RECONCILEREQUEST'].fields_by_name['call_id']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_RECONCILEREQUEST'].fields_by_name['session_id']._loaded_options = None
+  _globals['_RECONCILEREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_RECONCILEREQUEST'].fields_by_name['run_id']._loaded_options = None
+  _globals['_RECONCILEREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_RECONCILEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_RECONCILEREQUEST'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_READRESULTREQUEST'].fields_by_name['content_ref']._loaded_options = None
+  _globals['_READRESULTREQUEST'].fields_by_name['content_ref']._serialized_options = b'\272H\031r\0272\025^sha256:[0-9a-f]{64}$'
+  _globals['_RECONCILEOUTCOME']._serialized_start=1444
+  _globals['_RECONCILEOUTCOME']._serialized_end=1628
   _globals['_TOOL']._serialized_start=121
-  _globals['_TOOL']._serialized_end=280
-  _globals['_LISTTOOLSREQUEST']._serialized_start=282
-  _globals['_LISTTOOLSREQUEST']._serialized_end=361
-  _globals['_LISTTOOLSRESPONSE']._serialized_start=363
-  _globals['_LISTTOOLSRESPONSE']._serialized_end=445
-  _globals['_EXECUTEREQUEST']._serialized_start=448
-  _globals['_EXECUTEREQUEST']._serialized_end=644
-  _globals['_EXECUTERESPONSE']._serialized_start=646
-  _globals['_EXECUTERESPONSE']._serialized_end=761
-  _globals['_PROGRESS']._serialized_start=763
-  _globals['_PROGRESS']._serialized_end=787
-  _globals['_RESULT']._serialized_start=790
-  _globals['_RESULT']._serialized_end=918
-  _globals['_CANCELREQUEST']._serialized_start=920
-  _globals['_CANCELREQUEST']._serialized_end=963
-  _globals['_CANCELRESPONSE']._serialized_start=965
-  _globals['_CANCELRESPONSE']._serialized_end=996
-  _globals['_TOOLSERVICE']._serialized_start=999
-  _globals['_TOOLSERVICE']._serialized_end=1251
+  _globals['_TOOL']._serialized_end=300
+  _globals['_LISTTOOLSREQUEST']._serialized_start=302
+  _globals['_LISTTOOLSREQUEST']._serialized_end=381
+  _globals['_LISTTOOLSRESPONSE']._serialized_start=383
+  _globals['_LISTTOOLSRESPONSE']._serialized_end=465
+  _globals['_EXECUTEREQUEST']._serialized_start=468
+  _globals['_EXECUTEREQUEST']._serialized_end=664
+  _globals['_EXECUTERESPONSE']._serialized_start=666
+  _globals['_EXECUTERESPONSE']._serialized_end=781
+  _globals['_PROGRESS']._serialized_start=783
+  _globals['_PROGRESS']._serialized_end=807
+  _globals['_RESULT']._serialized_start=810
+  _globals['_RESULT']._serialized_end=938
+  _globals['_CANCELREQUEST']._serialized_start=940
+  _globals['_CANCELREQUEST']._serialized_end=983
+  _globals['_CANCELRESPONSE']._serialized_start=985
+  _globals['_CANCELRESPONSE']._serialized_end=1016
+  _globals['_RECONCILEREQUEST']._serialized_start=1019
+  _globals['_RECONCILEREQUEST']._serialized_end=1180
+  _globals['_RECONCILERESPONSE']._serialized_start=1183
+  _globals['_RECONCILERESPONSE']._serialized_end=1319
+  _globals['_READRESULTREQUEST']._serialized_start=1321
+  _globals['_READRESULTREQUEST']._serialized_end=1391
+  _globals['_READRESULTRESPONSE']._serialized_start=1393
+  _globals['_READRESULTRESPONSE']._serialized_end=1441
+  _globals['_TOOLSERVICE']._serialized_start=1631
+  _globals['_TOOLSERVICE']._serialized_end=2056
 # @@protoc_insertion_point(module_scope)

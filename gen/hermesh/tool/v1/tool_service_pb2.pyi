@@ -7,6 +7,7 @@ from collections import abc as abc
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
+from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
 from hermesh.session.v1 import resources_pb2 as resources_pb2
 import builtins as builtins
 import sys
@@ -18,6 +19,37 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: descriptor.FileDescriptor
+
+class _ReconcileOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReconcileOutcomeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ReconcileOutcome.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    RECONCILE_OUTCOME_UNSPECIFIED: _ReconcileOutcome.ValueType  # 0
+    """Not used."""
+    RECONCILE_OUTCOME_SETTLED: _ReconcileOutcome.ValueType  # 1
+    """The call has an outcome now: `result`."""
+    RECONCILE_OUTCOME_NOT_DONE: _ReconcileOutcome.ValueType  # 2
+    """It did not take effect, and nothing that was begun can act any more: it may run again."""
+    RECONCILE_OUTCOME_CANNOT_TELL: _ReconcileOutcome.ValueType  # 3
+    """The tool cannot tell: a person has to."""
+    RECONCILE_OUTCOME_ASK_AGAIN: _ReconcileOutcome.ValueType  # 4
+    """Not now: the outside did not answer, or an earlier try may still act. Ask again after `retry_after_ms`."""
+
+class ReconcileOutcome(_ReconcileOutcome, metaclass=_ReconcileOutcomeEnumTypeWrapper):
+    """ReconcileOutcome says what a look at the outside came to."""
+
+RECONCILE_OUTCOME_UNSPECIFIED: ReconcileOutcome.ValueType  # 0
+"""Not used."""
+RECONCILE_OUTCOME_SETTLED: ReconcileOutcome.ValueType  # 1
+"""The call has an outcome now: `result`."""
+RECONCILE_OUTCOME_NOT_DONE: ReconcileOutcome.ValueType  # 2
+"""It did not take effect, and nothing that was begun can act any more: it may run again."""
+RECONCILE_OUTCOME_CANNOT_TELL: ReconcileOutcome.ValueType  # 3
+"""The tool cannot tell: a person has to."""
+RECONCILE_OUTCOME_ASK_AGAIN: ReconcileOutcome.ValueType  # 4
+"""Not now: the outside did not answer, or an earlier try may still act. Ask again after `retry_after_ms`."""
 
 @typing.final
 class Tool(message.Message):
@@ -31,6 +63,7 @@ class Tool(message.Message):
     EFFECT_FIELD_NUMBER: builtins.int
     TIMEOUT_MS_FIELD_NUMBER: builtins.int
     REQUIRES_APPROVAL_FIELD_NUMBER: builtins.int
+    RECONCILES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name, unique: letters, digits, `_` and `-`."""
     description: builtins.str
@@ -43,6 +76,8 @@ class Tool(message.Message):
     """How long one call may take, milliseconds."""
     requires_approval: builtins.bool
     """Whether a person has to approve each call."""
+    reconciles: builtins.bool
+    """Whether it can look up what became of a call whose outcome is unknown."""
     def __init__(
         self,
         *,
@@ -52,10 +87,11 @@ class Tool(message.Message):
         effect: resources_pb2.EffectClass.ValueType = ...,
         timeout_ms: builtins.int = ...,
         requires_approval: builtins.bool = ...,
+        reconciles: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["description", b"description", "effect", b"effect", "input_schema", b"input_schema", "name", b"name", "requires_approval", b"requires_approval", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["description", b"description", "effect", b"effect", "input_schema", b"input_schema", "name", b"name", "reconciles", b"reconciles", "requires_approval", b"requires_approval", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,5 +318,119 @@ class CancelResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReconcileRequest(message.Message):
+    """The request of Reconcile."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_FIELD_NUMBER: builtins.int
+    USER_FIELD_NUMBER: builtins.int
+    call_id: builtins.str
+    """The journalled call."""
+    session_id: builtins.str
+    """The session."""
+    run_id: builtins.str
+    """The run."""
+    name: builtins.str
+    """The tool."""
+    arguments: builtins.str
+    """The arguments, a JSON object as text."""
+    user: builtins.str
+    """As in ExecuteRequest."""
+    def __init__(
+        self,
+        *,
+        call_id: builtins.str = ...,
+        session_id: builtins.str = ...,
+        run_id: builtins.str = ...,
+        name: builtins.str = ...,
+        arguments: builtins.str = ...,
+        user: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReconcileResponse(message.Message):
+    """The response of Reconcile."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    outcome: ReconcileOutcome.ValueType
+    """What it came to."""
+    retry_after_ms: builtins.int
+    """With ASK_AGAIN: not before so many milliseconds; 0 = as the caller likes."""
+    @builtins.property
+    def result(self) -> Result:
+        """With SETTLED."""
+
+    def __init__(
+        self,
+        *,
+        outcome: ReconcileOutcome.ValueType = ...,
+        result: Result | None = ...,
+        retry_after_ms: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["outcome", b"outcome", "result", b"result", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadResultRequest(message.Message):
+    """The request of ReadResult."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONTENT_REF_FIELD_NUMBER: builtins.int
+    content_ref: builtins.str
+    """As the journal has it, `sha256:<hex>`; it is looked for among the tenant's own."""
+    def __init__(
+        self,
+        *,
+        content_ref: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["content_ref", b"content_ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadResultResponse(message.Message):
+    """One message of ReadResult's stream; all `data` joined are the result, UTF-8."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    """In the first message: how many bytes the whole result has."""
+    data: builtins.bytes
+    """The next bytes."""
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["data", b"data", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

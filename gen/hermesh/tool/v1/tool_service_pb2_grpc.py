@@ -50,6 +50,16 @@ class ToolServiceStub:
                 request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelRequest.SerializeToString,
                 response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Reconcile = channel.unary_unary(
+                '/hermesh.tool.v1.ToolService/Reconcile',
+                request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.SerializeToString,
+                response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.FromString,
+                _registered_method=True)
+        self.ReadResult = channel.unary_stream(
+                '/hermesh.tool.v1.ToolService/ReadResult',
+                request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
+                response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
+                _registered_method=True)
 
 
 class ToolServiceServicer:
@@ -79,6 +89,22 @@ class ToolServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reconcile(self, request, context):
+        """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+        it finds. It never acts, so that it may be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadResult(self, request, context):
+        """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+        if the tenant has no such result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ToolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +122,16 @@ def add_ToolServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelRequest.FromString,
                     response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelResponse.SerializeToString,
+            ),
+            'Reconcile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconcile,
+                    request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.FromString,
+                    response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.SerializeToString,
+            ),
+            'ReadResult': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadResult,
+                    request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.FromString,
+                    response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +216,60 @@ class ToolService:
             '/hermesh.tool.v1.ToolService/Cancel',
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelRequest.SerializeToString,
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconcile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.tool.v1.ToolService/Reconcile',
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileRequest.SerializeToString,
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReconcileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hermesh.tool.v1.ToolService/ReadResult',
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

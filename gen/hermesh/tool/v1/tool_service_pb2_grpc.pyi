@@ -43,6 +43,14 @@ class ToolServiceStub:
     """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
     replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
     """
+    Reconcile: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.ReconcileRequest, _tool_service_pb2.ReconcileResponse]
+    """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+    it finds. It never acts, so that it may be repeated.
+    """
+    ReadResult: _grpc.UnaryStreamMultiCallable[_tool_service_pb2.ReadResultRequest, _tool_service_pb2.ReadResultResponse]
+    """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+    if the tenant has no such result.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -58,6 +66,14 @@ class ToolServiceAsyncStub(ToolServiceStub):
     Cancel: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.CancelRequest, _tool_service_pb2.CancelResponse]  # type: ignore[assignment]
     """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
     replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
+    """
+    Reconcile: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.ReconcileRequest, _tool_service_pb2.ReconcileResponse]  # type: ignore[assignment]
+    """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+    it finds. It never acts, so that it may be repeated.
+    """
+    ReadResult: _aio.UnaryStreamMultiCallable[_tool_service_pb2.ReadResultRequest, _tool_service_pb2.ReadResultResponse]  # type: ignore[assignment]
+    """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+    if the tenant has no such result.
     """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +105,26 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_tool_service_pb2.CancelResponse, _abc.Awaitable[_tool_service_pb2.CancelResponse]]:
         """For the mesh only: asks a running call to stop. What it did until then is reported by Execute. Only the
         replica that runs the call can: carry the header `x-hermesh-tool-replica` of Execute's answer.
+        """
+
+    @_abc_1.abstractmethod
+    def Reconcile(
+        self,
+        request: _tool_service_pb2.ReconcileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tool_service_pb2.ReconcileResponse, _abc.Awaitable[_tool_service_pb2.ReconcileResponse]]:
+        """For the mesh only: looks up in the outside whether an unknown call took effect, and records what
+        it finds. It never acts, so that it may be repeated.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadResult(
+        self,
+        request: _tool_service_pb2.ReadResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tool_service_pb2.ReadResultResponse], _abc.AsyncIterator[_tool_service_pb2.ReadResultResponse]]:
+        """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
+        if the tenant has no such result.
         """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -106,6 +106,7 @@ CREATE INDEX run_unfinished ON session.run (session_id, ordinal) WHERE status < 
 CREATE INDEX run_due ON session.run (dispatch_after) WHERE status IN (1, 2);
 CREATE INDEX run_overdue ON session.run (deadline) WHERE status IN (1, 2) AND deadline IS NOT NULL;
 CREATE INDEX run_cancelling ON session.run (session_id) WHERE status IN (1, 2) AND cancel_requested;
+CREATE INDEX run_waiting ON session.run (tenant_id, run_id) WHERE status = 3;
 
 CREATE TABLE session.message (
     session_id uuid NOT NULL REFERENCES session.session ON DELETE CASCADE,
@@ -151,11 +152,21 @@ CREATE TABLE session.tool_call (
     content_ref text NOT NULL DEFAULT '',
     idempotency_key text NOT NULL,
     fence bigint NOT NULL DEFAULT 0,
+    tries integer NOT NULL DEFAULT 0,
+    quiet_at timestamptz,
+    needs_approval boolean NOT NULL DEFAULT false,
+    unsaid text NOT NULL DEFAULT '',
+    unsaid_ms bigint NOT NULL DEFAULT 0,
     created_ms bigint NOT NULL
 );
 CREATE INDEX tool_call_by_run ON session.tool_call (run_id);
 CREATE INDEX tool_call_by_session ON session.tool_call (session_id);
 COMMENT ON COLUMN session.tool_call.fence IS 'under which it was begun last';
+COMMENT ON COLUMN session.tool_call.tries IS 'how often it was begun';
+COMMENT ON COLUMN session.tool_call.quiet_at IS 'from when on no try that was begun can act any more; NULL: none was';
+COMMENT ON COLUMN session.tool_call.needs_approval IS 'a person has to agree before it may begin; false once one has';
+COMMENT ON COLUMN session.tool_call.unsaid IS
+    'the data of an action.resolved that was decided while an agent held the run, and is not in the log yet';
 
 CREATE TABLE session.idempotency (
     tenant_id uuid NOT NULL,
@@ -167,6 +178,16 @@ CREATE TABLE session.idempotency (
     PRIMARY KEY (tenant_id, scope, key)
 );
 CREATE INDEX idempotency_by_age ON session.idempotency (created_at);
+
+-- Whether a call waits for a person: it is not known what it did, or it needs approval.
+CREATE FUNCTION session.call_waits(p_state smallint, p_needs_approval boolean) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN p_state = 5 OR (p_state = 1 AND p_needs_approval);
+
+-- How much longer, in milliseconds, a try that was begun may still act.
+CREATE FUNCTION session.quiet_in_ms(p_quiet_at timestamptz) RETURNS bigint
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN coalesce(greatest(0, ceil(extract(epoch FROM p_quiet_at - clock_timestamp()) * 1000)), 0)::bigint;
 
 -- A run as its readers see it; last_seq is exact while it is held, too.
 CREATE VIEW session.run_view AS

@@ -76,6 +76,24 @@ LANGUAGE sql AS $$
     WHERE run_id = p_run AND NOT cancel_requested
 $$;
 
+-- Writes what persons decided about a run's calls while an agent held it. The caller holds the lease row, and
+-- nobody the lease.
+CREATE FUNCTION session.say_resolved(p_run uuid) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_times bigint[];
+    v_data text[];
+BEGIN
+    SELECT array_agg(unsaid_ms ORDER BY unsaid_ms, position), array_agg(unsaid ORDER BY unsaid_ms, position)
+    INTO v_times, v_data
+    FROM session.tool_call WHERE run_id = p_run AND unsaid <> '';
+    IF v_data IS NOT NULL THEN
+        PERFORM session.write_unheld(p_run, array_fill('action.resolved'::text, ARRAY[cardinality(v_data)]),
+                                     v_times, v_data);
+        UPDATE session.tool_call SET unsaid = '' WHERE run_id = p_run AND unsaid <> '';
+    END IF;
+END $$;
+
 -- Ends a run that nobody holds and that shall be cancelled, with its terminal event. Returns the event's seq.
 CREATE FUNCTION session.cancel_unheld(p_run uuid) RETURNS integer
 LANGUAGE plpgsql AS $$
@@ -209,7 +227,8 @@ BEGIN
         SELECT json_agg(json_build_array(seq, type, time_ms, data) ORDER BY seq) INTO v_events
         FROM session.event WHERE run_id = p_run AND seq >= coalesce(v_step, 2);
         SELECT json_agg(json_build_array(call_id, name, arguments, effect, state, content, content_ref,
-                                         idempotency_key, fence) ORDER BY position) INTO v_calls
+                                         idempotency_key, fence, needs_approval, tries,
+                                         session.quiet_in_ms(quiet_at)) ORDER BY position) INTO v_calls
         FROM session.tool_call WHERE run_id = p_run;
     END IF;
     RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
@@ -270,6 +289,9 @@ BEGIN
         RETURN QUERY SELECT v_outcome, v, NULL::bigint, NULL::integer, NULL::integer, NULL::json
         FROM session.run_view v WHERE v.run_id = p_run;
         RETURN;
+    END IF;
+    IF v_run.attempt > 0 THEN
+        PERFORM session.say_resolved(p_run);
     END IF;
     v_next := CASE WHEN v_run.attempt = 0 THEN v_run.last_seq + 1 ELSE session.next_seq(p_run) END;
     UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,
@@ -454,14 +476,15 @@ BEGIN
     IF p_intents IS NOT NULL THEN
         -- An intent that was never acted on may be made anew, with other arguments.
         INSERT INTO session.tool_call AS t (call_id, tenant_id, session_id, run_id, name, arguments, effect,
-                                            idempotency_key, created_ms)
+                                            idempotency_key, needs_approval, created_ms)
         SELECT c.value ->> 0, v_lease.tenant_id, p_session, p_run, c.value ->> 1, c.value ->> 2,
-               (c.value ->> 3)::smallint, c.value ->> 4, v_now
+               (c.value ->> 3)::smallint, c.value ->> 4, (c.value ->> 5)::boolean, v_now
         FROM json_array_elements(p_intents) WITH ORDINALITY c(value, place)
         ORDER BY c.place
         ON CONFLICT (call_id) DO UPDATE SET name = excluded.name, arguments = excluded.arguments,
-            effect = excluded.effect, idempotency_key = excluded.idempotency_key
-        WHERE t.state = 1 AND t.run_id = excluded.run_id;
+            effect = excluded.effect, idempotency_key = excluded.idempotency_key,
+            needs_approval = excluded.needs_approval
+        WHERE t.state = 1 AND t.tries = 0 AND t.run_id = excluded.run_id;
     END IF;
     outcome := 1;
     next_seq := v_lease.next_seq;
@@ -476,14 +499,15 @@ BEGIN
         WHERE r.run_id = p_run;
         UPDATE session.session s SET updated_ms = greatest(s.updated_ms, v_now)
         WHERE s.session_id = p_session;
-        -- Whoever waits for a person has nothing under way: a call without an outcome is one to ask about.
-        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2;
+        -- Whoever waits for a person has nothing under way: a call that must not run twice and has no outcome is
+        -- one to ask about.
+        UPDATE session.tool_call t SET state = 5 WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;
         -- What was said while this step was on its way would find nobody to hear it later.
         SELECT * INTO v_run FROM session.run r WHERE r.run_id = p_run;
+        PERFORM session.say_resolved(p_run);
         IF v_run.cancel_requested THEN
             PERFORM session.cancel_unheld(p_run);
-        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run)
-              AND NOT EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run AND t.state IN (1, 5)) THEN
+        ELSIF EXISTS (SELECT FROM session.tool_call t WHERE t.run_id = p_run) THEN
             PERFORM session.requeue_run(p_run);
         END IF;
     END IF;

@@ -11,6 +11,7 @@ import asyncpg
 from meshkit.clock import now_ms
 from meshkit.ids import uuid7
 from services.session.domain import (
+    ActionDecision,
     AppendOutcome,
     AppendResult,
     Claim,
@@ -23,6 +24,7 @@ from services.session.domain import (
     NewEvent,
     NewMessage,
     NewToolCall,
+    Run,
     RunAppend,
     RunError,
     RunStatus,
@@ -30,8 +32,10 @@ from services.session.domain import (
     StepCommit,
     Submission,
     Submitted,
+    ToolCall,
     Usage,
 )
+from services.session.operations.resolve import resolve
 from services.session.store.postgres import PostgresStore
 
 
@@ -149,6 +153,18 @@ class Kit:
         page = await self.store.list_messages(self.tenant, session_id, page_size=500, page_token="")
         return [(m.ordinal, m.role, m.content) for m in page.items]
 
+    async def resolve(
+        self,
+        run_id: UUID,
+        call_id: str,
+        decision: ActionDecision = ActionDecision.COMPLETED,
+        content: str = "",
+        *,
+        request_id: str = "",
+    ) -> tuple[Run, ToolCall]:
+        """A person's word, as the service hands it on."""
+        return await resolve(self.store, self.tenant, run_id, call_id, decision, content, request_id)
+
     async def expire(self, session_id: UUID) -> None:
         """Ends the TTL of a session's lease."""
         await self.pool.execute(
@@ -194,6 +210,12 @@ class Kit:
         return {row["run_id"] for row in rows}
 
 
-def intent(run_id: UUID, index: int = 0, effect: EffectClass = EffectClass.NON_IDEMPOTENT) -> NewToolCall:
+def intent(
+    run_id: UUID,
+    index: int = 0,
+    effect: EffectClass = EffectClass.NON_IDEMPOTENT,
+    *,
+    needs_approval: bool = False,
+) -> NewToolCall:
     call_id = f"{run_id}:1:{index}"
-    return NewToolCall(call_id, "tool", '{"a":1}', effect, f"key-{call_id}")
+    return NewToolCall(call_id, "tool", '{"a":1}', effect, f"key-{call_id}", needs_approval)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.session.domain import ConcurrencyPolicy, RunStatus
+from services.session.domain import ActionDecision, ConcurrencyPolicy, RunStatus
 from services.session.store.notifications import CANCEL, DUE, LOG, Notifications
 from tests.integration.session.store.kit import Kit, event, intent, ref
 
@@ -85,9 +85,9 @@ async def test_a_cancel_that_the_holder_has_to_carry_out_is_told(kit: Kit, datab
 async def test_a_persons_word_is_told(kit: Kit, database: str) -> None:
     async with listening(database) as notifications:
         grant = await kit.started()
-        call = intent(grant.run_id)
+        call = intent(grant.run_id, needs_approval=True)
         await kit.step(grant, 2, event(), intents=(call,), status=RunStatus.REQUIRES_ACTION)
-        await kit.store.resolve(kit.tenant, grant.run_id, call.call_id, 3, "", [event("action.resolved")])
+        await kit.resolve(grant.run_id, call.call_id, ActionDecision.RETRY)
         assert await heard(kit, notifications) == [
             (LOG, str(grant.run_id)),
             (DUE, str(grant.session_id)),

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from meshkit.ids import uuid7
 from meshkit.postgres import load_sql
-from tests.integration.session.store.kit import Kit
+from services.session.domain import RunStatus
+from tests.integration.session.store.kit import Kit, event, intent
 
 SESSIONS = 5_000
 FINISHED = 100_000
@@ -31,6 +33,10 @@ INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal,
 SELECT session_id, gen_random_uuid(), tenant_id, run_id, ordinal, 'user', 'x', '', '', 1 FROM session.run;
 INSERT INTO session.event (run_id, seq, time_ms, tenant_id, session_id, fence, type, data)
 SELECT run_id, s, 1, tenant_id, session_id, 1, 't', '{{}}' FROM session.run, generate_series(1, 2) s
+WHERE ordinal <= 4;
+INSERT INTO session.tool_call (call_id, tenant_id, session_id, run_id, name, arguments, effect, state,
+                               idempotency_key, created_ms)
+SELECT run_id || ':1:0', tenant_id, session_id, run_id, 't', '{{}}', 3, 5, '', 1 FROM session.run
 WHERE ordinal <= 4;
 """
 
@@ -173,6 +179,21 @@ async def test_reads_go_by_an_index(full: Kit, file: str, name: str, rows: int) 
     assert scans
     assert not any(scan.startswith("Seq Scan") for scan in scans), scans
     assert pages <= 20 + 12 * rows, (scans, pages)
+
+
+async def test_what_waits_for_a_person_is_found_by_the_runs_that_wait(full: Kit) -> None:
+    grants = [await full.started() for _ in range(10)]
+    for grant in grants:
+        call = intent(grant.run_id, needs_approval=True)
+        await full.step(grant, 2, event(), intents=(call,), status=RunStatus.REQUIRES_ACTION)
+    args = (full.tenant, UUID(int=0), 0, 50)
+    assert len(await full.pool.fetch(sql("journal", "pending"), *args)) == len(grants)
+    scans, pages = await explain(full, sql("journal", "pending"), *args)
+    assert any("run_waiting" in scan for scan in scans), scans
+    assert any("tool_call_by_run" in scan for scan in scans), scans
+    assert pages < 100 * len(grants), (scans, pages)
+    for grant in grants:
+        await full.store.cancel(full.tenant, grant.run_id, "")
 
 
 async def test_an_append_goes_by_an_index_and_stays_on_its_page(full: Kit) -> None:

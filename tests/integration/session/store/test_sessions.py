@@ -16,7 +16,8 @@ from meshkit.errors import (
 )
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token
-from services.session.domain import AppendOutcome, LeaseRef
+from services.session.domain import ActionDecision, AppendOutcome, LeaseRef
+from services.session.operations.resolve import resolve
 from tests.integration.session.store.kit import Kit, event
 
 
@@ -218,7 +219,7 @@ async def test_another_tenant_finds_nothing(kit: Kit) -> None:
         "list_runs": store.list_runs(other, session_id, page_size=5, page_token=""),
         "cancel": store.cancel(other, run_id, ""),
         "events_after": store.events_after(other, run_id, 0, 10),
-        "resolve": store.resolve(other, run_id, "c", 1, "", []),
+        "resolve": resolve(store, other, run_id, "c", ActionDecision.COMPLETED, "", ""),
     }
     missing = {
         "get_session": store.get_session(other, uuid7()),

@@ -157,7 +157,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             kind = ENDS[status] if status else "text.delta"
             words = [self.text() for _ in range(texts)]
             self.count += 1
-            asked = intent(handle.run.run_id, self.count)
+            asked = intent(handle.run.run_id, self.count, needs_approval=True)
             parks = status is RunStatus.REQUIRES_ACTION
             result = run(
                 kit.step(
@@ -254,11 +254,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
             if head is None or head.status is not RunStatus.REQUIRES_ACTION:
                 return
             word = self.text()
-            run(
-                kit.store.resolve(
-                    kit.tenant, head.run_id, head.parked_on, 1, word, [event("action.resolved")]
-                )
-            )
+            run(kit.resolve(head.run_id, head.parked_on, content=word))
             self.model.resolve(head)
 
         @rule(made=runs)

@@ -64,9 +64,7 @@ class Storm:
         kit = self.kit
         for call in await kit.store.calls_of_run(kit.tenant, run_id):
             try:
-                await kit.store.resolve(
-                    kit.tenant, run_id, call.call_id, 1, "ok", [event("action.resolved", "{}")]
-                )
+                await kit.resolve(run_id, call.call_id, content="ok")
                 self.counts["resolved"] += 1
             except FailedPreconditionError:
                 pass
@@ -130,7 +128,7 @@ class Storm:
                     RunStatus.REQUIRES_ACTION: "action.required",
                 }
                 parks = status is RunStatus.REQUIRES_ACTION
-                intents = (intent(grant.run_id, seq),) if parks else ()
+                intents = (intent(grant.run_id, seq, needs_approval=True),) if parks else ()
                 await kit.step(grant, seq, event(kinds[status], "{}"), intents=intents, status=status)
                 return
             if result.outcome is not AppendOutcome.COMMITTED:

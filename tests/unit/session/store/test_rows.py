@@ -66,7 +66,7 @@ def test_messages_and_intents_keep_their_text() -> None:
     message = NewMessage(ID, "assistant", 'é"\n', "[1]", "c")
     assert json.loads(rows.messages_json([message]) or "") == [[str(ID), "assistant", 'é"\n', "[1]", "c"]]
     call = NewToolCall("c", "n", '{"a": 1}', EffectClass.PURE, "k")
-    assert json.loads(rows.intents_json([call]) or "") == [["c", "n", '{"a": 1}', 1, "k"]]
+    assert json.loads(rows.intents_json([call]) or "") == [["c", "n", '{"a": 1}', 1, "k", False]]
 
 
 def test_a_context_is_read_with_its_parts_in_order() -> None:

@@ -25,7 +25,7 @@ NOT_BY_TENANT = {
         "fences",
         "heads",
     },
-    "journal": {"begin", "complete", "reconcile"},
+    "journal": {"begin", "complete", "reconcile", "look"},
     "upkeep": {"maintain_partitions", "set_lock_timeout", "set_long_statement", "expire_requests"},
 }
 BLOCKS = [
