@@ -144,13 +144,13 @@ class Tools(tool_grpc.ToolServiceServicer):
         self.mesh.tool_asked.set()
         self.mesh.led_to.append(dict(context.invocation_metadata()).get(REPLICA_HEADER, ""))
         action = self.mesh.tool_script.pop(0) if self.mesh.tool_script else "ok"
-        if action == "slow":
+        if action == "gated":
             await self.mesh.tool_gate.wait()
         # As Envoy does it.
         await context.send_initial_metadata(((REPLICA_HEADER, "here"),))
         if action == "break":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is gone")
-        if action == "slow":
+        if action == "gated":
             await asyncio.Event().wait()
         if action == "unavailable":
             await refuse(context, UnavailableError("SERVICE_UNAVAILABLE", "away"))

@@ -341,7 +341,7 @@ async def test_a_tool_service_learns_how_long_the_run_may_still_take(mesh):
 
 async def test_a_cancel_goes_to_the_replica_of_its_call_also_when_that_said_nothing_yet(mesh):
     place = CallPlace()
-    mesh.tool_script = ["slow"]
+    mesh.tool_script = ["gated"]
     async with clients(mesh) as (tools, _):
         running = asyncio.ensure_future(execute(tools, place=place))
         async with asyncio.timeout(5):
