@@ -9,6 +9,7 @@ from tests.chaos.validate.facts import (
     BEGUN,
     CANCELLED,
     INTENT,
+    NON_IDEMPOTENT,
     REQUIRES_ACTION,
     TERMINAL,
     UNKNOWN,
@@ -76,7 +77,8 @@ def _waits(facts: Facts, row: Record, calls: list[Record]) -> Iterator[Violation
     if not any(call["state"] in (INTENT, UNKNOWN) for call in calls):
         yield Violation(8, f"run {run} waits for a person, and no call of it does", [row, *calls])
     for call in calls:
-        if call["state"] == BEGUN:
+        # One that may run again does so when the run goes on.
+        if call["state"] == BEGUN and facts.effect(call["call"]) == NON_IDEMPOTENT:
             yield Violation(8, f"run {run} waits for a person while {call['call']} is under way", [row, call])
     unasked = _unasked(facts.log.get(run, []), [call for call in calls if call["state"] in (INTENT, UNKNOWN)])
     if unasked:

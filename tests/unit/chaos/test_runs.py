@@ -177,6 +177,17 @@ def test_a_run_that_waits_while_a_call_is_under_way() -> None:
     assert_found(world, 8, "is under way")
 
 
+def test_a_run_may_wait_while_a_call_that_may_run_again_is_left_as_it_is() -> None:
+    world, (_, other) = waiting(calls=2)
+    of(world, "call_row", call=other.name)[0].update(state=2, effect=2)
+    drop(world, of(world, "call", call=other.name)[-1])
+    drop(world, of(world, "log", type="action.required")[1])
+    run = other.run
+    of(world, "run_row")[0]["last_seq"] = run.last_seq - 1
+    of(world, "lease_row")[0]["next_seq"] = run.last_seq
+    assert_clean(world)
+
+
 def test_a_run_that_waits_and_does_not_say_so() -> None:
     world, _ = waiting()
     of(world, "log", type="action.required")[0]["type"] = "tool.progress"
