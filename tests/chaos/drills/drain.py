@@ -1,7 +1,7 @@
 """Processes are told to end by somebody who does not tell Envoy first, as Kubernetes and compose do it.
 
-What `hermesh restart --rolling` has by itself, endpoints without the replica, is missing here: only the
-health check tells Envoy, and until then calls still come.
+What `hermesh restart --rolling` has by itself, an endpoint list without the replica, is missing here: only
+the health check tells Envoy, and until then calls still come.
 """
 
 from __future__ import annotations
