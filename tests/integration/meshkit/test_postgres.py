@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import asyncpg
 import pytest
 
 from meshkit.errors import StartupError, UnavailableError
 from meshkit.postgres import map_pg_error, open_pool
+
+BROKEN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 async def test_a_pool_has_bounds_and_a_name(empty_database: str) -> None:
@@ -75,6 +78,23 @@ async def test_a_connection_ended_by_the_server_is_unavailable(empty_database: s
                 await victim.execute("SELECT 1")
             assert type(map_pg_error(gone.value)) is UnavailableError
         assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_an_idle_connection_that_is_told_of_its_end_is_unavailable(empty_database: str) -> None:
+    """Between the server's last word and the close the driver is in a state of its own, and says so oddly."""
+    for turns in range(6):
+        victim = await asyncpg.connect(empty_database, timeout=30)
+        other = await asyncpg.connect(empty_database, timeout=30)
+        await other.execute("SELECT pg_terminate_backend($1)", victim.get_server_pid())
+        other.terminate()
+        # The loop is busy with something else until both have arrived, and then takes one after the other.
+        time.sleep(0.2)  # noqa: ASYNC251
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        with pytest.raises(BROKEN) as ended:
+            await victim.execute("SELECT 1")
+        assert type(map_pg_error(ended.value)) is UnavailableError
+        victim.terminate()
 
 
 async def test_a_wrong_password_or_database_is_one_line(postgres_url: str) -> None:

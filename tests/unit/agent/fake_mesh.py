@@ -164,13 +164,13 @@ class Tools(tool_grpc.ToolServiceServicer):
             return
         if action == "hang":
             await asyncio.Event().wait()
-        for _ in range(4 if action == "slow" else 0):
+        for _ in range(4 if action == "alive" else 0):
             yield tool_pb.ExecuteResponse(progress=tool_pb.Progress(text="waiting"))
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.4)
         yield tool_pb.ExecuteResponse(progress=tool_pb.Progress(text="working"))
         state = {
             "ok": TOOL_CALL_STATE_COMPLETED,
-            "slow": TOOL_CALL_STATE_COMPLETED,
+            "alive": TOOL_CALL_STATE_COMPLETED,
             "failed": TOOL_CALL_STATE_FAILED,
         }.get(action, TOOL_CALL_STATE_UNKNOWN)
         yield tool_pb.ExecuteResponse(result=tool_pb.Result(state=state, content=action))

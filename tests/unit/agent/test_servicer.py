@@ -280,9 +280,9 @@ async def test_a_broken_tool_stream_is_asked_for_again(mesh):
 
 
 async def test_a_tool_service_that_shows_life_is_waited_for_and_a_silent_one_is_not(mesh, monkeypatch):
-    monkeypatch.setattr("services.agent.clients.tools.EXECUTE_MARGIN", 0.1)
+    monkeypatch.setattr("services.agent.clients.tools.EXECUTE_MARGIN", 1.0)
     # In all longer than the tool's timeout and the margin, and never silent for so long.
-    mesh.tool_script = ["slow"]
+    mesh.tool_script = ["alive"]
     async with clients(mesh) as (tools, _):
         assert (await execute(tools)).state is CallState.COMPLETED
         assert len(mesh.executed) == 1

@@ -88,6 +88,7 @@ def test_statements_are_found_in_a_folder_or_a_package(
         (asyncpg.ReadOnlySQLTransactionError("standby"), UnavailableError),
         (asyncpg.CrashShutdownError("crash of another server process"), UnavailableError),
         (asyncpg.PostgresIOError("input/output error"), UnavailableError),
+        (asyncpg.InternalClientError("cannot switch to state 12"), UnavailableError),
         (asyncpg.QueryCanceledError("timeout"), UnavailableError),
         (asyncpg.LockNotAvailableError("lock"), UnavailableError),
         (asyncpg.DeadlockDetectedError("deadlock"), UnavailableError),
