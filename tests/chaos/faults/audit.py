@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,8 @@ _RECORDED = ("grants", "calls", "log", "run_row", "message", "lease_row", "call_
 _KINDS = {"grants": "grant", "calls": "call"}
 _TEXTS = {"log": "data", "message": "content"}
 _TIMEOUT = 10.0
+# Longer than any fault keeps PostgreSQL down.
+_PATIENCE = 30.0
 
 
 class Audit:
@@ -29,17 +33,32 @@ class Audit:
         self._url = url
 
     async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        return await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
+        """Connects; a PostgreSQL that is down, because another fault has stopped it, is waited for."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
+            except (OSError, TimeoutError, asyncpg.PostgresError):
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def _run(self, name: str, *args: Any) -> list[asyncpg.Record]:
-        connection = await self._connect()
-        try:
-            if args:
-                return list(await connection.fetch(_SQL[name], *args))
-            await connection.execute(_SQL[name])
-            return []
-        finally:
-            await connection.close()
+        """Runs a statement until it was run: all of them may be repeated."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            connection = await self._connect()
+            try:
+                if args:
+                    return list(await connection.fetch(_SQL[name], *args))
+                await connection.execute(_SQL[name])
+                return []
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                if time.monotonic() > deadline:
+                    raise
+            finally:
+                connection.terminate()
+            await asyncio.sleep(0.1)
 
     async def prepare_clock(self) -> None:
         """Before the services' schema is made."""
@@ -73,6 +92,8 @@ class Audit:
                         text = _TEXTS.get(name)
                         if text:
                             fields["digest"] = digest(fields.pop(text))
+                        if name == "log":
+                            fields = {key: value for key, value in fields.items() if value is not None}
                         recorder.write(_KINDS.get(name, name), **fields)
                         if name == "run_row":
                             runs.append(fields["run"])

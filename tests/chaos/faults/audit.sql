@@ -77,7 +77,10 @@ FROM chaos.calls WHERE session = ANY($1::uuid[]) ORDER BY n;
 -- name: log
 -- As tests/chaos/model/history.py has it.
 -- $1 session ids
-SELECT e.run_id::text AS run, r.session_id::text AS session, e.seq, e.type, e.data, e.fence
+SELECT e.run_id::text AS run, r.session_id::text AS session, e.seq, e.type, e.data, e.fence,
+       extract(epoch FROM pg_xact_commit_timestamp(e.xmin))::float AS committed,
+       CASE WHEN e.type = 'run.failed' THEN e.data::json ->> 'reason' END AS reason,
+       CASE WHEN e.type LIKE 'action.%' THEN e.data::json ->> 'call_id' END AS call
 FROM session.run r JOIN session.event e USING (run_id)
 WHERE r.session_id = ANY($1::uuid[]) ORDER BY r.session_id, r.ordinal, e.seq;
 

@@ -60,8 +60,12 @@ class Store:
         """Starts it and returns once it answers."""
         if isinstance(self.server, Postgres):
             self.server.prepare()
+        command = self.server.command()
+        if isinstance(self.server, Postgres):
+            # When a transaction was committed is in the history, too.
+            command += ["-c", "track_commit_timestamp=on"]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.server.command(), stdout=log, stderr=log, cwd="/")
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
         async with asyncio.timeout(START_SECONDS):
             while not await self._answers():
                 await asyncio.sleep(0.05)

@@ -39,7 +39,7 @@ class Watcher:
                 try:
                     reason = await self._once()
                 except asyncio.CancelledError:
-                    reason = "none left"
+                    reason = "cut"
                     raise
                 except Malformed as malformed:
                     self._error(str(malformed))
@@ -96,7 +96,13 @@ class Watcher:
     def _open(self, run: str, after: int) -> None:
         self._stream = f"{self.name}-s{next(self._streams)}"
         self._recorder.write(
-            "open", client=self.name, stream=self._stream, via=self._transport.via, run=run, after=after
+            "open",
+            client=self.name,
+            stream=self._stream,
+            via=self._transport.via,
+            session=self._session,
+            run=run,
+            after=after,
         )
 
     def _close(self, reason: str) -> None:
