@@ -45,6 +45,8 @@ class Store:
     server: Postgres | Valkey
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    # Held while it is down: two faults must not start it twice.
+    down: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def socket(self) -> Path:

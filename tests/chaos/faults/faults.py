@@ -217,7 +217,7 @@ async def postgres_down(stage: Stage) -> None:
 
 
 async def _down(stage: Stage, store: Store, how: signal.Signals, seconds: float) -> None:
-    async with stage.broken("down", store.name, f"{how.name} for {seconds:.1f} s"):
+    async with store.down, stage.broken("down", store.name, f"{how.name} for {seconds:.1f} s"):
         await store.stop(how)
         try:
             await asyncio.sleep(seconds)
