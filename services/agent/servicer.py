@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import grpc.aio
 
@@ -21,7 +22,7 @@ from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceServicer
 from hermesh.common.v1.event_pb2 import Frame, Reconnect
 from meshkit.errors import NotFoundError
 from meshkit.identity import require_mesh, require_tenant
-from services.agent.clients.session import NotClaimed, SessionClient, Submitted
+from services.agent.clients.session import Claim, NotClaimed, SessionClient, Submitted
 from services.agent.clients.tools import ToolClient
 from services.agent.model.catalog import ModelCatalog
 from services.agent.runs.subscription import Subscription
@@ -68,7 +69,7 @@ class AgentServicer(AgentServiceServicer):
         await self._check_tools(request)
         subscription = Subscription()
         try:
-            submitted = await self._submit(request, tenant_id, subscription)
+            submitted = await self._supervisor.kept(self._submit(request, tenant_id, subscription))
             yield RunResponse(frame=Frame(events=[submitted.created]))
             if submitted.claim is None:
                 yield _reconnect("not_claimed")
@@ -91,6 +92,9 @@ class AgentServicer(AgentServiceServicer):
             return await self._session.submit(request, tenant_id, claim=False)
         with supervisor.place():
             submitted = await self._session.submit(request, tenant_id, claim=True)
+            if submitted.unsure:
+                claim = await supervisor.claim(submitted.run.run_id)
+                submitted = replace(submitted, claim=claim if isinstance(claim, Claim) else None)
             if submitted.claim is not None:
                 supervisor.begin(submitted.claim, subscription)
             return submitted
@@ -109,7 +113,7 @@ class AgentServicer(AgentServiceServicer):
     async def Execute(self, request: ExecuteRequest, context: Context) -> AsyncIterator[ExecuteResponse]:
         """Work on a queued or orphaned run; the call's life is the load, not the run."""
         require_mesh()
-        active = await self._supervisor.execute(request.run_id)
+        active = await self._supervisor.kept(self._supervisor.execute(request.run_id))
         if isinstance(active, NotClaimed):
             yield ExecuteResponse(already_claimed=active.elsewhere, finished=not active.elsewhere)
             return

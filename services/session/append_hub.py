@@ -1,7 +1,7 @@
 """The append streams of a replica: which stream holds which run, and what goes back down each of them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
 from typing import Protocol
 from uuid import UUID
 
@@ -43,6 +43,10 @@ class Leases(Protocol):
         """Cuts leases."""
         ...
 
+    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+        """Cuts the leases that a replica took and wrote nothing under."""
+        ...
+
 
 class AppendHub:
     """Owns the append streams of this replica."""
@@ -73,6 +77,7 @@ class AppendHub:
         self._streams: set[AppendStream] = set()
         self._holders: dict[str, AppendStream] = {}
         self._broken: list[LeaseRef] = []
+        self._broken_owners: set[str] = set()
         self._reattaching = asyncio.Semaphore(_MAX_REATTACHING)
         self._draining = False
 
@@ -86,7 +91,10 @@ class AppendHub:
         return stream
 
     def close(self, stream: "AppendStream") -> None:
-        """Forgets a stream. Runs that it still held lose most of their lease, unless this replica drains."""
+        """Forgets a stream. Runs that it still held lose most of their lease, unless this replica drains.
+
+        So do those that its writer was given and had not begun to write: no stream holds them.
+        """
         if stream not in self._streams:
             return
         self._streams.discard(stream)
@@ -98,18 +106,21 @@ class AppendHub:
                 del self._holders[run_text]
         metrics.append_streams.set(len(self._streams))
         metrics.attached_runs.set(len(self._holders))
-        if not held or self._draining:
+        if not stream.owner or self._draining:
             return
-        _log.info("an append stream ended while it held runs", owner=stream.owner, runs=len(held))
-        self._guard.broke()
-        first = not self._broken
+        if held:
+            _log.info("an append stream ended while it held runs", owner=stream.owner, runs=len(held))
+            self._guard.broke()
+        first = not self._broken_owners
         self._broken.extend(lease for _, lease in held)
+        self._broken_owners.add(stream.owner)
         if first:
             self.tasks.start(self._shorten(), name="shorten")
 
     async def _shorten(self) -> None:
         await asyncio.sleep(_SETTLE_S)
         refs, self._broken = self._broken, []
+        owners, self._broken_owners = self._broken_owners, set()
         still_open = sum(1 for stream in self._streams if stream.held)
         grace_ms = self._guard.grace_ms(still_open) if self._reachable() else STORM_GRACE_MS
         # A writer that came back on another stream of this replica has a newer fence and keeps its lease.
@@ -117,18 +128,22 @@ class AppendHub:
         count = 0
         try:
             async with asyncio.timeout(_SHORTEN_TRIES_S):
-                count = await self._insist(refs, grace_ms)
+                count = await self._insist(refs, owners, grace_ms)
         except (TimeoutError, HermeshError) as error:
             _log.warning("leases could not be cut; they end by themselves", runs=len(refs), error=str(error))
             return
         metrics.leases_shortened.inc(count)
-        _log.info("leases cut after a stream broke", runs=len(refs), cut=count, grace_ms=grace_ms)
+        if refs or count:
+            _log.info("leases cut after a stream broke", runs=len(refs), cut=count, grace_ms=grace_ms)
 
-    async def _insist(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+    async def _insist(self, refs: Sequence[LeaseRef], owners: Set[str], grace_ms: int) -> int:
         backoff = Backoff(first=0.05, limit=1.0)
         while True:
             try:
-                return await self._leases.shorten(refs, grace_ms)
+                count = await self._leases.shorten(refs, grace_ms)
+                for owner in owners:
+                    count += await self._leases.shorten_claims(owner, grace_ms)
+                return count
             except UnavailableError:
                 await backoff.sleep()
 

@@ -15,6 +15,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     CLAIM_OUTCOME_ALREADY_CLAIMED,
     CLAIM_OUTCOME_CLAIMED,
     ClaimRunRequest,
+    ClaimRunResponse,
     LeaseRef,
     ReleaseLeaseRequest,
     RenewLeasesRequest,
@@ -24,7 +25,7 @@ from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunReque
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit import failpoints
 from meshkit.channel import mesh_metadata
-from meshkit.errors import HermeshError, UnavailableError, from_rpc_error
+from meshkit.errors import DeadlineError, HermeshError, UnavailableError, from_rpc_error
 from meshkit.ids import uuid7
 from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
@@ -32,6 +33,7 @@ from services.agent.runs.leases import Renewal
 from services.agent.runs.link import AppendCall
 
 SUBMIT_TRIES = 4
+CLAIM_TRIES = 4
 REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
 
@@ -54,12 +56,18 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """An accepted input; `claim` is None when another replica will work on it."""
+    """An accepted input.
+
+    Attributes:
+        claim: None when another replica will work on it.
+        unsure: whether the lease may be ours all the same: an earlier try of this call may have taken it.
+    """
 
     run: Run
     created: Event
     duplicate: bool
     claim: Claim | None
+    unsure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,22 +138,33 @@ class SessionClient:
                 tenant_id,
                 asked_at + response.grant.ttl_ms / 1000,
             )
-        return Submitted(response.run, response.created, response.duplicate, taken)
+        unsure = claim and taken is None and response.duplicate and backoff.attempts > 0
+        return Submitted(response.run, response.created, response.duplicate, taken, unsure)
 
     @failpoints.around("agent.claim")
     async def claim(self, run_id: str) -> Claim | NotClaimed:
-        """Take the lease of a queued or orphaned run.
+        """Take the lease of a queued or orphaned run, or again one that an earlier try of this call took.
+
+        A session replica that does not answer is tried again: whoever has a lease may claim it again.
 
         Raises:
             HermeshError: the session service could not say.
         """
-        asked_at = asyncio.get_running_loop().time()
-        try:
-            response = await self._internal.ClaimRun(
-                ClaimRunRequest(run_id=run_id, owner=self._settings.replica), metadata=self._mesh
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+        backoff = Backoff(0.05, 0.5)
+        response: ClaimRunResponse | None = None
+        asked_at = 0.0
+        while response is None:
+            asked_at = asyncio.get_running_loop().time()
+            try:
+                response = await self._internal.ClaimRun(
+                    ClaimRunRequest(run_id=run_id, owner=self._settings.replica), metadata=self._mesh
+                )
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                passing = isinstance(error, UnavailableError | DeadlineError)
+                if not passing or backoff.attempts + 1 >= CLAIM_TRIES:
+                    raise error from rpc_error
+                await backoff.sleep()
         if response.outcome != CLAIM_OUTCOME_CLAIMED:
             return NotClaimed(elsewhere=response.outcome == CLAIM_OUTCOME_ALREADY_CLAIMED)
         return Claim(

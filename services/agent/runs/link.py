@@ -38,6 +38,8 @@ WATCH_SECONDS = 1.0
 # The longest that text gathers, seconds: a reader still sees it flow.
 MAX_PACE = 0.05
 MAX_MESSAGE = 4 * 1024 * 1024
+# So long after a stream broke the session service may still cut leases because of it, seconds.
+CUT_SECONDS = 0.5
 
 _sent = failpoints.point("agent.append.sent")
 
@@ -91,11 +93,17 @@ class AppendLink:
         self._wake = asyncio.Event()
         self._timers: set[asyncio.TimerHandle] = set()
         self._asked_at: dict[str, float] = {}
+        self._broke_at = float("-inf")
 
     def add(self, writer: RunWriter) -> None:
         """Serve a run's writer."""
         self._writers[writer.run_id] = writer
-        if writer.ready:
+        if writer.asked_at <= self._broke_at + CUT_SECONDS:
+            # A stream broke since its lease was asked for, or just before: it may have been cut with it.
+            writer.detach()
+            self._reattach[writer.run_id] = writer
+            self._wake.set()
+        elif writer.ready:
             self.schedule(writer)
 
     def remove(self, writer: RunWriter) -> None:
@@ -126,6 +134,7 @@ class AppendLink:
                     cause = _describe(group.exceptions[0])
                     say = _log.debug if failures else _log.warning
                     say("append stream broke", runs=len(self._writers), cause=cause)
+                self._broke_at = self._monotonic()
                 for writer in self._writers.values():
                     writer.detach()
                 failures = 0 if self._monotonic() - started > 1.0 else failures + 1

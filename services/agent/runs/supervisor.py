@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
@@ -25,6 +25,8 @@ from services.agent.runs.writer import RunWriter, WriterStopped
 from services.agent.settings import AgentSettings
 
 _log = structlog.get_logger("agent.supervisor")
+
+T = TypeVar("T")
 
 REMEMBER_SECONDS = 3.0
 RETRY_AFTER_MS = 500
@@ -66,7 +68,7 @@ class Supervisor:
         settings: limits and texts.
         session: for claims and releases.
         world: what runners use.
-        tasks: owns the runs' tasks and nothing else.
+        tasks: owns the runs' tasks, and those that are about to begin one.
     """
 
     def __init__(self, settings: AgentSettings, session: SessionPort, world: World, tasks: TaskOwner) -> None:
@@ -76,6 +78,7 @@ class Supervisor:
         self._tasks = tasks
         self._link: AppendLink | None = None
         self._active: dict[str, ActiveRun] = {}
+        self._claiming: set[str] = set()
         self._reserved = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -127,13 +130,45 @@ class Supervisor:
             ResourceExhaustedError: no place.
             HermeshError: the session service could not say.
         """
-        if run_id in self._active:
-            return NotClaimed(elsewhere=True)
         with self.place():
-            claim = await self._session.claim(run_id)
+            claim = await self.claim(run_id)
             if isinstance(claim, NotClaimed):
                 return claim
             return self.begin(claim)
+
+    async def claim(self, run_id: str) -> Claim | NotClaimed:
+        """Take a run's lease, unless this replica works on it already or is about to.
+
+        The store gives a lease again to who has it: two claims here at once would end each other.
+
+        Raises:
+            HermeshError: the session service could not say.
+        """
+        if run_id in self._active or run_id in self._claiming:
+            return NotClaimed(elsewhere=True)
+        self._claiming.add(run_id)
+        try:
+            return await self._session.claim(run_id)
+        finally:
+            self._claiming.discard(run_id)
+
+    async def kept(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work to its end although its caller may leave: a lease that was taken is one that is worked on.
+
+        Raises:
+            HermeshError: as the work does.
+        """
+
+        async def done() -> T | HermeshError:
+            try:
+                return await work
+            except HermeshError as error:
+                return error
+
+        result = await asyncio.shield(self._tasks.start(done(), name="claim"))
+        if isinstance(result, HermeshError):
+            raise result
+        return result
 
     def begin(self, claim: Claim, subscription: Subscription | None = None) -> ActiveRun:
         """Work on a claimed run; what it stores goes to `subscription` too."""

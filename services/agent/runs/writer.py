@@ -98,6 +98,7 @@ class RunWriter:
         self.fence = grant.fence
         self.next_seq = grant.next_seq
         self.lease_until = lease_until
+        self.asked_at = lease_until - grant.ttl_ms / 1000
         self.attachment = Attachment.NEW
         self.sent_at = float("-inf")
         # Whether what waits must not wait longer: a turn's first text, and all that is not text.
@@ -327,9 +328,11 @@ class RunWriter:
         return False
 
     def detach(self) -> None:
-        """The append stream broke: nothing is sent until the lease is attached to another one."""
-        if self.attachment is Attachment.ATTACHED:
-            self.attachment = Attachment.DETACHED
+        """The append stream broke: nothing is sent until the lease is attached to another one.
+
+        So it is for a writer that sent nothing yet: the session service cut the leases of those, too.
+        """
+        self.attachment = Attachment.DETACHED
 
     def reattached(self, grant: Grant, lease_until: float) -> None:
         """Go on under a new fence: what the store has is dropped, the rest is sent again."""

@@ -189,6 +189,10 @@ class Log(Protocol):
         """Cuts leases to `grace_ms` from now where fence and attach still match; returns how many."""
         ...
 
+    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+        """Cuts the leases that `owner` took and wrote nothing under; returns how many."""
+        ...
+
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """Returns the current fences."""
         ...

@@ -168,6 +168,10 @@ class PostgresLog(PostgresPart):
         )
         return len(rows)
 
+    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+        """See the port."""
+        return len(await self._fetch(_SQL["shorten_claims"], owner, timedelta(milliseconds=grace_ms)))
+
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """See the port."""
         rows = await self._fetch(_SQL["fences"], session_ids)

@@ -304,6 +304,7 @@ DECLARE
     v_next integer;
     v_idle integer;
     v_count integer;
+    v_again boolean;
     v_outcome smallint;
 BEGIN
     SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run;
@@ -312,10 +313,12 @@ BEGIN
     IF v_run.run_id IS NULL OR v_lease.session_id IS NULL THEN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
+    v_again := coalesce(v_lease.run_id = p_run AND v_lease.owner = p_owner
+                        AND v_lease.lease_until >= clock_timestamp(), false);
     v_outcome := CASE
         WHEN v_run.status >= 4 THEN 3
         WHEN v_run.status = 3 THEN 4
-        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN 2
+        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() AND NOT v_again THEN 2
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
@@ -329,7 +332,7 @@ BEGIN
             AND e.type NOT IN ('run.created', 'run.started', 'step.started', 'attempt.reset',
                                'context.degraded', 'memory.recalled'))
             THEN 0 ELSE v_run.idle_claims END;
-        IF v_idle >= p_max_idle_claims THEN
+        IF v_idle >= p_max_idle_claims AND NOT v_again THEN
             PERFORM session.fail_unheld(p_run, 'INTERNAL', 'ATTEMPTS_EXHAUSTED',
                 format('the run lost its agent %s times without any progress', v_idle));
             v_outcome := 3;
@@ -348,7 +351,8 @@ BEGIN
            owner = p_owner, lease_until = clock_timestamp() + p_ttl
     WHERE l.session_id = v_session
     RETURNING * INTO v_lease;
-    UPDATE session.run r SET status = 2, attempt = r.attempt + 1, idle_claims = v_idle + 1,
+    UPDATE session.run r SET status = 2, attempt = r.attempt + 1,
+           idle_claims = v_idle + CASE WHEN v_again THEN 0 ELSE 1 END,
            claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
            deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
     WHERE r.run_id = p_run;

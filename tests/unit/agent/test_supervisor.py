@@ -30,6 +30,33 @@ async def test_a_run_that_is_here_already_is_not_claimed_again(make_bench):
     assert await bench.supervisor.execute(claim.run.run_id) == NotClaimed(elsewhere=True)
 
 
+async def test_two_dispatches_of_one_run_at_once_claim_it_once(make_bench):
+    bench = make_bench(FakeModel(HELLO))
+    run_id = bench.store.new_claim("hi").run.run_id
+    answers = await asyncio.gather(*(bench.supervisor.execute(run_id) for _ in range(3)))
+    assert answers.count(NotClaimed(elsewhere=True)) == 2
+    [active] = [one for one in answers if not isinstance(one, NotClaimed)]
+    await active.done.wait()
+    assert active.outcome == "completed"
+
+
+async def test_what_was_claimed_is_worked_on_though_its_caller_left(make_bench):
+    bench = make_bench(FakeModel(HELLO))
+    run_id = bench.store.new_claim("hi").run.run_id
+    caller = asyncio.ensure_future(bench.supervisor.kept(bench.supervisor.execute(run_id)))
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await bench.store.until(lambda: "run.completed" in bench.store.runs[run_id].types())
+
+
+async def test_a_caller_that_stays_hears_of_a_refusal(make_bench):
+    bench = make_bench(FakeModel(), max_active_runs=1)
+    with bench.supervisor.place(), pytest.raises(ResourceExhaustedError):
+        await bench.supervisor.kept(bench.supervisor.execute("run"))
+
+
 async def test_a_full_replica_says_when_to_come_back(make_bench):
     bench = make_bench(FakeModel([asyncio.Event()]), max_active_runs=1)
     bench.supervisor.begin(bench.store.new_claim("hi"))

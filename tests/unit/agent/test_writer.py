@@ -9,7 +9,7 @@ from hermesh.session.v1.session_internal_service_pb2 import StepCommit
 from meshkit.tasks import TaskOwner
 from services.agent.runs.link import AppendLink
 from services.agent.runs.subscription import Subscription
-from services.agent.runs.writer import HIGH_WATER, Attachment, RunWriter, WriterStopped
+from services.agent.runs.writer import HIGH_WATER, RunWriter, WriterStopped
 from tests.unit.agent.fakes import FakeStore
 
 
@@ -224,15 +224,28 @@ async def test_a_silent_session_replica_is_given_up(monkeypatch):
         assert_whole(run, "a")
 
 
-async def test_a_writer_that_never_wrote_needs_no_new_fence():
+async def test_a_writer_that_never_wrote_is_attached_anew_too_when_the_stream_breaks():
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
+        await setup.store.until(lambda: setup.store.streams)
         writer, run = setup.writer()
-        writer.detach()
-        assert writer.attachment is Attachment.NEW
+        setup.store.break_streams()
+        await setup.store.until(lambda: run.fence == 2)
         writer.text("text.delta", "a")
         await writer.flush()
-        assert run.fence == 1
+        assert run.fence == 2
+
+
+async def test_a_lease_that_was_asked_for_before_the_stream_broke_is_attached_anew():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        await setup.store.until(lambda: setup.store.streams)
+        setup.store.break_streams()
+        await setup.store.until(lambda: len(setup.store.streams) > 1)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        assert run.fence == 2
 
 
 async def test_cancel_notices_are_passed_on():

@@ -72,6 +72,7 @@ class FakeStore:
         self.requests: dict[tuple[UUID, str], tuple[bytes, UUID]] = {}
         self.shortened: list[tuple[list[LeaseRef], int]] = []
         self.shortened_event = asyncio.Event()
+        self.shortened_claims: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self.flushes: list[int] = []
         self.due_runs: list[UUID] = []
         self.orphans = 0
@@ -317,6 +318,12 @@ class FakeStore:
         self.shortened.append((list(refs), grace_ms))
         self.shortened_event.set()
         return len(refs)
+
+    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+        if self.fail:
+            raise self.fail.pop(0)
+        self.shortened_claims.put_nowait((owner, grace_ms))
+        return 0
 
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         return {key: self.leases[key].fence for key in session_ids if key in self.leases}

@@ -244,6 +244,22 @@ async def test_a_broken_stream_shortens_its_leases(
     assert least <= grace_ms <= most
 
 
+async def test_a_broken_stream_without_a_run_cuts_what_its_owner_claimed(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.replica.hub, "_reachable", lambda: True)
+    call = client.mesh.Append()
+    await call.write(internal.AppendRequest(owner="agent-7"))
+    # Its answer says that what came before it was read.
+    await call.write(internal.AppendRequest(appends=[internal.RunAppend(run_id="none")]))
+    assert await call.read()
+    call.cancel()
+    async with asyncio.timeout(5):
+        owner, grace_ms = await client.store.shortened_claims.get()
+    assert owner == "agent-7"
+    assert 1 <= grace_ms <= GRACE_MS
+
+
 async def test_streams_that_break_together_keep_most_of_their_leases(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

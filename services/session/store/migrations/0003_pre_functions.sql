@@ -241,6 +241,8 @@ END $$;
 -- 1 claimed, 2 held by another or not its turn, 3 finished (before, or by this call), 4 waits for a person.
 -- At the first claim the run's input becomes part of the conversation: its place there is its turn. From then
 -- on its time runs, whoever holds it, and a claim that comes too late ends it.
+-- Who has the lease may claim again, under a new fence: it asks because the first answer was lost, and so nobody
+-- works on the run. That counts as no claim of its own.
 CREATE FUNCTION session.claim_run(p_run uuid, p_owner text, p_ttl interval, p_max_idle_claims integer,
                                   p_max_messages integer, p_max_bytes bigint)
 RETURNS TABLE (outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer,
@@ -254,6 +256,7 @@ DECLARE
     v_next integer;
     v_idle integer;
     v_count integer;
+    v_again boolean;
     v_outcome smallint;
 BEGIN
     SELECT r.session_id INTO v_session FROM session.run r WHERE r.run_id = p_run;
@@ -262,10 +265,12 @@ BEGIN
     IF v_run.run_id IS NULL OR v_lease.session_id IS NULL THEN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
+    v_again := coalesce(v_lease.run_id = p_run AND v_lease.owner = p_owner
+                        AND v_lease.lease_until >= clock_timestamp(), false);
     v_outcome := CASE
         WHEN v_run.status >= 4 THEN 3
         WHEN v_run.status = 3 THEN 4
-        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN 2
+        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() AND NOT v_again THEN 2
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
@@ -279,7 +284,7 @@ BEGIN
             AND e.type NOT IN ('run.created', 'run.started', 'step.started', 'attempt.reset',
                                'context.degraded', 'memory.recalled'))
             THEN 0 ELSE v_run.idle_claims END;
-        IF v_idle >= p_max_idle_claims THEN
+        IF v_idle >= p_max_idle_claims AND NOT v_again THEN
             PERFORM session.fail_unheld(p_run, 'INTERNAL', 'ATTEMPTS_EXHAUSTED',
                 format('the run lost its agent %s times without any progress', v_idle));
             v_outcome := 3;
@@ -298,7 +303,8 @@ BEGIN
            owner = p_owner, lease_until = clock_timestamp() + p_ttl
     WHERE l.session_id = v_session
     RETURNING * INTO v_lease;
-    UPDATE session.run r SET status = 2, attempt = r.attempt + 1, idle_claims = v_idle + 1,
+    UPDATE session.run r SET status = 2, attempt = r.attempt + 1,
+           idle_claims = v_idle + CASE WHEN v_again THEN 0 ELSE 1 END,
            claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
            deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
     WHERE r.run_id = p_run;

@@ -97,6 +97,21 @@ WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence 
   AND l.owner IS NOT NULL
 RETURNING l.session_id;
 
+-- name: shorten_claims
+-- Cuts the leases that a replica took and wrote nothing under: no append stream tells of them.
+-- $1 owner, $2 how long they shall last
+WITH held AS MATERIALIZED (
+    SELECT l.session_id
+    FROM session.run r
+    JOIN session.lease l USING (session_id)
+    WHERE r.status = 2 AND l.run_id = r.run_id AND l.owner = $1 AND l.attach = 0 AND l.next_seq = r.claim_seq
+    ORDER BY l.session_id
+    FOR NO KEY UPDATE OF l
+)
+UPDATE session.lease l SET lease_until = least(l.lease_until, clock_timestamp() + $2::interval)
+FROM held WHERE l.session_id = held.session_id AND l.owner = $1
+RETURNING l.session_id;
+
 -- name: fences
 -- The current fences.
 -- $1 session_ids

@@ -95,20 +95,21 @@ class Model:
             return ClaimOutcome.FINISHED
         if run.status is RunStatus.REQUIRES_ACTION:
             return ClaimOutcome.REQUIRES_ACTION
-        if self.live or self.head is not run:
+        again = self.live and self.leased is run and self.owner == owner
+        if (self.live and not again) or self.head is not run:
             return ClaimOutcome.ALREADY_CLAIMED
         if self.end_if_due(run):
             return ClaimOutcome.FINISHED
         if any(kind not in PREAMBLE for kind in run.log[run.claim_seq - 1 :]):
             run.idle = 0
-        if run.idle >= MAX_IDLE_CLAIMS:
+        if run.idle >= MAX_IDLE_CLAIMS and not again:
             self.end_unheld(run, RunStatus.FAILED)
             return ClaimOutcome.FINISHED
         if run.attempt == 0:
             self.messages.append((run.run_id, run.text))
         run.status = RunStatus.RUNNING
         run.attempt += 1
-        run.idle += 1
+        run.idle += not again
         run.claim_seq = run.next_seq
         self.fence += 1
         self.attach = 0

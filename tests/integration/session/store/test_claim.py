@@ -48,6 +48,28 @@ async def test_a_held_run_is_claimed_only_after_its_lease_ended(kit: Kit) -> Non
     assert (await kit.append(claim.grant, 3)).outcome is AppendOutcome.COMMITTED
 
 
+async def test_who_has_a_lease_may_claim_again_because_the_first_answer_was_lost(kit: Kit) -> None:
+    lost = await kit.started()
+    for attempt in range(2, MAX_IDLE_CLAIMS + 3):
+        claim = await kit.claimed(lost.run_id, "a")
+        assert claim.grant is not None
+        # As often as it takes: nobody worked on the run, so nobody was lost either.
+        assert (claim.run.attempt, claim.grant.fence, claim.grant.next_seq) == (attempt, attempt, 2)
+    assert (await kit.append(lost, 2)).outcome is AppendOutcome.FENCED
+    assert (await kit.store.claim(lost.run_id, "b")).outcome is ClaimOutcome.ALREADY_CLAIMED
+    assert (await kit.append(claim.grant, 2)).outcome is AppendOutcome.COMMITTED
+
+
+async def test_a_lease_of_ones_own_that_ran_out_is_a_claim_like_any_other(kit: Kit) -> None:
+    grant = await kit.started()
+    for _ in range(MAX_IDLE_CLAIMS - 1):
+        await kit.expire(grant.session_id)
+        await kit.claimed(grant.run_id, "a")
+    await kit.expire(grant.session_id)
+    assert (await kit.store.claim(grant.run_id, "a")).outcome is ClaimOutcome.FINISHED
+    assert (await kit.types(grant.run_id))[-1] == "run.failed"
+
+
 async def test_runs_of_a_session_are_claimed_in_order_only(kit: Kit) -> None:
     session = await kit.session()
     runs = [(await kit.submit(session.session_id)).run.run_id for _ in range(3)]

@@ -98,6 +98,17 @@ async def test_cutting_a_lease_needs_fence_and_attach_to_match(kit: Kit) -> None
     assert await kit.store.shorten([], 500) == 0
 
 
+async def test_claims_that_nobody_wrote_under_are_cut_by_their_owner(kit: Kit) -> None:
+    mine, another = f"a-{uuid7()}", f"b-{uuid7()}"
+    fresh, written, moved, other = [await kit.started(owner) for owner in (mine, mine, mine, another)]
+    await kit.append(written, 2)
+    assert await kit.store.reattach(ref(moved), mine) is not None
+    assert await kit.store.shorten_claims(mine, 0) == 1
+    assert (await kit.store.claim(fresh.run_id, "c")).outcome is ClaimOutcome.CLAIMED
+    for grant in (written, moved, other):
+        assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
+
+
 async def test_fences_are_read_for_many_sessions(kit: Kit) -> None:
     grant = await kit.started()
     session = await kit.session()

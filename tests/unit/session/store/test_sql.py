@@ -22,6 +22,7 @@ NOT_BY_TENANT = {
         "renew",
         "release",
         "shorten",
+        "shorten_claims",
         "fences",
         "heads",
     },
