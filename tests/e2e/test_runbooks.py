@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def test_every_command_works(embedded: Mesh, name: str) -> None:
     script = "\n".join(dict.fromkeys((commands(PAGES / "README.md"), commands(PAGES / name))))
     script = script.replace("127.0.0.1:8080", f"127.0.0.1:{embedded.http_port}")
     script = script.replace(".hermesh/", f"{embedded.data_dir}/").replace("df -h .hermesh", "df -h .")
+    if shutil.which("jq") is None:
+        script = re.sub(r"\| jq .*", "", script)
     done = subprocess.run(
         ["bash", "-eu", "-o", "pipefail"],
         input=script,
