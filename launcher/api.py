@@ -74,13 +74,16 @@ class Api:
             checks = self._client.get("/ready", timeout=PROBE_SECONDS).json()["checks"]
         except (httpx.HTTPError, ValueError, KeyError):
             return "waiting: the gateway does not answer; hermesh status shows what runs"
-        away = [name for name, said in checks.items() if said != "ok"]
-        if not away:
-            return ""
-        return (
-            f"waiting: no {' and no '.join(away)} answers; hermesh status shows what runs, "
-            f"hermesh scale {away[0]}=1 starts one where none does"
-        )
+        if checks.get("mesh", "ok") != "ok":
+            return "waiting: Envoy does not answer; hermesh status shows what runs"
+        if checks.get("session", "ok") != "ok":
+            return "waiting: the session service or its database does not answer; hermesh status says which"
+        if checks.get("agent", "ok") != "ok":
+            return (
+                "waiting: no agent answers; hermesh status shows what runs, hermesh scale agent=1 starts "
+                "one where none does"
+            )
+        return ""
 
     def actions(self) -> list[dict[str, Any]]:
         """The tool calls that wait for a person, in all sessions, from all pages."""

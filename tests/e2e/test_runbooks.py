@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "runbooks"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([\w-]+\.md)\)")
+METRIC = re.compile(r"\bhermesh?_(?:session|agent|tool|memory|gateway|dependency|loop|active)_\w+")
+OURS = ("meshkit", "services", "gateway")
+# Counters with labels, of which a mesh that has just begun has nothing to tell.
+NOT_YET = {"hermesh_agent_model_errors_total", "hermesh_session_dispatches_total"}
 SECONDS = 200
 
 
@@ -35,6 +40,8 @@ def test_every_command_works(embedded: Mesh, name: str) -> None:
     script = "\n".join(dict.fromkeys((commands(PAGES / "README.md"), commands(PAGES / name))))
     script = script.replace("127.0.0.1:8080", f"127.0.0.1:{embedded.http_port}")
     script = script.replace(".hermesh/", f"{embedded.data_dir}/").replace("df -h .hermesh", "df -h .")
+    if shutil.which("jq") is None:
+        script = re.sub(r"\| jq .*", "", script)
     done = subprocess.run(
         ["bash", "-eu", "-o", "pipefail"],
         input=script,
@@ -47,9 +54,15 @@ def test_every_command_works(embedded: Mesh, name: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ERROR" not in done.stderr
-    assert "hermesh_" not in script or "hermes_active_sessions" in done.stdout
-    for asked in re.findall(r"^\s*figure (\w+)", script, re.MULTILINE):
-        assert re.search(rf" {asked}\b", done.stdout) or asked == "hermesh_agent_model_errors_total", asked
+    for asked in set(re.findall(r"^\s*figure '?(\w+)", script, re.MULTILINE)) - NOT_YET:
+        assert re.search(rf" {asked}\b", done.stdout), asked
+
+
+def test_every_figure_is_one_of_ours() -> None:
+    code = "".join(path.read_text() for folder in OURS for path in (ROOT / folder).rglob("*.py"))
+    names = {name for page in PAGES.glob("*.md") for name in METRIC.findall(page.read_text())}
+    assert names
+    assert {name for name in names if f'"{name.removesuffix("_total")}' not in code} == set()
 
 
 def test_the_index_names_every_page_and_each_link_leads_to_one() -> None:

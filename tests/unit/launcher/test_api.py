@@ -172,6 +172,10 @@ def test_what_does_not_answer_is_named(gateway: Gateway, api: Api) -> None:
     checks = {"session": "ok", "agent": "SERVICE_UNAVAILABLE"}
     gateway.answers = {"/ready": (200, {"status": "degraded", "checks": checks})}
     assert api.problem().startswith("waiting: no agent answers; hermesh status")
+    gateway.answers = {"/ready": (200, {"status": "degraded", "checks": checks | {"mesh": "away"}})}
+    assert "Envoy does not answer" in api.problem()
+    gateway.answers = {"/ready": (200, {"status": "degraded", "checks": {"session": "away"}})}
+    assert "its database" in api.problem()
     gateway.answers = {"/ready": (502, "<html>")}
     assert "the gateway does not answer" in api.problem()
 
