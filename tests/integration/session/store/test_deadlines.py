@@ -27,7 +27,7 @@ async def started(kit: Kit, timeout_ms: int, owner: str = "a") -> Grant:
 
 async def park(kit: Kit, grant: Grant, seq: int = 2) -> str:
     """Lets a run wait for a person; returns the call that it waits for."""
-    asked = intent(grant.run_id, seq)
+    asked = intent(grant.run_id, seq, needs_approval=True)
     result = await kit.step(
         grant, seq, event("action.required", "{}"), intents=(asked,), status=RunStatus.REQUIRES_ACTION
     )
@@ -156,7 +156,7 @@ async def test_waiting_for_a_person_takes_no_time(kit: Kit) -> None:
     left = await kit.time_left(grant.run_id)
     assert not await kit.clock_runs(grant.run_id)
     assert await kit.store.end_orphans(100) == 0
-    await kit.store.resolve(kit.tenant, grant.run_id, call_id, 1, "done", [event("action.resolved", "{}")])
+    await kit.resolve(grant.run_id, call_id, content="done")
     # From here on it waits for an agent, and that counts.
     assert await kit.clock_runs(grant.run_id)
     claim = await kit.claimed(grant.run_id, "b")
@@ -169,7 +169,7 @@ async def test_a_run_that_parked_at_its_limit_is_failed_once_it_may_go_on(kit: K
     await kit.run_out(grant.run_id)
     call_id = await park(kit, grant)
     assert (await kit.time_left(grant.run_id), await kit.store.end_orphans(100)) == (0, 0)
-    await kit.store.resolve(kit.tenant, grant.run_id, call_id, 1, "done", [event("action.resolved", "{}")])
+    await kit.resolve(grant.run_id, call_id, content="done")
     assert await kit.store.end_orphans(100) == 1
     await timed_out(kit, grant)
 
