@@ -49,7 +49,7 @@ class Call:
         needs_approval: a person must agree first.
         asked: whether the log has its `action.required` already, and nobody's word since.
         reported: whether the log has its outcome already.
-        reconcilable: whether its tool can look up what became of it.
+        reconcilable: whether its tool may be able to look up what became of it.
         looks: how often that was done here.
     """
 

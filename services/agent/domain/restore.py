@@ -45,7 +45,7 @@ def restore(
     messages: Sequence[StoredMessage],
     events: Sequence[LoggedEvent] = (),
     journal: Sequence[Call] = (),
-    reconciles: Collection[str] = (),
+    hookless: Collection[str] = (),
 ) -> LoopState:
     """Rebuild the state of a run.
 
@@ -54,7 +54,7 @@ def restore(
         messages: the conversation with what this run has added, oldest first.
         events: at least everything of the current model turn and the `step.started` before it.
         journal: the run's tool calls.
-        reconciles: names of tools that can look up what became of a call.
+        hookless: names of tools that surely cannot look up what became of a call; the others are asked.
 
     Returns:
         The state to go on with. Where the log has half a turn, `partial` says so.
@@ -78,7 +78,7 @@ def restore(
     if all(use.call_id in answered for use in uses):
         return state
     by_id = {call.call_id: call for call in journal}
-    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, reconciles) for use in uses)
+    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, hookless) for use in uses)
     return replace(state, calls=calls)
 
 
@@ -123,7 +123,7 @@ def _partial(fold: _Fold) -> Partial | None:
     return Partial("".join(text for _, text in fold.pieces), fold.pieces[0][0])
 
 
-def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, reconciles: Collection[str]) -> Call:
+def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, hookless: Collection[str]) -> Call:
     reported = fold.reported.get(use.call_id)
     if entry is None:
         # It never got into the journal: it was refused when the model made it, and the log says how.
@@ -136,7 +136,7 @@ def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, reconciles: Col
         asked=use.call_id in fold.asked,
         # "unknown" was not the last word.
         reported=reported is not None and reported.get("status") != CallState.UNKNOWN.value,
-        reconcilable=entry.name in reconciles,
+        reconcilable=entry.name not in hookless,
     )
 
 

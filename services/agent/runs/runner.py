@@ -191,7 +191,8 @@ class Runner:
         failure = await self._prepare()
         if failure is not None:
             return await self._fail(failure)
-        state = start.restore({name for name, info in self._tools.items() if info.reconciles})
+        # A tool that is not listed now, as all are while no tool service answers, is asked all the same.
+        state = start.restore({name for name, info in self._tools.items() if not info.reconciles})
         if state.step:
             metrics.takeovers.inc()
         limits = world.limits(self.spec)

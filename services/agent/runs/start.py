@@ -62,9 +62,9 @@ class Start:
         """Whether the run has tool calls from an attempt before."""
         return bool(self.journal)
 
-    def restore(self, reconciles: Collection[str]) -> LoopState:
+    def restore(self, hookless: Collection[str]) -> LoopState:
         """Rebuild the state that the attempts before left; see `domain.restore`."""
-        return restore(self.spec.run_id, self.messages, self.events, self.journal, reconciles)
+        return restore(self.spec.run_id, self.messages, self.events, self.journal, hookless)
 
 
 def start_of(claim: Claim, settings: AgentSettings) -> Start:

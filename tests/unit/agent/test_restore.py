@@ -107,7 +107,7 @@ def test_a_call_that_became_unknown_after_it_was_approved_is_asked_about_anew():
         (5, "action.required", {"call_id": "r:1:0"}),
         (6, "action.resolved", {"call_id": "r:1:0", "decision": "approve"}),
     )
-    calls = restore("r", [USER, ASKED], events, journal, {"add"}).calls
+    calls = restore("r", [USER, ASKED], events, journal, {"mul"}).calls
     assert [(call.asked, call.reconcilable) for call in calls] == [(False, True), (False, False)]
 
 

@@ -158,6 +158,22 @@ async def test_a_tool_finds_out_what_became_of_its_call_and_the_run_goes_on(make
     assert model.requests[1].messages[-1].content == "it was paid"
 
 
+async def test_a_takeover_that_finds_no_tool_service_still_asks_what_became_of_a_call(make_bench):
+    model = FakeModel([[call(0, "pay")], [Finished("tool_calls")]], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers, bench.tools.findings = {"pay": "never"}, {"pay": ["it was paid"]}
+    claim = bench.store.new_claim("pay")
+    bench.supervisor.begin(claim)
+    await bench.tools.started.wait()
+    run = bench.store.runs[claim.run.run_id]
+    run.calls[f"{run.run_id}:1:0"].state = 5
+    bench.tools.error = UnavailableError("SERVICE_UNAVAILABLE", "no tool service answers")
+    await bench.finish(bench.store.take_over(run.run_id))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert [data["part"] for data in run.data("context.degraded")] == ["tools"]
+    assert run.data("tool.reconciled")[0]["finding"] == "completed"
+
+
 async def test_what_was_not_done_runs_again(make_bench):
     bench = make_bench(FakeModel([[call(0, "pay")], [Finished("tool_calls")]], HELLO))
     bench.tools.answers = {"pay": ["unknown", "paid"]}
