@@ -49,7 +49,8 @@ bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: f
 
 ##@ Break it
 SEEDS ?= 20
-.PHONY: drill chaos chaos-mutations chaos-report
+MINUTES ?= 20
+.PHONY: drill chaos chaos-mutations soak chaos-report
 drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover
 	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
 
@@ -58,6 +59,9 @@ chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check wha
 
 chaos-mutations: $(VENV)/.dev-ready ## Break the code on purpose: the suite must notice each time
 	@$(BIN)/python -m tests.chaos.mutate $(ARGS)
+
+soak: $(VENV)/.dev-ready ## Faults for a long time: does any process grow? MINUTES=20, ARGS="--seed 7"
+	@$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES) $(ARGS)
 
 chaos-report: $(VENV)/.dev-ready ## Write the figures of the last runs into docs/reliability.md
 	@$(BIN)/python -m tests.chaos.report build/chaos --mutations build/chaos-mutations --into docs/reliability.md $(ARGS)

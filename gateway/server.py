@@ -25,7 +25,8 @@ from meshkit.channel import open_channel
 from meshkit.lifecycle import StopSignals, bind_failure, reachable, remove_ready_file, write_ready_file
 from meshkit.probes import ProbeServer
 from meshkit.settings import parse_address
-from meshkit.telemetry import setup_logging
+from meshkit.tasks import TaskOwner
+from meshkit.telemetry import setup_logging, watch_loop
 
 _log = structlog.get_logger("gateway.server")
 
@@ -149,7 +150,12 @@ async def serve(settings: GatewaySettings) -> None:
             async with open_channel(settings, safe=SAFE_METHODS) as channel:
                 gateway = make_gateway(settings, channel)
                 app = make_app(gateway)
-                async with ProbeServer(settings.metrics_listen, gateway.readiness) as probes, gateway.hub:
+                async with (
+                    ProbeServer(settings.metrics_listen, gateway.readiness) as probes,
+                    TaskOwner("gateway-server") as tasks,
+                    gateway.hub,
+                ):
+                    tasks.start(watch_loop(), name="loop-lag")
                     with StopSignals() as signals:
                         async with serving(app, sock, settings.drain_seconds):
                             bound: Any = sock.getsockname()

@@ -78,4 +78,10 @@ def _load() -> Any:
     # Importing it calls logging.basicConfig, which is not a library's to call.
     root.handlers[:] = handlers
     root.setLevel(level)
-    return wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    llama = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    # Its tokenizer does not split texts into words and keeps them whole: 10,000 of them, some 30 MiB, of
+    # which hardly one comes again. Not all releases of `tokenizers` let it be told so.
+    resize = getattr(llama.tokenizer.model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
+    return llama

@@ -87,8 +87,9 @@ _BLOCK_MS = 1000
 # The client of blocking reads waits a little longer than the server does.
 READ_TIMEOUT = _BLOCK_MS / 1000 + 1.0
 _READ_COUNT = 500
-# Keys are asked for at each publication of a run; making them costs more than finding them.
-_KEYS = 8192
+# Keys are asked for at each publication of a run; making them costs more than finding them. As many as a
+# replica has runs that publish: those of runs that are over would only fill memory.
+_KEYS = 1024
 
 
 @lru_cache(maxsize=_KEYS)

@@ -60,6 +60,13 @@ class Audit:
                 connection.terminate()
             await asyncio.sleep(0.1)
 
+    async def _fetch(self, name: str) -> list[asyncpg.Record]:
+        connection = await self._connect()
+        try:
+            return list(await connection.fetch(_SQL[name]))
+        finally:
+            await connection.close()
+
     async def prepare_clock(self) -> None:
         """Before the services' schema is made."""
         await self._run("clock")
@@ -79,6 +86,10 @@ class Audit:
     async def unfinished(self, sessions: Sequence[str]) -> list[str]:
         """Runs that are neither over nor waiting for a person."""
         return [str(row["run_id"]) for row in await self._run("unfinished", list(sessions))]
+
+    async def working(self) -> list[str]:
+        """Runs of anybody's that are neither over nor waiting for a person."""
+        return [str(row["run_id"]) for row in await self._fetch("working")]
 
     async def record(self, recorder: Recorder, sessions: Sequence[str]) -> None:
         """Writes down what PostgreSQL holds of some sessions, and what its triggers saw."""

@@ -62,6 +62,10 @@ TRUNCATE chaos.grants, chaos.calls;
 -- $1 session ids
 SELECT run_id FROM session.run WHERE session_id = ANY($1::uuid[]) AND status IN (1, 2);
 
+-- name: working
+-- Runs of anybody's that are neither over nor waiting for a person.
+SELECT run_id FROM session.run WHERE status IN (1, 2);
+
 -- name: grants
 -- As tests/chaos/model/history.py has it.
 -- $1 session ids

@@ -17,6 +17,7 @@ import gateway.server
 import services.agent.app
 import services.session.app
 import services.tool.app
+from bench.mesh import Replica
 from meshkit import failpoints
 from tests.chaos.faults.audit import Audit
 from tests.chaos.faults.cluster import Cluster, Store
@@ -96,9 +97,13 @@ async def kill_one(stage: Stage, service: str) -> None:
     """kill -9 of one replica of a service; the supervisor starts its successor."""
     living = stage.cluster.of(service)
     if living:
-        victim = stage.rng.choice(living)
-        async with stage.broken("kill", victim.replica):
-            stage.cluster.signal(victim, signal.SIGKILL)
+        await kill_this(stage, stage.rng.choice(living))
+
+
+async def kill_this(stage: Stage, victim: Replica) -> None:
+    """kill -9 of this replica."""
+    async with stage.broken("kill", victim.replica):
+        stage.cluster.signal(victim, signal.SIGKILL)
 
 
 async def kill_envoy(stage: Stage) -> None:

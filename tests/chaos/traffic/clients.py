@@ -92,7 +92,7 @@ class Client:
         self._on_run = on_run
         self._numbers = count(1)
         self._streams = count(1)
-        self._resolved: set[str] = set()
+        self._resolved: set[tuple[str, int]] = set()
 
     async def run(self) -> None:
         """Works until told to stop, and then until everything that was sent is answered."""
@@ -263,7 +263,7 @@ class Client:
                     elif work.cancel_after and item.seq == work.cancel_after:
                         await self._cancel(reader.run)
                     elif item.type == "action.required":
-                        await self._resolve(reader.run, str(item.data["call_id"]))
+                        await self._resolve(reader.run, str(item.data["call_id"]), item.seq)
                     if cut_after and seen >= cut_after and not reader.over:
                         reason = "cut"
                         return
@@ -286,14 +286,17 @@ class Client:
             status = refused.reason
         self._write("cancel", run=run, status=status)
 
-    async def _resolve(self, run: str, call_id: str) -> None:
-        """Decides about a call that waits, once however often the question is read."""
-        if call_id in self._resolved:
+    async def _resolve(self, run: str, call_id: str, seq: int) -> None:
+        """Decides about a call that waits, once however often the question is read.
+
+        A call that was to run again may become a question again: another event, and another word.
+        """
+        if (call_id, seq) in self._resolved:
             return
-        self._resolved.add(call_id)
+        self._resolved.add((call_id, seq))
         await asyncio.sleep(self._rng.uniform(0, _THINKING))
         decision = self._rng.choices(DECISIONS, weights=[4, 2, 3, 1])[0]
-        key = f"{self.name}-{call_id}"
+        key = f"{self.name}-{call_id}-{seq}"
 
         async def call() -> str:
             await self._transport.resolve(run, call_id, decision, "a person says so", key)

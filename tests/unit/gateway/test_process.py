@@ -85,6 +85,7 @@ async def test_it_serves_says_so_and_drains(mesh: FakeMesh, tmp_path: Path) -> N
             assert (await client.get("/health")).status_code == 200
             metrics = await client.get(f"http://{found['metrics_address']}/metrics")
             assert "hermesh_gateway_streams" in metrics.text
+            assert "hermesh_loop_lag_seconds" in metrics.text
             session = mesh.add_session()
             body = {"input": "x", "stream": True}
             async with client.stream("POST", f"/v1/sessions/{session.session_id}/runs", json=body) as answer:

@@ -1,6 +1,8 @@
 import asyncio
 import logging
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,19 @@ async def test_the_same_text_has_the_same_vector_side_by_side(embedder: WordLlam
     long = "My dog is called Biscuit. " * 100
     first, *others = await asyncio.gather(*(embedder.embed(long) for _ in range(8)))
     assert all(list(other) == list(first) for other in others)
+
+
+async def test_texts_that_were_embedded_are_not_kept(embedder: WordLlamaEmbedder) -> None:
+    def resident() -> float:
+        """Memory in MiB."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    await embedder.embed("warm")
+    before = resident()
+    for number in range(3000):
+        await embedder.embed(f"message {number} of a user: {number * 7919} words on {number * 104729} things")
+    assert resident() - before < 4
 
 
 async def test_loading_leaves_logging_as_it_was() -> None:

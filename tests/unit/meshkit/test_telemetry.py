@@ -7,12 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from meshkit.telemetry import _render_json, _Stderr, redact, render_metrics, rpc_metrics, watch_loop
+from meshkit.telemetry import (
+    LoopMetrics,
+    _render_json,
+    _Stderr,
+    redact,
+    render_metrics,
+    rpc_metrics,
+    watch_loop,
+)
 
 ROOT = Path(__file__).parents[3]
 CHILD = """
@@ -114,23 +123,45 @@ def test_the_processes_own_figures_are_part_of_metrics() -> None:
     assert kind.startswith("text/plain")
 
 
-async def test_a_blocked_loop_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+async def loop_figures(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[CollectorRegistry]:
+    """What is measured of this test's event loop, again and again."""
     monkeypatch.setattr("meshkit.telemetry._LAG_PERIOD", 0.01)
-    values: list[float] = []
-    seen = asyncio.Event()
-
-    class Spy:
-        def set(self, value: float) -> None:
-            values.append(value)
-            seen.set()
-
-    watching = asyncio.create_task(watch_loop(Spy()))  # type: ignore[arg-type]
+    registry = CollectorRegistry()
+    watching = asyncio.create_task(watch_loop(LoopMetrics(registry)))
     await asyncio.sleep(0)
-    time.sleep(0.05)  # noqa: ASYNC251 -- to block the loop is the test
-    async with asyncio.timeout(5):
-        await seen.wait()
+    yield registry
     watching.cancel()
-    assert values[0] >= 0.03
+
+
+async def figure(registry: CollectorRegistry, name: str, good: Callable[[float], bool]) -> float:
+    """A gauge's value as soon as it is good."""
+    async with asyncio.timeout(5):
+        while not good(value := registry.get_sample_value(name) or 0.0):  # noqa: ASYNC110 -- a gauge tells nobody
+            await asyncio.sleep(0.001)
+    return value
+
+
+async def test_a_blocked_loop_shows(loop_figures: CollectorRegistry) -> None:
+    time.sleep(0.05)  # noqa: ASYNC251 -- to block the loop is the test
+    await figure(loop_figures, "hermesh_loop_lag_seconds", lambda lag: lag >= 0.03)
+
+
+async def test_tasks_are_counted_as_long_as_they_live(loop_figures: CollectorRegistry) -> None:
+    name = "hermesh_event_loop_tasks"
+    before = await figure(loop_figures, name, lambda count: count > 0)
+    sleepers = [asyncio.create_task(asyncio.sleep(60)) for _ in range(20)]
+    await figure(loop_figures, name, lambda count: count == before + 20)
+    for sleeper in sleepers:
+        sleeper.cancel()
+    await figure(loop_figures, name, lambda count: count == before)
+
+
+async def test_what_python_holds_is_counted(loop_figures: CollectorRegistry) -> None:
+    name = "hermesh_memory_blocks"
+    before = await figure(loop_figures, name, lambda blocks: blocks > 0)
+    held = [[number] for number in range(50_000)]
+    await figure(loop_figures, name, lambda blocks: blocks > before + len(held))
 
 
 def test_importing_does_not_touch_logging() -> None:

@@ -107,6 +107,7 @@ class Model:
             return ClaimOutcome.FINISHED
         if run.attempt == 0:
             self.messages.append((run.run_id, run.text))
+        self.taken(run)
         run.status = RunStatus.RUNNING
         run.attempt += 1
         run.idle += not again
@@ -143,6 +144,7 @@ class Model:
             if status is RunStatus.REQUIRES_ACTION:
                 run.status = status
                 self.owner = None
+                self.parked(run)
                 if run.cancel:
                     self.end_unheld(run, RunStatus.CANCELLED)
             elif status is not None:
@@ -190,6 +192,12 @@ class Model:
         self._write_unheld(run, "action.resolved")
         run.status = RunStatus.QUEUED
         run.idle = 0
+
+    def taken(self, run: ModelRun) -> None:
+        """What a claim does beside, just before it raises the fence; for models of more."""
+
+    def parked(self, run: ModelRun) -> None:
+        """What a step that waits for a person does beside; for models of more."""
 
     def due(self) -> set[UUID]:
         head = self.head
