@@ -14,6 +14,7 @@ from bench.mesh import HERMESH, Mesh
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "runbooks"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FUNCTION = re.compile(r"^\w+\(\) \{\n.*?^\}$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([\w-]+\.md)\)")
 METRIC = re.compile(r"\bhermesh?_(?:session|agent|tool|memory|gateway|dependency|loop|active)_\w+")
 OURS = ("meshkit", "services", "gateway")
@@ -37,7 +38,9 @@ def commands(page: Path) -> str:
 @pytest.mark.parametrize("name", sorted(page.name for page in PAGES.glob("*.md")))
 def test_every_command_works(embedded: Mesh, name: str) -> None:
     # The functions of the index are known on every page.
-    script = "\n".join(dict.fromkeys((commands(PAGES / "README.md"), commands(PAGES / name))))
+    functions = FUNCTION.findall(commands(PAGES / "README.md"))
+    assert len(functions) == 2
+    script = "\n".join([*functions, commands(PAGES / name)])
     script = script.replace("127.0.0.1:8080", f"127.0.0.1:{embedded.http_port}")
     script = script.replace(".hermesh/", f"{embedded.data_dir}/").replace("df -h .hermesh", "df -h .")
     if shutil.which("jq") is None:
