@@ -182,15 +182,20 @@ async def _guarded(client: Client, recorder: Recorder) -> None:
     try:
         await client.run()
     except Exception as error:
-        # A bug of the suite must be seen, and must not look like one of the mesh.
-        recorder.write(
-            "error", client=client.name, where="suite", detail="".join(traceback.format_exception(error))
-        )
+        _suite_failed(recorder, client.name, error)
+
+
+def _suite_failed(recorder: Recorder, who: str, error: Exception) -> None:
+    """Writes down a bug of the suite: it must be seen, and must not look like one of the mesh."""
+    recorder.write("error", client=who, where="suite", detail="".join(traceback.format_exception(error)))
 
 
 async def _later(stage: Stage, planned: Planned) -> None:
     await asyncio.sleep(planned.at)
-    await planned.fault(stage)
+    try:
+        await planned.fault(stage)
+    except Exception as error:
+        _suite_failed(stage.recorder, str(planned), error)
 
 
 async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:

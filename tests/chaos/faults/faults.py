@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import redis.asyncio
 import redis.exceptions
@@ -32,6 +34,7 @@ _ARMED_SECONDS = 4.0
 # After which an agent has certainly given up a session replica that does not answer.
 _LATE_SECONDS = 13.0
 _BALLAST = "ballast"
+_LEFT_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +241,25 @@ async def disk_full(stage: Stage) -> None:
     ballast = stage.cluster.disk / _BALLAST
     async with stage.broken("disk_full", "postgres"):
         try:
-            free = os.statvfs(stage.cluster.disk)
-            with ballast.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - 65536))
+            _fill(ballast)
             await asyncio.sleep(stage.rng.uniform(1, 4))
         finally:
             ballast.unlink(missing_ok=True)
+
+
+def _fill(ballast: Path) -> None:
+    """Takes what room there is; PostgreSQL takes of it at the same time."""
+    with ballast.open("wb") as file:
+        while True:
+            free = os.statvfs(ballast.parent)
+            size = os.fstat(file.fileno()).st_size + free.f_bavail * free.f_frsize - _LEFT_BYTES
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            else:
+                return
 
 
 async def clock(stage: Stage) -> None:
