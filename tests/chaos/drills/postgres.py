@@ -11,8 +11,9 @@ import asyncpg
 
 from bench.mesh import Mesh
 from tests.chaos.drills.load import Run, Script, load
-from tests.chaos.drills.parts import OwnPostgres, folder, healthy
+from tests.chaos.drills.parts import folder, healthy
 from tests.chaos.drills.report import Report
+from tests.chaos.faults.stores import own_postgres
 
 AWAY_SECONDS = 10.0
 
@@ -44,7 +45,7 @@ async def drill(streams: int) -> Report:
     """No acknowledged message lost, every run ends by itself, 0 gaps. New input is refused meanwhile."""
     report = Report("postgres")
     with folder("hm-dp-") as place:
-        postgres = OwnPostgres(place)
+        postgres = own_postgres(place, place / "data", place / "log")
         await postgres.start()
         try:
             settings = {"HERMESH_DATABASE_URL": postgres.url}
@@ -52,7 +53,7 @@ async def drill(streams: int) -> Report:
                 async with load(mesh, streams, [Script(150, 10), Script(60, 10)]) as seen:
                     await asyncio.sleep(5)
                     down = time.monotonic()
-                    await postgres.end(signal.SIGQUIT)
+                    await postgres.stop(signal.SIGQUIT)
                     await asyncio.sleep(AWAY_SECONDS)
                     await postgres.start()
                     back = time.monotonic()
@@ -66,5 +67,5 @@ async def drill(streams: int) -> Report:
                 report.note("takeovers", seen.takeovers)
                 report.waits(seen, [("before", 0, down), ("away", down, back), ("after", back, float("inf"))])
         finally:
-            await postgres.end(signal.SIGQUIT)
+            await postgres.stop(signal.SIGQUIT)
     return report

@@ -8,8 +8,9 @@ import time
 
 from bench.mesh import Mesh
 from tests.chaos.drills.load import Script, load
-from tests.chaos.drills.parts import OwnValkey, folder
+from tests.chaos.drills.parts import folder
 from tests.chaos.drills.report import Report
+from tests.chaos.faults.stores import own_valkey
 
 HUNG_SECONDS = 10.0
 GONE_SECONDS = 20.0
@@ -19,7 +20,7 @@ async def drill(streams: int) -> Report:
     """0 client errors, 0 gaps; the added latency is printed."""
     report = Report("valkey")
     with folder("hm-dv-") as place:
-        valkey = OwnValkey(place)
+        valkey = own_valkey(place, place / "log")
         await valkey.start()
         try:
             settings = {"HERMESH_REDIS_URL": valkey.url}
@@ -30,7 +31,7 @@ async def drill(streams: int) -> Report:
                     valkey.send(signal.SIGSTOP)
                     await asyncio.sleep(HUNG_SECONDS)
                     gone = time.monotonic()
-                    await valkey.end(signal.SIGKILL)
+                    await valkey.stop(signal.SIGKILL)
                     await asyncio.sleep(GONE_SECONDS)
                     await valkey.start()
                     back = time.monotonic()
@@ -48,5 +49,5 @@ async def drill(streams: int) -> Report:
                     ],
                 )
         finally:
-            await valkey.end(signal.SIGKILL)
+            await valkey.stop(signal.SIGKILL)
     return report

@@ -23,66 +23,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.mesh import Mesh, ModelServer, Replica, free_ports
-from launcher import probes
-from launcher.embedded.postgres import Postgres
-from launcher.embedded.valkey import Valkey
 from tests.chaos.faults.audit import Audit
+from tests.chaos.faults.stores import PASSWORD, START_SECONDS, Store, own_postgres, own_valkey
 from tests.chaos.traffic.tools import LEDGER
 
 ROOT = Path(__file__).resolve().parents[3]
 REPLICAS = "gateway=2,agent=3,session=2,tool=2,memory=1"
 ROUTES = ("postgres", "valkey", "mesh", "model", "ledger")
-START_SECONDS = 30.0
 _HEALTHY_SECONDS = 60.0
 _DISK_BYTES = 1536 * 1024 * 1024
-
-
-@dataclass
-class Store:
-    """PostgreSQL or Valkey as a process of ours, at one place however often it starts."""
-
-    name: str
-    server: Postgres | Valkey
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
-    # Held while it is down: two faults must not start it twice.
-    down: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def socket(self) -> Path:
-        """Its unix socket."""
-        return self.server.socket
-
-    @property
-    def url(self) -> str:
-        """Its URL past the proxies."""
-        return self.server.url() if isinstance(self.server, Postgres) else self.server.url
-
-    async def start(self) -> None:
-        """Starts it and returns once it answers."""
-        if isinstance(self.server, Postgres):
-            self.server.prepare()
-        command = self.server.command()
-        if isinstance(self.server, Postgres):
-            # When a transaction was committed is in the history, too.
-            command += ["-c", "track_commit_timestamp=on"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
-        async with asyncio.timeout(START_SECONDS):
-            while not await self._answers():
-                await asyncio.sleep(0.05)
-
-    async def _answers(self) -> bool:
-        if isinstance(self.server, Postgres):
-            return await probes.postgres(self.url)
-        return await probes.valkey(self.url)
-
-    async def stop(self, number: signal.Signals) -> None:
-        """Ends it by a signal: SIGQUIT is PostgreSQL's immediate stop."""
-        if self.process is not None:
-            self.process.send_signal(number)
-            await asyncio.to_thread(self.process.wait, 30)
-            self.process = None
 
 
 class Proxies:
@@ -174,12 +123,13 @@ class Cluster:
         self.disk = _mount(work / "disk")
         if self.disk is not None:
             stack.callback(_unmount, self.disk)
-        pg = Postgres.in_folder((self.disk or work) / "pg", work, "chaos-password")
-        await asyncio.to_thread(pg.initialize)
-        self.postgres = Store("postgres", pg, self.folder / "postgresql.log")
-        self.valkey = Store(
-            "valkey", Valkey(work, work / "valkey.conf", "chaos-password"), self.folder / "valkey.log"
+        data = (self.disk or work) / "pg"
+        # When a transaction was committed is in the history, too.
+        option = ("-c", "track_commit_timestamp=on")
+        self.postgres = await asyncio.to_thread(
+            own_postgres, work, data, self.folder / "postgresql.log", *option
         )
+        self.valkey = own_valkey(work, self.folder / "valkey.log")
         for store in (self.postgres, self.valkey):
             stack.push_async_callback(store.stop, signal.SIGKILL)
             await store.start()
@@ -205,15 +155,14 @@ class Cluster:
             }
         )
         ports = self.proxies.ports
-        password = "chaos-password"
         self.mesh = Mesh(
             scripted_model=False,
             replicas=self.replicas,
             settings={
                 "PYTHONPATH": f"{self.source}:{self.source / 'gen'}",
                 LEDGER: f"127.0.0.1:{ports['ledger']}",
-                "HERMESH_DATABASE_URL": f"postgresql://postgres:{password}@127.0.0.1:{ports['postgres']}/postgres",
-                "HERMESH_REDIS_URL": f"redis://:{password}@127.0.0.1:{ports['valkey']}/0",
+                "HERMESH_DATABASE_URL": f"postgresql://postgres:{PASSWORD}@127.0.0.1:{ports['postgres']}/postgres",
+                "HERMESH_REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:{ports['valkey']}/0",
                 "HERMESH_MESH_PORT": str(mesh_port),
                 "HERMESH_MESH_ADDRESS": f"127.0.0.1:{ports['mesh']}",
                 "HERMESH_LLM_BASE_URL": f"http://127.0.0.1:{ports['model']}/v1",

@@ -22,7 +22,8 @@ import services.tool.app
 from bench.mesh import Replica
 from meshkit import failpoints
 from tests.chaos.faults.audit import Audit
-from tests.chaos.faults.cluster import Cluster, Store
+from tests.chaos.faults.cluster import Cluster
+from tests.chaos.faults.stores import Store
 from tests.chaos.model.history import Recorder
 
 # Their points are known once they are imported.

@@ -1,0 +1,86 @@
+"""PostgreSQL and Valkey as processes of the suite's own, stopped and started at their place."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from launcher import probes
+from launcher.embedded.postgres import Postgres
+from launcher.embedded.valkey import Valkey
+
+START_SECONDS = 30.0
+PASSWORD = "chaos-password"
+
+
+class Store:
+    """A server process; however often it starts, it is at the same place.
+
+    Attributes:
+        name: "postgres" or "valkey".
+        url: where it is.
+        socket: its unix socket.
+        process: None while it is stopped.
+        down: held while it is kept down: two faults must not start it twice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        url: str,
+        socket: Path,
+        answers: Callable[[str], Awaitable[bool]],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.url = url
+        self.socket = socket
+        self.process: subprocess.Popen[bytes] | None = None
+        self.down = asyncio.Lock()
+        self._command = command
+        self._log = log
+        self._answers = answers
+        self._prepare = prepare
+
+    async def start(self) -> None:
+        """Starts it and returns once it serves."""
+        self._prepare()
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd="/")
+        end = time.monotonic() + START_SECONDS
+        while not await self._answers(self.url):
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{self.name} does not start:\n{self._log.read_text()[-2000:]}")
+            await asyncio.sleep(0.02)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    async def stop(self, number: signal.Signals) -> None:
+        """Ends it by a signal and returns when it has ended: SIGQUIT is PostgreSQL's immediate stop."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            await asyncio.to_thread(self.process.wait, START_SECONDS)
+            self.process = None
+
+
+def own_postgres(folder: Path, data: Path, log: Path, *options: str) -> Store:
+    """Returns a PostgreSQL with an initialized data folder; `options` go to its command line."""
+    server = Postgres.in_folder(data, folder, PASSWORD)
+    server.initialize()
+    command = [*server.command(), *options]
+    return Store("postgres", command, log, server.url(), server.socket, probes.postgres, server.prepare)
+
+
+def own_valkey(folder: Path, log: Path) -> Store:
+    """Returns a Valkey that keeps nothing."""
+    server = Valkey(folder, folder / "valkey.conf", PASSWORD)
+    return Store("valkey", server.command(), log, server.url, server.socket, probes.valkey)
