@@ -49,15 +49,21 @@ class Store:
         self._prepare = prepare
 
     async def start(self) -> None:
-        """Starts it and returns once it serves."""
+        """Starts it and returns once it serves; a full disk may keep it from that for a while.
+
+        Raises:
+            RuntimeError: It does not serve within `START_SECONDS`.
+        """
         self._prepare()
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd="/")
         end = time.monotonic() + START_SECONDS
-        while not await self._answers(self.url):
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{self.name} does not start:\n{self._log.read_text()[-2000:]}")
-            await asyncio.sleep(0.02)
+        while time.monotonic() < end:
+            if self.process is None or self.process.poll() is not None:
+                with self._log.open("ab") as log:
+                    self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd="/")
+            if await self._answers(self.url):
+                return
+            await asyncio.sleep(0.05)
+        raise RuntimeError(f"{self.name} does not start:\n{self._log.read_text()[-2000:]}")
 
     def send(self, number: signal.Signals) -> None:
         """Sends it a signal."""
