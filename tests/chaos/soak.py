@@ -228,7 +228,7 @@ class Soak:
 
     async def _nobody_there(self) -> str:
         readings = await self.watch.take(of_cluster(self.cluster), "")
-        return ", ".join(one["process"] for one in readings if one.get("busy"))
+        return ", ".join(f"{one['process']} {one['open']}" for one in readings if one.get("busy"))
 
     async def _until(self, complaint: Callable[[], Awaitable[str]], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
