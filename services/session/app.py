@@ -222,6 +222,7 @@ async def assemble(
         loops.start(sweeper.run(), name="sweeper")
         loops.start(link.keep(), name="link")
         loops.start(tail.poll(), name="poll")
+        loops.start(hub.watch_leases(), name="leases")
         loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
         if live is not None:
             loops.start(live.publisher.run(), name="publisher")

@@ -1,6 +1,7 @@
 """The append streams of a replica: which stream holds which run, and what goes back down each of them."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
 from typing import Protocol
 from uuid import UUID
@@ -27,6 +28,9 @@ _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
 _SHORTEN_TRIES_S = 5.0
+# Between two looks at whether the runs that writers hold here are theirs still.
+_LOOK_S = 10.0
+_LOOK_CHUNK = 1000
 
 _before_ack = failpoints.point("session.ack.before")
 _after_ack = failpoints.point("session.ack.after")
@@ -41,6 +45,10 @@ class Leases(Protocol):
 
     async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
         """Cuts leases."""
+        ...
+
+    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+        """Returns the runs of those grants that are good no more."""
         ...
 
     async def shorten_claims(self, owner: str, grace_ms: int) -> int:
@@ -172,6 +180,29 @@ class AppendHub:
         stream.held.pop(run_text, None)
         del self._holders[run_text]
         metrics.attached_runs.set(len(self._holders))
+
+    async def watch_leases(self) -> None:
+        """Forgets writers that lost their run without a word on their stream, until cancelled.
+
+        An agent renews and releases at whichever replica Envoy picks, and once it knows that a run is not its
+        own any more it writes nothing more: only PostgreSQL can tell this replica.
+        """
+        spread = random.Random()  # noqa: S311 -- spreads load, keeps no secret
+        while True:
+            await asyncio.sleep(_LOOK_S * spread.uniform(0.8, 1.2))
+            try:
+                await self._look()
+            except HermeshError as error:
+                _log.warning("leases could not be looked up", error=str(error))
+
+    async def _look(self) -> None:
+        held = [lease for stream in self._streams for lease in stream.held.values()]
+        for start in range(0, len(held), _LOOK_CHUNK):
+            chunk = held[start : start + _LOOK_CHUNK]
+            lost = await self._leases.lost_leases(chunk)
+            for lease in chunk:
+                if lease.run_id in lost:
+                    self.detach(str(lease.run_id), lease.fence)
 
     def holds(self, run_id: UUID) -> bool:
         """Returns True if the run's writer appends on this replica."""

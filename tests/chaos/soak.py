@@ -228,7 +228,7 @@ class Soak:
 
     async def _nobody_there(self) -> str:
         readings = await self.watch.take(of_cluster(self.cluster), "")
-        return ", ".join(one["process"] for one in readings if one.get("busy"))
+        return ", ".join(f"{one['process']} {one['open']}" for one in readings if one.get("busy"))
 
     async def _until(self, complaint: Callable[[], Awaitable[str]], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
@@ -263,17 +263,21 @@ async def _play(arguments: argparse.Namespace) -> int:
     seed = arguments.seed if arguments.seed is not None else int(time.time())
     print(f"seed {seed}, {arguments.minutes:g} minutes, in {folder}", flush=True)
     failed: list[str] = []
+    began = time.monotonic()
     with CountingRecorder(folder / "history.jsonl") as recorder:
         async with Cluster(folder) as cluster:
             soak = Soak(cluster, recorder, random.Random(seed), folder)
+            recorder.write("run", seed=seed, theme="soak", plan=[])
             try:
                 await soak.run(arguments.warm_up, arguments.minutes * 60)
             except UneasyError as error:
                 failed.append(str(error))
+            recorder.write("end", settled=not failed, seconds=round(time.monotonic() - began, 1))
     rows = judge(soak.readings, many_lives=STORES)
     table(rows)
-    failed += [f"{row.process} grows" for row in rows if row.grows]
-    failed += [f"{name} ended, and nothing was to kill it" for name in ended_by_itself(rows)]
+    if not failed:
+        failed += [f"{row.process} grows" for row in rows if row.grows]
+        failed += [f"{name} ended, and nothing was to kill it" for name in ended_by_itself(rows)]
     failed += [f"a client saw what none should: {json.dumps(error)[:300]}" for error in recorder.errors[:10]]
     summary = {
         "seed": seed,

@@ -193,6 +193,10 @@ class Log(Protocol):
         """Cuts the leases that `owner` took and wrote nothing under; returns how many."""
         ...
 
+    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+        """Returns the runs of those grants that are good no more, whatever became of the lease."""
+        ...
+
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """Returns the current fences."""
         ...

@@ -172,6 +172,16 @@ class PostgresLog(PostgresPart):
         """See the port."""
         return len(await self._fetch(_SQL["shorten_claims"], owner, timedelta(milliseconds=grace_ms)))
 
+    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+        """See the port."""
+        rows = await self._fetch(
+            _SQL["lost_leases"],
+            [ref.session_id for ref in refs],
+            [ref.run_id for ref in refs],
+            [ref.fence for ref in refs],
+        )
+        return {row["run_id"] for row in rows}
+
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         """See the port."""
         rows = await self._fetch(_SQL["fences"], session_ids)

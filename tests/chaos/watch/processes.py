@@ -14,6 +14,7 @@ time), and what was measured:
     blocks      blocks of memory that Python's objects occupy
     series      samples in /metrics: a label that has a value for each run or client shows here
     busy        gauges that are 0 when nobody is there, added up
+    open        those of them that are not 0, by name
 """
 
 from __future__ import annotations
@@ -116,10 +117,10 @@ class Watch:
                 readings.append(head | values | figures)
         return readings
 
-    async def _figures(self, watched: Iterable[Watched]) -> list[dict[str, float]]:
+    async def _figures(self, watched: Iterable[Watched]) -> list[dict[str, Any]]:
         return await asyncio.gather(*(self._scrape(process.metrics) for process in watched))
 
-    async def _scrape(self, address: str) -> dict[str, float]:
+    async def _scrape(self, address: str) -> dict[str, Any]:
         if not address:
             return {}
         try:
@@ -129,14 +130,15 @@ class Watch:
         return figures_of(text)
 
 
-def figures_of(text: str) -> dict[str, float]:
+def figures_of(text: str) -> dict[str, Any]:
     """What is of interest in the text of /metrics."""
-    found = {"series": 0.0, "busy": 0.0}
+    found: dict[str, Any] = {"series": 0.0, "busy": 0.0, "open": {}}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found["series"] += 1
-            if sample.name in BUSY:
+            if sample.name in BUSY and sample.value:
                 found["busy"] += sample.value
+                found["open"][" ".join((sample.name, *sample.labels.values()))] = sample.value
             elif sample.name in _GAUGES:
                 found[_GAUGES[sample.name]] = sample.value
     return found

@@ -154,7 +154,13 @@ async def test_figures_come_from_the_processs_own_metrics(held: Held) -> None:
 
 
 def test_gauges_of_somebody_there_are_added_up_and_series_counted() -> None:
-    assert figures_of(METRICS) == {"series": 6, "busy": 7, "tasks": 7, "blocks": 1234}
+    found = figures_of(METRICS)
+    assert found.pop("open") == {
+        "hermesh_session_watchers run": 2,
+        "hermesh_session_watchers session": 1,
+        "hermesh_tool_running": 4,
+    }
+    assert found == {"series": 6, "busy": 7, "tasks": 7, "blocks": 1234}
 
 
 def test_every_gauge_that_means_somebody_is_there_exists() -> None:

@@ -325,6 +325,12 @@ class FakeStore:
         self.shortened_claims.put_nowait((owner, grace_ms))
         return 0
 
+    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+        if self.fail:
+            raise self.fail.pop(0)
+        kept = {(lease.run_id, lease.fence) for lease in self.leases.values() if lease.owner and lease.run_id}
+        return {ref.run_id for ref in refs if (ref.run_id, ref.fence) not in kept}
+
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
         return {key: self.leases[key].fence for key in session_ids if key in self.leases}
 

@@ -23,7 +23,7 @@ from tests.unit.session.calls import (
     until,
     watch,
 )
-from tests.unit.session.conftest import Client
+from tests.unit.session.conftest import Client, serve
 from tests.unit.session.fake_store import FakeStore, unavailable
 
 COMMITTED = internal.APPEND_OUTCOME_COMMITTED
@@ -51,6 +51,27 @@ async def test_a_run_is_written_and_watched(client: Client) -> None:
         await stream.call.done_writing()
         assert await stream.call.read() is grpc.aio.EOF
     assert client.store.shortened == []
+
+
+async def test_a_writer_that_was_told_elsewhere_to_stop_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, store: FakeStore
+) -> None:
+    monkeypatch.setattr("services.session.append_hub._LOOK_S", 0.01)
+    async with serve(store) as client:
+        taken, released, kept = writers = [await new_writer(client) for _ in range(3)]
+        async with append_stream(client) as stream:
+            await stream.write(*(writer.append("text.delta") for writer in writers))
+            hub = client.replica.hub
+            assert all(hub.holds(UUID(writer.run_id)) for writer in writers)
+            # Their agents heard of it from other replicas, and say nothing more here.
+            store.leases[UUID(taken.session_id)].fence += 1
+            store.leases[UUID(released.session_id)].owner = ""
+            store.fail = [unavailable()]
+            await until(lambda: not any(hub.holds(UUID(one.run_id)) for one in (taken, released)))
+            assert not store.fail
+            assert hub.holds(UUID(kept.run_id))
+            [result] = await stream.write(kept.append("text.delta"))
+            assert result.outcome == COMMITTED
 
 
 async def test_appends_that_arrive_during_a_flush_commit_together(client: Client) -> None:

@@ -112,6 +112,14 @@ UPDATE session.lease l SET lease_until = least(l.lease_until, clock_timestamp() 
 FROM held WHERE l.session_id = held.session_id AND l.owner = $1
 RETURNING l.session_id;
 
+-- name: lost_leases
+-- Which of some grants are good no more: their run ended or waits, or was released or taken under another fence.
+-- $1 session_id[], $2 run_id[], $3 fence[]
+SELECT b.run_id
+FROM unnest($1::uuid[], $2::uuid[], $3::bigint[]) b(session_id, run_id, fence)
+WHERE NOT EXISTS (SELECT FROM session.lease l WHERE l.session_id = b.session_id AND l.run_id = b.run_id
+                  AND l.fence = b.fence AND l.owner IS NOT NULL);
+
 -- name: fences
 -- The current fences.
 -- $1 session_ids

@@ -42,6 +42,23 @@ async def test_renewing_says_which_are_lost_and_which_to_cancel(kit: Kit) -> Non
     assert (await kit.store.renew([])).lost == ()
 
 
+async def test_grants_that_are_good_no_more_are_told_apart(kit: Kit) -> None:
+    kept, expired, taken, moved, released, done = grants = [await kit.started() for _ in range(6)]
+    await kit.expire(expired.session_id)
+    await kit.expire(taken.session_id)
+    await kit.claimed(taken.run_id, "b")
+    newer = await kit.store.reattach(ref(moved), "a")
+    assert newer is not None
+    await kit.store.release(ref(released))
+    await kit.finish(done, 2)
+    unknown = LeaseRef(uuid7(), uuid7(), 1)
+    lost = await kit.store.lost_leases([*map(ref, grants), ref(newer), unknown])
+    # Of the one that moved both are asked about; one that nobody took may be renewed yet.
+    assert lost == {taken.run_id, moved.run_id, released.run_id, done.run_id, unknown.run_id}
+    assert await kit.store.lost_leases([ref(kept), ref(expired), ref(newer)]) == set()
+    assert await kit.store.lost_leases([]) == set()
+
+
 async def test_reattach_fences_what_was_sent_before(kit: Kit) -> None:
     grant = await kit.started()
     await kit.append(grant, 2)

@@ -23,6 +23,7 @@ NOT_BY_TENANT = {
         "release",
         "shorten",
         "shorten_claims",
+        "lost_leases",
         "fences",
         "heads",
     },
