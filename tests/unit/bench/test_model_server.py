@@ -125,7 +125,7 @@ async def test_a_client_that_leaves_a_paced_reply_is_counted(server):
 
 async def test_a_silent_reply_never_comes(server):
     with pytest.raises(httpx.ReadTimeout):
-        async with httpx.AsyncClient(timeout=0.05) as client:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(5, read=0.05)) as client:
             await client.post(f"{server.base_url}/chat/completions", json=body("[[silent]]"))
     await server.wait_for("aborted", 1)
 
