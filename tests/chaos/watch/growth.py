@@ -45,12 +45,13 @@ class Bound:
 BOUNDS: dict[str, Bound] = {
     "memory": Bound(8.0, "MiB: allocators keep the peak of an outage's backlog", share=0.10, loaded=True),
     "blocks": Bound(
-        10_000,
-        "not much more than one a run of a soak: caches that fill, garbage not collected yet",
+        15_000,
+        "a few for each run of a replica in 20 minutes: caches fill to 10,000, garbage waits to be collected",
         share=0.03,
     ),
     "tasks": Bound(10, "an agent's append stream is three tasks of whichever session replica it is on"),
     "threads": Bound(2, "gRPC's pool starts one when it is behind, and ends it later"),
+    "processes": Bound(12, "PostgreSQL has one for each connection"),
     "fds": Bound(12, "what is said of tcp and unix"),
     "tcp": Bound(12, "pools keep, up to their bound, what the last moments of an outage needed"),
     "unix": Bound(12, "the stores' side of those pools"),

@@ -6,7 +6,7 @@ time), and what was measured:
     memory      MiB resident; of a family, what its processes have of their own, since they share the rest
     own         MiB resident that are no file's and nobody else's
     pss         MiB, a page that n processes share counted as 1/n
-    threads     threads; of a family, processes
+    threads     threads; a family has processes in place of them
     fds         open descriptors, and of them
     tcp         connections by TCP
     unix        connections by unix sockets
@@ -191,9 +191,9 @@ def _of_family(pid: int, sockets: dict[str, str]) -> dict[str, float]:
     if not members:
         return {}
     # Its descriptors are mostly files of tables, which it keeps open up to a bound of its own.
-    names = members[0].keys() - {"fds"}
+    names = members[0].keys() - {"fds", "threads"}
     total = {name: sum(values[name] for values in members) for name in names}
-    return total | {"memory": total["own"], "threads": len(members)}
+    return total | {"memory": total["own"], "processes": len(members)}
 
 
 def _children(pid: int) -> list[int]:

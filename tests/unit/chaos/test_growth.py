@@ -17,6 +17,7 @@ REST = {
     "blocks": 300_000.0,
     "tasks": 40.0,
     "threads": 12.0,
+    "processes": 1.0,
     "fds": 30.0,
     "tcp": 12.0,
     "unix": 4.0,
@@ -119,7 +120,7 @@ def test_lives_that_faults_end_are_one_row() -> None:
 def test_a_process_without_metrics_is_judged_by_the_rest() -> None:
     readings = soak(lambda share: {"fds": 100 * share})
     for reading in readings:
-        del reading["tasks"], reading["blocks"], reading["series"], reading["busy"]
+        del reading["tasks"], reading["blocks"], reading["series"], reading["busy"], reading["processes"]
     row = only(readings)
     assert set(row.measures) == {"memory", "threads", "fds", "tcp", "unix"}
     assert growing(row) == {"fds"}
