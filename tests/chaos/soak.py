@@ -301,7 +301,13 @@ async def _play(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="of load between the two rests")
-    parser.add_argument("--warm-up", type=float, default=WARM_UP_SECONDS, metavar="SECONDS")
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=WARM_UP_SECONDS,
+        metavar="SECONDS",
+        help="in less time caches are not full, and their filling counts as growth",
+    )
     parser.add_argument("--seed", type=int, help="of traffic and faults; from the clock if left out")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "soak")
     return run(_play(parser.parse_args()))
