@@ -82,8 +82,15 @@ def own_postgres(folder: Path, data: Path, log: Path, *options: str) -> Store:
     """Returns a PostgreSQL with an initialized data folder; `options` go to its command line."""
     server = Postgres.in_folder(data, folder, PASSWORD)
     server.initialize()
+
+    def prepare() -> None:
+        # A new and empty database in its place would look like a mesh that lost everything.
+        if not (server.data / "PG_VERSION").exists():
+            raise RuntimeError(f"the data folder {server.data} is gone")
+        server.prepare()
+
     command = [*server.command(), *options]
-    return Store("postgres", command, log, server.url(), server.socket, probes.postgres, server.prepare)
+    return Store("postgres", command, log, server.url(), server.socket, probes.postgres, prepare)
 
 
 def own_valkey(folder: Path, log: Path) -> Store:
