@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.chaos.cases import CASES
 from tests.chaos.episode import Episode, Verdict
 from tests.chaos.faults.cluster import ROOT, Cluster
 from tests.chaos.faults.plan import THEMES
@@ -30,6 +31,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="this one episode")
     parser.add_argument("--theme", choices=sorted(THEMES), default="", help="of faults, for every seed")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="gets a folder a seed")
+    parser.add_argument("--cases", action="store_true", help="the seeds that once found something, first")
     parser.add_argument("--keep-going", action="store_true", help="go on after an episode that failed")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="judge a recorded episode again")
     return parser.parse_args()
@@ -38,12 +40,14 @@ def _arguments() -> argparse.Namespace:
 async def _play(arguments: argparse.Namespace) -> int:
     base = arguments.base if arguments.base is not None else int(time.time())
     seeds = [arguments.seed] if arguments.seed is not None else list(range(base, base + arguments.seeds))
+    if arguments.cases:
+        seeds = [*(case.seed for case in CASES), *seeds]
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ledger.jsonl").unlink(missing_ok=True)
     prefill = base % 2 == 0
     began = time.monotonic()
-    print(f"seeds {seeds[0]} to {seeds[-1]}, histories in {folder}", flush=True)
+    print(f"{len(seeds)} seeds to {seeds[-1]}, histories in {folder}", flush=True)
     failed = 0
     async with Cluster(folder, prefill=prefill) as cluster:
         print(f"the mesh is up after {time.monotonic() - began:.1f} s", flush=True)

@@ -268,7 +268,7 @@ BEGIN
     END IF;
     IF v_run.status < 4 THEN
         PERFORM session.request_cancel(p_run, p_reason);
-        IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN
+        IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until) THEN
             PERFORM pg_notify('hermesh_cancel', p_run::text);
         ELSE
             v_seq := session.cancel_unheld(p_run);
@@ -314,11 +314,11 @@ BEGIN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
     v_again := coalesce(v_lease.run_id = p_run AND v_lease.owner = p_owner
-                        AND v_lease.lease_until >= clock_timestamp(), false);
+                        AND session.in_force(v_lease.lease_until), false);
     v_outcome := CASE
         WHEN v_run.status >= 4 THEN 3
         WHEN v_run.status = 3 THEN 4
-        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() AND NOT v_again THEN 2
+        WHEN v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until) AND NOT v_again THEN 2
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
@@ -431,12 +431,12 @@ BEGIN
               SELECT r.session_id, r.run_id FROM session.run r
               WHERE r.status IN (1, 2) AND r.cancel_requested) o
         JOIN session.lease l USING (session_id)
-        WHERE l.owner IS NULL OR l.lease_until < clock_timestamp()
+        WHERE l.owner IS NULL OR NOT session.in_force(l.lease_until)
         ORDER BY o.session_id LIMIT p_limit
     LOOP
         SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
         FOR NO KEY UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp());
+        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until));
         PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2) FOR NO KEY UPDATE;
         IF FOUND AND session.end_if_due(v_found.run_id) THEN
             v_ended := v_ended + 1;
@@ -491,6 +491,10 @@ BEGIN
         END IF;
     END IF;
 END $$;
+
+CREATE FUNCTION session.in_force(p_until timestamp with time zone) RETURNS boolean
+    LANGUAGE sql PARALLEL SAFE
+    RETURN ((p_until >= clock_timestamp()) AND (p_until <= (clock_timestamp() + '00:01:00'::interval)));
 
 CREATE FUNCTION session.maintain_partitions(p_ahead integer, p_retention interval, OUT made integer, OUT dropped integer) RETURNS record
     LANGUAGE plpgsql
@@ -831,7 +835,7 @@ BEGIN
                 UPDATE session.run r SET rollback = true WHERE r.run_id = v_other.run_id;
             END IF;
             IF v_lease.run_id = v_other.run_id AND v_lease.owner IS NOT NULL
-               AND v_lease.lease_until >= clock_timestamp() THEN
+               AND session.in_force(v_lease.lease_until) THEN
                 PERFORM pg_notify('hermesh_cancel', v_other.run_id::text);
                 v_busy := true;
             ELSE

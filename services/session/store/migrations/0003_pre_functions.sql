@@ -2,6 +2,13 @@
 -- and no transaction left open by a client that died. Refusals that undo the call are raised with a SQLSTATE
 -- of class HM, whose message is an ErrorReason.
 
+-- Whether a lease that lasts until then is one that lasts now. No lease is given for longer than some seconds: one
+-- that says so was given by a clock that has gone back since, and would keep its session for as long as it had
+-- been ahead.
+CREATE FUNCTION session.in_force(p_until timestamptz) RETURNS boolean
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN p_until >= clock_timestamp() AND p_until <= clock_timestamp() + interval '1 minute';
+
 -- Ends a run. The caller holds the session's lease row. Drops the run's messages from the conversation if
 -- that was asked for, frees the lease if the run has it, and makes the session's next run due.
 CREATE FUNCTION session.finish_run(p_run uuid, p_status smallint, p_last_seq integer, p_error json)
@@ -159,12 +166,12 @@ BEGIN
               SELECT r.session_id, r.run_id FROM session.run r
               WHERE r.status IN (1, 2) AND r.cancel_requested) o
         JOIN session.lease l USING (session_id)
-        WHERE l.owner IS NULL OR l.lease_until < clock_timestamp()
+        WHERE l.owner IS NULL OR NOT session.in_force(l.lease_until)
         ORDER BY o.session_id LIMIT p_limit
     LOOP
         SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
         FOR NO KEY UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp());
+        CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until));
         PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2) FOR NO KEY UPDATE;
         IF FOUND AND session.end_if_due(v_found.run_id) THEN
             v_ended := v_ended + 1;
@@ -266,11 +273,11 @@ BEGIN
         RAISE EXCEPTION 'RUN_NOT_FOUND' USING ERRCODE = 'HM404';
     END IF;
     v_again := coalesce(v_lease.run_id = p_run AND v_lease.owner = p_owner
-                        AND v_lease.lease_until >= clock_timestamp(), false);
+                        AND session.in_force(v_lease.lease_until), false);
     v_outcome := CASE
         WHEN v_run.status >= 4 THEN 3
         WHEN v_run.status = 3 THEN 4
-        WHEN v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() AND NOT v_again THEN 2
+        WHEN v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until) AND NOT v_again THEN 2
         WHEN EXISTS (SELECT FROM session.run o WHERE o.session_id = v_session
                      AND o.ordinal < v_run.ordinal AND o.status < 4) THEN 2
         ELSE 1 END;
@@ -394,7 +401,7 @@ BEGIN
                 UPDATE session.run r SET rollback = true WHERE r.run_id = v_other.run_id;
             END IF;
             IF v_lease.run_id = v_other.run_id AND v_lease.owner IS NOT NULL
-               AND v_lease.lease_until >= clock_timestamp() THEN
+               AND session.in_force(v_lease.lease_until) THEN
                 PERFORM pg_notify('hermesh_cancel', v_other.run_id::text);
                 v_busy := true;
             ELSE

@@ -20,7 +20,7 @@ BEGIN
     END IF;
     IF v_run.status < 4 THEN
         PERFORM session.request_cancel(p_run, p_reason);
-        IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND v_lease.lease_until >= clock_timestamp() THEN
+        IF v_lease.run_id = p_run AND v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until) THEN
             PERFORM pg_notify('hermesh_cancel', p_run::text);
         ELSE
             v_seq := session.cancel_unheld(p_run);

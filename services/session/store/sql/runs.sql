@@ -41,14 +41,16 @@ SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).* FROM session.cancel
 
 -- name: due
 -- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
--- now() and not clock_timestamp() where an index shall serve.
+-- now() and not clock_timestamp() where an index shall serve. What is due only much later was put off by a clock
+-- that has gone back since.
 -- $1 how many, $2 interval
 WITH due AS (
     SELECT r.run_id
     FROM session.run r
     JOIN session.lease l USING (session_id)
-    WHERE r.status IN (1, 2) AND r.dispatch_after <= now()
-      AND (l.owner IS NULL OR l.lease_until < clock_timestamp())
+    WHERE r.status IN (1, 2)
+      AND (r.dispatch_after <= now() OR r.dispatch_after > now() + interval '1 minute')
+      AND (l.owner IS NULL OR NOT session.in_force(l.lease_until))
     ORDER BY r.dispatch_after
     LIMIT $1
     FOR NO KEY UPDATE OF r SKIP LOCKED

@@ -233,3 +233,24 @@ async def test_lists_of_runs_page_newest_first(kit: Kit) -> None:
     runs = await kit.store.runs_from(kit.tenant, session.session_id, 2, 3)
     assert [run.run_id for run in runs] == ids[1:4]
     assert await kit.store.last_ordinals([session.session_id]) == {session.session_id: 5}
+
+
+async def test_a_clock_that_went_back_keeps_no_session_and_no_run_waiting(kit: Kit) -> None:
+    held, queued = await kit.started(), (await kit.submit((await kit.session()).session_id)).run.run_id
+    # As they stand when PostgreSQL's clock was an hour ahead and is right again.
+    await kit.pool.execute(
+        "UPDATE session.lease SET lease_until = clock_timestamp() + interval '1 hour' WHERE session_id = $1",
+        held.session_id,
+    )
+    await kit.pool.execute(
+        "UPDATE session.run SET dispatch_after = now() + interval '1 hour' WHERE run_id = ANY($1)",
+        [held.run_id, queued],
+    )
+    assert {held.run_id, queued} <= await kit.due()
+    assert not {held.run_id, queued} & await kit.due()
+    claim = await kit.claimed(held.run_id, "b")
+    assert claim.grant is not None
+    assert (await kit.append(held, 2)).outcome is AppendOutcome.FENCED
+    # Whoever is alive renews, and is safe again.
+    assert (await kit.store.renew([ref(claim.grant)])).lost == []
+    assert (await kit.store.claim(held.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED

@@ -1,0 +1,30 @@
+"""Seeds that found something: each stays, and is played again wherever the suite is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A bug that an episode found.
+
+    Attributes:
+        name: short.
+        seed: of the episode.
+        what: what was wrong.
+    """
+
+    name: str
+    seed: int
+    what: str
+
+
+CASES = (
+    Case(
+        "clock-went-back",
+        1053,
+        "PostgreSQL's clock was an hour ahead while runs were queued and leases given, and PostgreSQL went down "
+        "before it was right again: those runs were due, and those leases over, only an hour later.",
+    ),
+)
