@@ -24,7 +24,7 @@ CASES = (
     Case(
         "clock-went-back",
         1053,
-        "PostgreSQL's clock was an hour ahead while runs were queued and leases given, and it was down before that "
-        "was over: those runs were due, and those leases over, only an hour later.",
+        "PostgreSQL's clock was an hour ahead while runs were queued and leases given, and PostgreSQL was "
+        "down when it was set right: those runs were due, and those leases over, only an hour later.",
     ),
 )
