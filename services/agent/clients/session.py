@@ -33,7 +33,7 @@ from services.agent.runs.leases import Renewal
 from services.agent.runs.link import AppendCall
 
 SUBMIT_TRIES = 4
-# Some seconds: session replicas that died together are back by then, and a lease that was taken is not waited out.
+# Some seconds: session replicas that died together are back by then, and no lease is waited out.
 CLAIM_TRIES = 10
 REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
