@@ -17,7 +17,7 @@ import asyncpg
 
 from tests.chaos.faults.audit import Audit, LiveEyes
 from tests.chaos.faults.cluster import Cluster
-from tests.chaos.faults.faults import Fault, Stage
+from tests.chaos.faults.faults import Stage
 from tests.chaos.faults.plan import Planned, plan, theme_of
 from tests.chaos.model.history import History, Recorder
 from tests.chaos.traffic.clients import Client
@@ -221,6 +221,3 @@ async def _at_rest(audit: Audit, sessions: Sequence[str], seconds: float) -> boo
                 return True
         await asyncio.sleep(0.2)
     return False
-
-
-__all__ = ["Episode", "Fault", "Verdict"]

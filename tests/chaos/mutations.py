@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Mutation:
     faults: Sequence[Planned] = ()
     theme: str = "mixed"
     prefill: bool = True
-    tries: int = field(default=4)
+    tries: int = 4
 
     def apply(self, tree: Path) -> None:
         """Breaks a copy of the code.

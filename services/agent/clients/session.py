@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc.aio
 
@@ -15,13 +16,12 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     CLAIM_OUTCOME_ALREADY_CLAIMED,
     CLAIM_OUTCOME_CLAIMED,
     ClaimRunRequest,
-    ClaimRunResponse,
     LeaseRef,
     ReleaseLeaseRequest,
     RenewLeasesRequest,
 )
 from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
-from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunRequest, SubmitRunResponse
+from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunRequest
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit import failpoints
 from meshkit.channel import mesh_metadata
@@ -31,6 +31,8 @@ from meshkit.settings import MeshSettings
 from meshkit.tasks import Backoff
 from services.agent.runs.leases import Renewal
 from services.agent.runs.link import AppendCall
+
+T = TypeVar("T")
 
 SUBMIT_TRIES = 4
 # Some seconds: session replicas that died together are back by then, and no lease is waited out.
@@ -78,6 +80,29 @@ class NotClaimed:
     elsewhere: bool
 
 
+async def _tried(
+    call: Callable[[], Awaitable[T]], tries: int, passing: tuple[type[HermeshError], ...]
+) -> tuple[T, float, bool]:
+    """Make a call that may be repeated, again while it fails with what passes.
+
+    Returns:
+        Its answer, the monotonic time at which that was asked for, and whether it was asked for again.
+
+    Raises:
+        HermeshError: another failure, or the last of so many.
+    """
+    backoff = Backoff(0.05, 0.5)
+    while True:
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            return await call(), asked_at, backoff.attempts > 0
+        except grpc.aio.AioRpcError as rpc_error:
+            error = from_rpc_error(rpc_error)
+            if not isinstance(error, passing) or backoff.attempts + 1 >= tries:
+                raise error from rpc_error
+        await backoff.sleep()
+
+
 class SessionClient:
     """Calls to the session service.
 
@@ -117,18 +142,9 @@ class SessionClient:
             claim_owner=self._settings.replica if claim else "",
         )
         metadata = mesh_metadata(self._settings, tenant_id)
-        backoff = Backoff(0.05, 0.5)
-        response: SubmitRunResponse | None = None
-        asked_at = 0.0
-        while response is None:
-            asked_at = asyncio.get_running_loop().time()
-            try:
-                response = await self._sessions.SubmitRun(submit, metadata=metadata)
-            except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                if not isinstance(error, UnavailableError) or backoff.attempts + 1 >= SUBMIT_TRIES:
-                    raise error from rpc_error
-                await backoff.sleep()
+        response, asked_at, again = await _tried(
+            lambda: self._sessions.SubmitRun(submit, metadata=metadata), SUBMIT_TRIES, (UnavailableError,)
+        )
         taken = None
         if response.HasField("grant"):
             taken = Claim(
@@ -139,7 +155,7 @@ class SessionClient:
                 tenant_id,
                 asked_at + response.grant.ttl_ms / 1000,
             )
-        unsure = claim and taken is None and response.duplicate and backoff.attempts > 0
+        unsure = claim and taken is None and response.duplicate and again
         return Submitted(response.run, response.created, response.duplicate, taken, unsure)
 
     @failpoints.around("agent.claim")
@@ -151,21 +167,12 @@ class SessionClient:
         Raises:
             HermeshError: the session service could not say.
         """
-        backoff = Backoff(0.05, 0.5)
-        response: ClaimRunResponse | None = None
-        asked_at = 0.0
-        while response is None:
-            asked_at = asyncio.get_running_loop().time()
-            try:
-                response = await self._internal.ClaimRun(
-                    ClaimRunRequest(run_id=run_id, owner=self._settings.replica), metadata=self._mesh
-                )
-            except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                passing = isinstance(error, UnavailableError | DeadlineError)
-                if not passing or backoff.attempts + 1 >= CLAIM_TRIES:
-                    raise error from rpc_error
-                await backoff.sleep()
+        request = ClaimRunRequest(run_id=run_id, owner=self._settings.replica)
+        response, asked_at, _ = await _tried(
+            lambda: self._internal.ClaimRun(request, metadata=self._mesh),
+            CLAIM_TRIES,
+            (UnavailableError, DeadlineError),
+        )
         if response.outcome != CLAIM_OUTCOME_CLAIMED:
             return NotClaimed(elsewhere=response.outcome == CLAIM_OUTCOME_ALREADY_CLAIMED)
         return Claim(

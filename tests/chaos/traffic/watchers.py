@@ -8,10 +8,9 @@ from contextlib import aclosing
 from itertools import count
 
 from tests.chaos.model.history import Recorder, digest
+from tests.chaos.traffic.clients import TERMINAL
 from tests.chaos.traffic.transport import Broken, Event, Malformed, Reconnect, Refused, SessionTransport
 from tests.chaos.traffic.work import CUT
-
-TERMINAL = frozenset({"run.completed", "run.failed", "run.cancelled"})
 
 
 class Watcher:
