@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import types
 import typing
@@ -52,7 +53,7 @@ class MeshSettings(BaseSettings):
     )
     replica: str = Field(
         "",
-        description="Name of this replica in logs, leases and metrics; `<service>-<pid>` if empty.",
+        description="Name of this replica in logs, leases and metrics; `<service>-<host>-<pid>` if empty.",
         max_length=64,
         pattern=r"^[A-Za-z0-9._-]*$",
     )
@@ -93,7 +94,7 @@ class MeshSettings(BaseSettings):
     @classmethod
     def _name_replica(cls, values: Any) -> Any:
         if isinstance(values, dict) and not values.get("replica"):
-            values = {**values, "replica": f"{cls.service_name()}-{os.getpid()}"}
+            values = {**values, "replica": f"{cls.service_name()}-{socket.gethostname()}-{os.getpid()}"}
         return values
 
     @field_validator("log_level", "log_format", mode="before")
@@ -180,7 +181,7 @@ def _package(cls: type[BaseSettings]) -> str:
 
 def _default(field: str, info: FieldInfo) -> str:
     if field == "replica":
-        return "`<service>-<pid>`"
+        return "`<service>-<host>-<pid>`"
     value = info.default
     if info.default_factory is not None:
         return "computed"

@@ -15,7 +15,7 @@ from meshkit.tasks import Backoff, TaskOwner
 from services.session import convert, metrics
 from services.session.domain import AppendOutcome, Grant, LeaseRef, RunAppend, StepCommit
 from services.session.flusher import Flusher, Pending
-from services.session.storm import STORM_GRACE_MS, StormGuard
+from services.session.storm import GRACE_MS, STORM_GRACE_MS, StormGuard
 
 _log = structlog.get_logger("session.append")
 
@@ -28,6 +28,7 @@ _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
 _SHORTEN_TRIES_S = 5.0
+_CUT_FORMER_S = 2.0
 # Between two looks at whether the runs that writers hold here are theirs still.
 _LOOK_S = 10.0
 _LOOK_CHUNK = 1000
@@ -51,8 +52,8 @@ class Leases(Protocol):
         """Returns the runs of those grants that are good no more."""
         ...
 
-    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
-        """Cuts the leases that a replica took and wrote nothing under."""
+    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
+        """Cuts the leases that a replica took and wrote nothing under, or all of its."""
         ...
 
 
@@ -181,6 +182,22 @@ class AppendHub:
         del self._holders[run_text]
         metrics.attached_runs.set(len(self._holders))
 
+    async def cut_former(self, owner: str) -> None:
+        """Cuts what a replica's name holds when its process has just begun.
+
+        A process that died together with the session replica that had its stream left nobody to tell of it.
+        Tried once: the new process's own claims would be in the way of a later try.
+        """
+        try:
+            async with asyncio.timeout(_CUT_FORMER_S):
+                count = await self._leases.shorten_claims(owner, GRACE_MS, written=True)
+        except (TimeoutError, HermeshError) as error:
+            _log.warning("a former process's leases were not cut; they end", owner=owner, error=str(error))
+            return
+        metrics.leases_shortened.inc(count)
+        if count:
+            _log.info("a former process's leases cut", owner=owner, runs=count)
+
     async def watch_leases(self) -> None:
         """Forgets writers that lost their run without a word on their stream, until cancelled.
 
@@ -267,6 +284,8 @@ class AppendStream:
             async for request in requests:
                 if request.owner:
                     self.owner = request.owner
+                if request.new_process and request.owner:
+                    self._hub.tasks.start(self._hub.cut_former(request.owner), name="cut-former")
                 for append in request.appends:
                     self._accept(append)
                 for item in request.reattach:

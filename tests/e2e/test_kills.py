@@ -59,6 +59,22 @@ async def test_a_killed_agents_run_is_finished_by_another(mesh: Mesh) -> None:
     assert starts[1].data["time"] / 1000 - killed < LEASE_TTL_SECONDS + 2
 
 
+async def test_an_agent_killed_together_with_all_that_knew_of_it_costs_no_lease(mesh: Mesh) -> None:
+    pids = {row.replica: row.pid for row in mesh.of("agent")}
+    run, follower, _ = await start(mesh)
+    # Nobody sees its append stream break: only the next process of its name tells that it is gone.
+    for pid in (*(row.pid for row in mesh.of("session")), pids[await holder(mesh, run)]):
+        os.kill(pid, signal.SIGKILL)
+    killed = time.time()
+    frames = await asyncio.wait_for(follower, 60)
+    assert_whole(frames)
+    assert frames[-1].event == "run.completed"
+    expected_text(frames)
+    starts = [frame for frame in frames if frame.event == "run.started"]
+    assert len(starts) == 2
+    assert starts[1].data["time"] / 1000 - killed < LEASE_TTL_SECONDS * 0.7
+
+
 @pytest.mark.parametrize("service", ["session", "gateway"])
 async def test_a_killed_replica_of_what_runs_pass_through_costs_none(mesh: Mesh, service: str) -> None:
     pid = mesh.of(service)[0].pid

@@ -38,7 +38,7 @@ WATCH_SECONDS = 1.0
 # The longest that text gathers, seconds: a reader still sees it flow.
 MAX_PACE = 0.05
 MAX_MESSAGE = 4 * 1024 * 1024
-# So long after a stream broke the session service may still cut leases because of it, seconds.
+# So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
 
 _sent = failpoints.point("agent.append.sent")
@@ -94,10 +94,12 @@ class AppendLink:
         self._timers: set[asyncio.TimerHandle] = set()
         self._asked_at: dict[str, float] = {}
         self._broke_at = float("-inf")
+        self._new_process = True
 
     def add(self, writer: RunWriter) -> None:
         """Serve a run's writer."""
         self._writers[writer.run_id] = writer
+        self._new_process = False
         if writer.asked_at <= self._broke_at + CUT_SECONDS:
             # A stream broke since its lease was asked for, or just before: it may have been cut with it.
             writer.detach()
@@ -130,8 +132,8 @@ class AppendLink:
                 started = self._monotonic()
                 try:
                     await self._serve()
-                except* Exception as group:  # whatever it was: the runs need a stream
-                    cause = _describe(group.exceptions[0])
+                except Exception as error:  # whatever it was: the runs need a stream
+                    cause = _describe(error)
                     say = _log.debug if failures else _log.warning
                     say("append stream broke", runs=len(self._writers), cause=cause)
                 self._broke_at = self._monotonic()
@@ -150,13 +152,21 @@ class AppendLink:
     async def _serve(self) -> None:
         """Use one stream until it ends; it always ends by an exception."""
         call = self._open_stream()
+        # No task group: one that is cancelled while it fails tells of the failure only, and this would go on.
+        parts = [
+            asyncio.create_task(_ended_by_us(self._read(call)), name="append-read"),
+            asyncio.create_task(self._watch(), name="append-watch"),
+            asyncio.create_task(_ended_by_us(self._write(call)), name="append-write"),
+        ]
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_ended_by_us(self._read(call)), name="append-read")
-                group.create_task(self._watch(), name="append-watch")
-                group.create_task(_ended_by_us(self._write(call)), name="append-write")
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
         finally:
             call.cancel()
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
 
     # sending
 
@@ -172,6 +182,10 @@ class AppendLink:
             if first or message.appends or message.reattach:
                 if first:
                     message.owner = self._owner
+                    if self._new_process:
+                        # A claim of ours that is on its way may be cut with our former process's.
+                        message.new_process = True
+                        self._broke_at = self._monotonic()
                     first = False
                 await call.write(message)
                 _sent()

@@ -189,8 +189,8 @@ class Log(Protocol):
         """Cuts leases to `grace_ms` from now where fence and attach still match; returns how many."""
         ...
 
-    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
-        """Cuts the leases that `owner` took and wrote nothing under; returns how many."""
+    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
+        """Cuts the leases that `owner` took and wrote nothing under, or all of its; returns how many."""
         ...
 
     async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:

@@ -168,9 +168,10 @@ class PostgresLog(PostgresPart):
         )
         return len(rows)
 
-    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
         """See the port."""
-        return len(await self._fetch(_SQL["shorten_claims"], owner, timedelta(milliseconds=grace_ms)))
+        grace = timedelta(milliseconds=grace_ms)
+        return len(await self._fetch(_SQL["shorten_claims"], owner, grace, written))
 
     async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
         """See the port."""

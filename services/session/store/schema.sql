@@ -481,6 +481,7 @@ BEGIN
            updated_ms = greatest(updated_ms, session.now_ms())
     WHERE session_id = v_session;
     UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;
+    UPDATE session.tool_call SET state = 5 WHERE run_id = p_run AND state = 2 AND effect = 3;
     SELECT r.run_id INTO v_next FROM session.run r
     WHERE r.session_id = v_session AND r.status < 4 ORDER BY r.ordinal LIMIT 1;
     IF v_next IS NOT NULL THEN

@@ -219,7 +219,8 @@ async def test_tools_are_called_through_the_tool_service(agent, mesh):
     result = next(json.loads(event.data) for event in events if event.type == "tool.result")
     assert (result["status"], result["content"]) == ("completed", "ok")
     call = mesh.executed[0]
-    assert (call.name, json.loads(call.arguments), call.fence) == ("add", {"a": 1}, 1)
+    assert (call.name, json.loads(call.arguments)) == ("add", {"a": 1})
+    assert call.fence == mesh.store.runs[call.run_id].fence
 
 
 async def test_a_cancel_says_why_and_reaches_the_model(agent, mesh, model):

@@ -248,6 +248,20 @@ async def test_a_lease_that_was_asked_for_before_the_stream_broke_is_attached_an
         assert run.fence == 2
 
 
+async def test_a_process_says_that_it_is_new_until_it_has_a_run():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.store.hold = True
+        for opened in (1, 2, 3):
+            await setup.store.until(lambda opened=opened: len(setup.store.held) == opened)
+            if opened == 2:
+                setup.writer()
+            # The last time the link is cancelled while its stream breaks, and ends all the same.
+            setup.store.break_streams()
+    assert [request.owner for _, request in setup.store.held] == ["agent-test"] * 3
+    assert [request.new_process for _, request in setup.store.held] == [True, True, False]
+
+
 async def test_cancel_notices_are_passed_on():
     async with TaskOwner() as tasks:
         setup = Setup(tasks)

@@ -1,4 +1,5 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_defaults_come_without_any_variable() -> None:
     assert settings.ready_file is None
     assert settings.drain_seconds == 10
     assert settings.drain_delay_seconds == 2.5
-    assert settings.replica == f"{MeshSettings.service_name()}-{os.getpid()}"
+    assert settings.replica == f"{MeshSettings.service_name()}-{socket.gethostname()}-{os.getpid()}"
 
 
 def test_variables_win_and_empty_ones_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_table_lists_each_variable_once_and_no_secret() -> None:
     assert "Where the model is." in row
     assert "required" in next(line for line in lines if "`HERMESH_MAX_RUNS`" in line)
     assert "| none |" in next(line for line in lines if "`HERMESH_MESH_TOKEN`" in line)
-    assert "`<service>-<pid>`" in next(line for line in lines if "`HERMESH_REPLICA`" in line)
+    assert "`<service>-<host>-<pid>`" in next(line for line in lines if "`HERMESH_REPLICA`" in line)
 
 
 def test_every_setting_is_described() -> None:

@@ -319,10 +319,10 @@ class FakeStore:
         self.shortened_event.set()
         return len(refs)
 
-    async def shorten_claims(self, owner: str, grace_ms: int) -> int:
+    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
         if self.fail:
             raise self.fail.pop(0)
-        self.shortened_claims.put_nowait((owner, grace_ms))
+        self.shortened_claims.put_nowait((owner, grace_ms, written))
         return 0
 
     async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:

@@ -242,8 +242,13 @@ class AppendRequest(message.Message):
     APPENDS_FIELD_NUMBER: builtins.int
     REATTACH_FIELD_NUMBER: builtins.int
     OWNER_FIELD_NUMBER: builtins.int
+    NEW_PROCESS_FIELD_NUMBER: builtins.int
     owner: builtins.str
     """The replica that owns the stream's runs; in the first message."""
+    new_process: builtins.bool
+    """Whether the replica's process has just begun and holds no run: what its name still holds was a former
+    process's, and is cut short. In the first message.
+    """
     @builtins.property
     def appends(self) -> containers.RepeatedCompositeFieldContainer[RunAppend]:
         """Writes of one or more runs, at most one for a run."""
@@ -258,10 +263,11 @@ class AppendRequest(message.Message):
         appends: abc.Iterable[RunAppend] | None = ...,
         reattach: abc.Iterable[Reattach] | None = ...,
         owner: builtins.str = ...,
+        new_process: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["appends", b"appends", "owner", b"owner", "reattach", b"reattach"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["appends", b"appends", "new_process", b"new_process", "owner", b"owner", "reattach", b"reattach"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,8 @@ CREATE FUNCTION session.in_force(p_until timestamptz) RETURNS boolean
     RETURN p_until >= clock_timestamp() AND p_until <= clock_timestamp() + interval '1 minute';
 
 -- Ends a run. The caller holds the session's lease row. Drops the run's messages from the conversation if
--- that was asked for, frees the lease if the run has it, and makes the session's next run due.
+-- that was asked for, frees the lease if the run has it, and makes the session's next run due. A call that must
+-- not run twice and was begun may have acted: nobody is left to say so, and its tool's late word settles it.
 CREATE FUNCTION session.finish_run(p_run uuid, p_status smallint, p_last_seq integer, p_error json)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -32,6 +33,7 @@ BEGIN
            updated_ms = greatest(updated_ms, session.now_ms())
     WHERE session_id = v_session;
     UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;
+    UPDATE session.tool_call SET state = 5 WHERE run_id = p_run AND state = 2 AND effect = 3;
     SELECT r.run_id INTO v_next FROM session.run r
     WHERE r.session_id = v_session AND r.status < 4 ORDER BY r.ordinal LIMIT 1;
     IF v_next IS NOT NULL THEN

@@ -98,13 +98,14 @@ WHERE l.session_id = b.session_id AND l.run_id = b.run_id AND l.fence = b.fence 
 RETURNING l.session_id;
 
 -- name: shorten_claims
--- Cuts the leases that a replica took and wrote nothing under: no append stream tells of them.
--- $1 owner, $2 how long they shall last
+-- Cuts the leases that a replica took and wrote nothing under, of which no append stream tells, or all that it has.
+-- $1 owner, $2 how long they shall last, $3 whether all
 WITH held AS MATERIALIZED (
     SELECT l.session_id
     FROM session.run r
     JOIN session.lease l USING (session_id)
-    WHERE r.status = 2 AND l.run_id = r.run_id AND l.owner = $1 AND l.attach = 0 AND l.next_seq = r.claim_seq
+    WHERE r.status = 2 AND l.run_id = r.run_id AND l.owner = $1
+      AND ($3 OR l.attach = 0 AND l.next_seq = r.claim_seq)
     ORDER BY l.session_id
     FOR NO KEY UPDATE OF l
 )

@@ -186,6 +186,10 @@ class JournalModel(Model):
         if not run.cancel and self.of(run):
             self.requeue(run)
 
+    def end(self, run: ModelRun, status: RunStatus) -> None:
+        super().end(run, status)
+        self.doubt(run)
+
     def doubt(self, run: ModelRun) -> None:
         """What was begun and must not run twice may have acted."""
         for call in self.of(run):

@@ -181,6 +181,29 @@ async def test_a_persons_word_lets_the_run_go_on(
     assert outcome is (BeginOutcome.GO if decision == RETRY else BeginOutcome.DONE)
 
 
+@pytest.mark.parametrize("unheld", [False, True])
+async def test_a_run_that_ends_leaves_in_doubt_what_may_have_acted(kit: Kit, unheld: bool) -> None:
+    grant = await kit.started()
+    calls = [intent(grant.run_id, number, effect) for number, effect in enumerate(EffectClass)]
+    await kit.step(grant, 2, event("step.started", "{}"), intents=tuple(calls))
+    for call in calls:
+        await kit.store.begin(call.call_id, grant.session_id, grant.fence)
+    if unheld:
+        await kit.expire(grant.session_id)
+        await kit.store.cancel(kit.tenant, grant.run_id, "x")
+    else:
+        await kit.step(grant, 3, event("run.cancelled", "{}"), status=RunStatus.CANCELLED)
+    states = {call.effect: call.state for call in await kit.store.calls_of_run(kit.tenant, grant.run_id)}
+    assert states == {
+        effect: ToolCallState.UNKNOWN if effect is EffectClass.NON_IDEMPOTENT else ToolCallState.RUNNING
+        for effect in EffectClass
+    }
+    # It did end, and its tool says so late.
+    late = calls[list(EffectClass).index(EffectClass.NON_IDEMPOTENT)].call_id
+    call = await kit.store.complete(late, grant.fence, ToolCallState.COMPLETED, "done", "", 1)
+    assert (call.state, call.content) == (ToolCallState.COMPLETED, "done")
+
+
 async def test_abandon_ends_the_run_and_frees_the_session(kit: Kit) -> None:
     grant, (call_id,) = await waiting(kit)
     later = await kit.submit(grant.session_id)

@@ -124,6 +124,10 @@ async def test_claims_that_nobody_wrote_under_are_cut_by_their_owner(kit: Kit) -
     assert (await kit.store.claim(fresh.run_id, "c")).outcome is ClaimOutcome.CLAIMED
     for grant in (written, moved, other):
         assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
+    assert await kit.store.shorten_claims(mine, 0, written=True) == 2
+    for grant in (written, moved):
+        assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.CLAIMED
+    assert (await kit.store.claim(other.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
 
 
 async def test_fences_are_read_for_many_sessions(kit: Kit) -> None:

@@ -67,6 +67,8 @@ async def test_a_request_id_makes_one_session_whatever_the_race(kit: Kit) -> Non
 
 async def test_lists_are_last_changed_first_and_page_without_loss(kit: Kit) -> None:
     sessions = [await kit.session(title=str(n), user="ann" if n % 2 else "bob") for n in range(7)]
+    # The order is by the millisecond, and by id within one.
+    await asyncio.sleep(0.002)
     await kit.store.update_session(kit.tenant, sessions[0].session_id, title="changed", metadata={})
     seen, token = [], ""
     while True:
