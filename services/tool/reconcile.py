@@ -14,6 +14,7 @@ from meshkit.errors import ResourceExhaustedError
 from services.tool import metrics
 from services.tool.acting import context_of, rendered
 from services.tool.domain import CallRequest, CallState, Entry, Outcome
+from services.tool.execution import reach
 from services.tool.journal import Journal
 from services.tool.registry import (
     ArgumentsError,
@@ -56,6 +57,7 @@ class Reconciler:
     the time until the act may start, the tool's timeout, the time it gets to stop, and the time within which
     what it sent may still take effect outside. A try takes no step past its timeout (`acting.Timed`),
     whatever happened to its process. What was found counts only while the call was not begun again.
+    The journal's clock may be set forward: so the same time must also have passed by the caller's own.
     """
 
     def __init__(
@@ -75,8 +77,12 @@ class Reconciler:
         self._max_looks = max_looks
         self._looks = 0
 
-    async def look(self, request: CallRequest) -> Look:
+    async def look(self, request: CallRequest, waited: float) -> Look:
         """Asks the call's tool once, and records what it found.
+
+        Args:
+            request: The call.
+            waited: For how many seconds the caller has known that it may have been begun.
 
         Raises:
             ResourceExhaustedError: Too many looks at once.
@@ -91,7 +97,7 @@ class Reconciler:
             return Look(Finding.CANNOT_TELL)
         self._looks += 1
         try:
-            look = await self._look(request, found)
+            look = await self._look(request, found, waited)
         finally:
             self._looks -= 1
         metrics.RECONCILES.labels(found.name, look.finding.value).inc()
@@ -103,7 +109,7 @@ class Reconciler:
         )
         return look
 
-    async def _look(self, request: CallRequest, found: Tool) -> Look:
+    async def _look(self, request: CallRequest, found: Tool, waited: float) -> Look:
         # Before the hook is asked: only what is looked up once all is quiet can be "not done".
         entry = await self._journal.look(request)
         if entry.state is not CallState.UNKNOWN:
@@ -118,8 +124,9 @@ class Reconciler:
         if answer is None:
             return Look(Finding.ASK_AGAIN)
         if answer is Reconciled.NOT_DONE:
-            if entry.quiet_in > 0:
-                return Look(Finding.ASK_AGAIN, after=entry.quiet_in)
+            quiet_in = max(entry.quiet_in, reach(found) - waited)
+            if quiet_in > 0:
+                return Look(Finding.ASK_AGAIN, after=quiet_in)
             return _standing(await self._journal.reconcile(request, None, entry.tries))
         assert isinstance(answer, Outcome)
         outcome = await shrink(self._results, request.tenant_id, answer, found.reconcile_timeout)

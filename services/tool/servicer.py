@@ -95,7 +95,8 @@ class ToolServicer(ToolServiceServicer):
                 name=request.name,
                 arguments=request.arguments,
                 user=request.user,
-            )
+            ),
+            request.waited_ms / 1000,
         )
         response = pb.ReconcileResponse(
             outcome=_FINDINGS[look.finding], retry_after_ms=math.ceil(look.after * 1000)

@@ -275,7 +275,7 @@ class ToolClient:
                 _log.warning("the journal does not answer", call_id=call.call_id, code=error.code().name)
             await backoff.sleep()
 
-    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+    async def reconcile(self, spec: RunSpec, call: Call, known_since: float) -> Call:
         """Have a call's tool look up what became of it, and return it as it stands then.
 
         A look never acts. An outside that does not answer is asked again on a schedule, a bounded number of
@@ -285,6 +285,7 @@ class ToolClient:
         Args:
             spec: the run.
             call: the call, UNKNOWN.
+            known_since: when this process first knew that it may have been begun, by the monotonic clock.
         """
         metadata = mesh_metadata(self._settings, spec.tenant_id)
         request = ReconcileRequest(
@@ -300,6 +301,7 @@ class ToolClient:
         end = time.monotonic() + self._settings.reconcile_seconds
         backoff = Backoff(1.0, 30.0)
         while True:
+            request.waited_ms = int((time.monotonic() - known_since) * 1000)
             response = await self._look(request, metadata)
             if response.outcome == RECONCILE_OUTCOME_SETTLED:
                 return _settled(call, response.result)

@@ -33,7 +33,7 @@ class ToolPort(Protocol):
         """Run one call and return it with its outcome."""
         ...
 
-    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+    async def reconcile(self, spec: RunSpec, call: Call, known_since: float) -> Call:
         """Have a call's tool look up what became of it."""
         ...
 

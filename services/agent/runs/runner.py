@@ -89,6 +89,8 @@ class Runner:
         self._turns = 0
         self._tools: Mapping[str, ToolInfo] = {}
         self._running_calls: dict[str, CallPlace] = {}
+        # When this process first knew that a call may have been begun.
+        self._known_since: dict[str, float] = {}
         self.reply = ""
         writer.on_stopped = self._writer_stopped
 
@@ -440,6 +442,7 @@ class Runner:
 
     async def _call_tool(self, call: Call, done: list[Call]) -> None:
         place = self._running_calls[call.call_id] = CallPlace()
+        self._known_since[call.call_id] = self._world.monotonic()
         result = await self._world.tools.execute(
             self.spec,
             call,
@@ -459,7 +462,8 @@ class Runner:
 
     async def _look(self, call: Call, found: list[Call]) -> None:
         self._journal.progress(call.call_id, "looking up whether it took effect")
-        result = await self._world.tools.reconcile(self.spec, call)
+        known_since = self._known_since.setdefault(call.call_id, self._world.monotonic())
+        result = await self._world.tools.reconcile(self.spec, call, known_since)
         self._journal.reconciled(result)
         if result.state.settled:
             self._journal.result(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.chaos.model.history import Record
+from tests.chaos.traffic.tools import TIMEOUT
 from tests.chaos.validate.facts import (
     BEGUN,
     COMPLETED,
@@ -144,10 +145,13 @@ def _at_most_once(facts: Facts, row: Record) -> Iterator[Violation]:
 
 
 def _not_after_settled(facts: Facts, row: Record) -> Iterator[Violation]:
+    """A person may speak while a try that was begun still acts: they are told for how long it may."""
     call = row["call"]
+    begins = _begins(facts, call)
     for move in facts.moves.get(call, []):
         if move["to"] in (DONE, NOT_DONE):
-            late = [act for act in facts.acts.get(call, []) if act["t"] > move["t"] + SLACK]
+            acting = begins[-1]["t"] + TIMEOUT if begins and facts.word(call, "completed", "failed") else 0.0
+            late = [act for act in facts.acts.get(call, []) if act["t"] > max(move["t"], acting) + SLACK]
             if late:
                 text = f"call {call} acted after it was settled as {_NAMES[move['to']]}"
                 yield Violation(4, text, [move, *late])

@@ -264,7 +264,9 @@ async def test_a_hook_settles_an_unknown_call_and_never_acts(service: Service) -
     service.journal.intend(CALL, Effect.NON_IDEMPOTENT)
     row = service.journal.rows[CALL]
     row.running, row.entry = True, replace(row.entry, state=CallState.UNKNOWN, tries=1, quiet_in=2.0)
-    request = pb.ReconcileRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
+    request = pb.ReconcileRequest(
+        call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever", waited_ms=3_600_000
+    )
     service.lever.found = Reconciled.NOT_DONE
     early = await service.stub.Reconcile(request, metadata=metadata())
     assert (early.outcome, early.retry_after_ms) == (pb.RECONCILE_OUTCOME_ASK_AGAIN, 2_000)

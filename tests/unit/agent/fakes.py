@@ -393,7 +393,7 @@ class FakeTools:
         on_progress("working")
         return replace(call, state=CallState.COMPLETED, content=str(answer))
 
-    async def reconcile(self, spec: RunSpec, call: Call) -> Call:
+    async def reconcile(self, spec: RunSpec, call: Call, known_since: float) -> Call:
         """Finds what is next in `findings`: "not done", "cannot tell", "never" or a result."""
         call = replace(call, looks=call.looks + 1)
         found = self.findings[call.name].pop(0)

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -400,7 +401,7 @@ def quick(monkeypatch):
 async def find_out(mesh, *findings, **settings):
     mesh.findings = list(findings)
     async with clients(mesh, **settings) as (tools, _):
-        return await tools.reconcile(SPEC, UNCLEAR)
+        return await tools.reconcile(SPEC, UNCLEAR, time.monotonic() - 3)
 
 
 async def test_a_tool_is_asked_until_it_has_found_out(mesh, quick):
@@ -410,6 +411,9 @@ async def test_a_tool_is_asked_until_it_has_found_out(mesh, quick):
     assert {(one.call_id, one.name, one.arguments) for one in mesh.looked} == {
         (UNCLEAR.call_id, "pay", '{"a":1}')
     }
+    waited = [one.waited_ms for one in mesh.looked]
+    assert waited == sorted(waited)
+    assert waited[0] >= 3000
 
 
 async def test_a_call_that_was_not_done_may_run_again(mesh):

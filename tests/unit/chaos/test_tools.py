@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.chaos.traffic.tools import TIMEOUT
 from tests.unit.chaos.support import assert_clean, assert_found, drop, of
 from tests.unit.chaos.world import Call, World
 
@@ -278,8 +279,11 @@ def test_an_act_at_the_time_of_its_begin_is_good() -> None:
 
 @pytest.mark.parametrize("decision", ["completed", "failed"])
 def test_an_act_after_a_person_had_settled_the_call(decision: str) -> None:
-    world, _ = settled(decision)
-    of(world, "act")[0]["t"] = world.now
+    world, call = settled(decision)
+    # While the try may act a person knows that it may, and speaks all the same.
+    of(world, "act")[0]["t"] = of(world, "call", call=call.name, to=2)[0]["t"] + TIMEOUT
+    assert_clean(world)
+    of(world, "act")[0]["t"] += 0.2
     assert_found(world, 4, f"acted after it was settled as {decision}")
 
 

@@ -15,6 +15,8 @@ from services.tool.results import INLINE_BYTES
 from tests.unit.tool.fakes import FakeJournal, FakeResults, call
 
 Answer = Callable[[ToolContext], Any]
+# Long enough for any try to have ended.
+QUIET = 3600.0
 
 
 class Ledger:
@@ -63,7 +65,7 @@ def reconciler(journal: FakeJournal, ledger: Ledger, **more: Any) -> Reconciler:
 
 async def test_a_result_that_is_found_is_the_calls_outcome(journal: FakeJournal) -> None:
     ledger = Ledger({"refunded": 7})
-    look = await reconciler(journal, ledger).look(call(arguments='{"n": 1}'))
+    look = await reconciler(journal, ledger).look(call(arguments='{"n": 1}'), QUIET)
     assert look == Look(Finding.SETTLED, Outcome(CallState.COMPLETED, '{"refunded": 7}'))
     assert journal.rows["run:1:0"].entry.state is CallState.COMPLETED
     assert ledger.contexts[0].idempotency_key == "key-run:1:0"
@@ -71,7 +73,7 @@ async def test_a_result_that_is_found_is_the_calls_outcome(journal: FakeJournal)
 
 
 async def test_a_failure_that_is_found_is_the_calls_outcome(journal: FakeJournal) -> None:
-    look = await reconciler(journal, Ledger(ToolError("the card was refused"))).look(call())
+    look = await reconciler(journal, Ledger(ToolError("the card was refused"))).look(call(), QUIET)
     assert look.outcome is not None
     assert (look.outcome.state, look.outcome.content) == (CallState.FAILED, "the card was refused")
 
@@ -80,21 +82,32 @@ async def test_not_done_lets_the_call_run_again_once_all_is_quiet(journal: FakeJ
     row = journal.rows["run:1:0"]
     row.entry = replace(row.entry, quiet_in=7.5)
     hooks = reconciler(journal, Ledger(Reconciled.NOT_DONE, Reconciled.NOT_DONE))
-    assert await hooks.look(call()) == Look(Finding.ASK_AGAIN, after=7.5)
+    assert await hooks.look(call(), QUIET) == Look(Finding.ASK_AGAIN, after=7.5)
     assert row.entry.state is CallState.UNKNOWN
     row.entry = replace(row.entry, quiet_in=0.0)
-    assert await hooks.look(call()) == Look(Finding.NOT_DONE)
+    assert await hooks.look(call(), QUIET) == Look(Finding.NOT_DONE)
     assert row.entry.state is None
+
+
+async def test_a_journal_whose_clock_went_forward_lets_nothing_run_again_too_early(
+    journal: FakeJournal,
+) -> None:
+    hooks = reconciler(journal, Ledger(*[Reconciled.NOT_DONE] * 3))
+    early = await hooks.look(call(), 0.0)
+    assert early.finding is Finding.ASK_AGAIN
+    assert (await hooks.look(call(), early.after - 0.001)).finding is Finding.ASK_AGAIN
+    assert journal.rows["run:1:0"].entry.state is CallState.UNKNOWN
+    assert (await hooks.look(call(), early.after)).finding is Finding.NOT_DONE
 
 
 async def test_a_result_need_not_wait_until_all_is_quiet(journal: FakeJournal) -> None:
     row = journal.rows["run:1:0"]
     row.entry = replace(row.entry, quiet_in=3600.0)
-    assert (await reconciler(journal, Ledger("done")).look(call())).finding is Finding.SETTLED
+    assert (await reconciler(journal, Ledger("done")).look(call(), QUIET)).finding is Finding.SETTLED
 
 
 async def test_what_cannot_be_told_is_left_as_it_is(journal: FakeJournal) -> None:
-    look = await reconciler(journal, Ledger(Reconciled.CANNOT_TELL)).look(call())
+    look = await reconciler(journal, Ledger(Reconciled.CANNOT_TELL)).look(call(), QUIET)
     assert look.finding is Finding.CANNOT_TELL
     assert journal.rows["run:1:0"].entry.state is CallState.UNKNOWN
 
@@ -103,20 +116,20 @@ async def test_an_outside_that_is_away_is_asked_again(journal: FakeJournal) -> N
     never = asyncio.Event()
     hooks = reconciler(journal, Ledger(ConnectionError("away"), never, object(), "found", timeout=0.05))
     for _ in range(3):
-        assert await hooks.look(call()) == Look(Finding.ASK_AGAIN)
-    assert (await hooks.look(call())).finding is Finding.SETTLED
+        assert await hooks.look(call(), QUIET) == Look(Finding.ASK_AGAIN)
+    assert (await hooks.look(call(), QUIET)).finding is Finding.SETTLED
 
 
 async def test_a_call_that_was_settled_meanwhile_is_not_looked_up(journal: FakeJournal) -> None:
     row = journal.rows["run:1:0"]
     row.entry = replace(row.entry, state=CallState.COMPLETED, content="late word")
     ledger = Ledger()
-    look = await reconciler(journal, ledger).look(call())
+    look = await reconciler(journal, ledger).look(call(), QUIET)
     assert look == Look(Finding.SETTLED, Outcome(CallState.COMPLETED, "late word"))
     row.entry, row.running = replace(row.entry, state=None), False
-    assert await reconciler(journal, ledger).look(call()) == Look(Finding.NOT_DONE)
+    assert await reconciler(journal, ledger).look(call(), QUIET) == Look(Finding.NOT_DONE)
     row.running = True
-    assert (await reconciler(journal, ledger).look(call())).finding is Finding.ASK_AGAIN
+    assert (await reconciler(journal, ledger).look(call(), QUIET)).finding is Finding.ASK_AGAIN
     assert ledger.contexts == []
 
 
@@ -124,7 +137,7 @@ async def test_a_call_that_was_begun_again_during_the_look_keeps_its_state(journ
     gate = asyncio.Event()
     ledger = Ledger(gate)
     row = journal.rows["run:1:0"]
-    task = asyncio.create_task(reconciler(journal, ledger).look(call()))
+    task = asyncio.create_task(reconciler(journal, ledger).look(call(), QUIET))
     await asyncio.wait_for(ledger.asked.wait(), 5)
     row.entry = replace(row.entry, tries=2)
     gate.set()
@@ -136,14 +149,14 @@ async def test_a_tool_without_a_hook_cannot_tell(journal: FakeJournal) -> None:
     ledger = Ledger()
     bare = replace(ledger.tool, reconcile=None)
     for registry in (Registry([bare]), Registry()):
-        look = await Reconciler(registry, journal, None).look(call())
+        look = await Reconciler(registry, journal, None).look(call(), QUIET)
         assert look.finding is Finding.CANNOT_TELL
     assert journal.looks == 0
 
 
 async def test_a_large_result_goes_to_the_object_store(journal: FakeJournal) -> None:
     results = FakeResults()
-    look = await reconciler(journal, Ledger("x" * (INLINE_BYTES + 1)), results=results).look(call())
+    look = await reconciler(journal, Ledger("x" * (INLINE_BYTES + 1)), results=results).look(call(), QUIET)
     assert look.outcome is not None
     assert look.outcome.content_ref == "sha256:1"
     assert [len(data) for data in results.objects] == [INLINE_BYTES + 1]
@@ -153,10 +166,10 @@ async def test_looks_are_bounded(journal: FakeJournal) -> None:
     gate = asyncio.Event()
     ledger = Ledger(gate, "x")
     hooks = reconciler(journal, ledger, max_looks=1)
-    first = asyncio.create_task(hooks.look(call()))
+    first = asyncio.create_task(hooks.look(call(), QUIET))
     await asyncio.wait_for(ledger.asked.wait(), 5)
     with pytest.raises(ResourceExhaustedError):
-        await hooks.look(call())
+        await hooks.look(call(), QUIET)
     first.cancel()
     await asyncio.wait({first})
-    assert (await hooks.look(call())).finding is Finding.SETTLED
+    assert (await hooks.look(call(), QUIET)).finding is Finding.SETTLED

@@ -333,6 +333,7 @@ class ReconcileRequest(message.Message):
     NAME_FIELD_NUMBER: builtins.int
     ARGUMENTS_FIELD_NUMBER: builtins.int
     USER_FIELD_NUMBER: builtins.int
+    WAITED_MS_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The journalled call."""
     session_id: builtins.str
@@ -345,6 +346,10 @@ class ReconcileRequest(message.Message):
     """The arguments, a JSON object as text."""
     user: builtins.str
     """As in ExecuteRequest."""
+    waited_ms: builtins.int
+    """For how long the caller has known, by its own clock, that the call may have been begun: since it asked for
+    it, or else since it first asked what became of it.
+    """
     def __init__(
         self,
         *,
@@ -354,10 +359,11 @@ class ReconcileRequest(message.Message):
         name: builtins.str = ...,
         arguments: builtins.str = ...,
         user: builtins.str = ...,
+        waited_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["arguments", b"arguments", "call_id", b"call_id", "name", b"name", "run_id", b"run_id", "session_id", b"session_id", "user", b"user", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
