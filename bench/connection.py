@@ -65,7 +65,7 @@ class Record:
 
 
 class Connection(asyncio.Protocol):
-    """Sends one request at a time; `done` is called with its record, `noted` whenever body bytes came."""
+    """Sends one request at a time; `done` is called with its record, `noted` whenever bytes came."""
 
     def __init__(self, done: Callable[[Record], None], noted: Callable[[Record], None] | None = None) -> None:
         self._done = done
@@ -121,8 +121,8 @@ class Connection(asyncio.Protocol):
             return
         if record.size != before:
             record.marks.append((at, record.size))
-            if self._noted is not None:
-                self._noted(record)
+        if self._noted is not None:
+            self._noted(record)
         if self._complete:
             self._complete = False
             if not self._parser.should_keep_alive() and self._transport is not None:

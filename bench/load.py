@@ -90,13 +90,21 @@ class Generator:
         said: dict[str, Any] = orjson.loads(await self.line(LONGEST_SECONDS))
         return Window(said["began"], said["ended"], said["cpu"])
 
-    async def replies(self) -> list[Reply]:
-        """Returns what came, once the process has ended. Raises LoadError when it failed."""
+    async def _ended(self) -> None:
         async with asyncio.timeout(START_SECONDS):
             status = await self._process.wait()
         if status:
             raise LoadError(f"the load generator ended with {status}; its message is above")
+
+    async def replies(self) -> list[Reply]:
+        """Returns what came, once the process has ended. Raises LoadError when it failed."""
+        await self._ended()
         return read_replies(self._out)
+
+    async def written(self) -> Any:
+        """Returns what it wrote as JSON, once the process has ended. Raises LoadError when it failed."""
+        await self._ended()
+        return orjson.loads(self._out.with_suffix(".json").read_bytes())
 
 
 def read_replies(out: Path) -> list[Reply]:
@@ -118,7 +126,7 @@ async def started(module: str, job: dict[str, Any]) -> AsyncIterator[Generator]:
         path = Path(folder) / "job.json"
         path.write_bytes(orjson.dumps(job | {"out": str(out), "silence_seconds": SILENCE_SECONDS}))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, str(path)),
+            *(sys.executable, "-P", "-m", module, str(path)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

@@ -79,7 +79,9 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
         starts = await model_starts(model[0])
         _read_pace(target, scenario, names, replies, starts, figures, times)
     tokens = len(replies) * scenario.reply_tokens
-    figures |= _rates(window, tokens, len(replies)) | costs(parts, tokens, target.name == "model alone")
+    figures |= _rates(window, tokens, len(replies)) | costs(
+        parts, tokens, model_counts=model[1] in target.processes().values()
+    )
     figures["generator_cpu_per_1000"] = window.cpu / tokens * 1000
     ours = sum(part.cpu for part in parts.values()) + window.cpu
     figures["others_cores"] = max(0.0, machine - ours) / (window.seconds + SETTLE_SECONDS)
@@ -114,7 +116,7 @@ def by_kind(before: Mapping[str, Usage], after: Mapping[str, Usage]) -> dict[str
     return parts
 
 
-def costs(parts: Mapping[str, Part], tokens: int, model_counts: bool = False) -> dict[str, float]:
+def costs(parts: Mapping[str, Part], tokens: int, *, model_counts: bool = False) -> dict[str, float]:
     """CPU seconds for 1,000 tokens, with and without the stores; the model's own only if it is the target."""
     mine = {kind: part.cpu for kind, part in parts.items() if model_counts or kind != MODEL}
     stores = sum(cpu for kind, cpu in mine.items() if kind in STORES)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bench.facts import facts
+from bench.long_sessions import measure_long_sessions
 from bench.measure import Run, measure
 from bench.mesh import Mesh
 from bench.results import Result
-from bench.scenarios import Replies, Scenario
+from bench.scenarios import LongSessions, Replies, Scenario, Watchers
 from bench.targets import MeshTarget, ModelTarget
+from bench.watchers import measure_watchers
 
+WARM_UP = Replies("warm_up", "warming up", clients=8, asks=2, tokens=50)
 SETTINGS = {"HERMESH_MAX_STREAMS": "8000"}
+
+
+def meshes(scenarios: Sequence[Scenario]) -> list[list[Scenario]]:
+    """Returns the scenarios that share a mesh, in order.
+
+    Watchers get one of their own: memory that an earlier load has left to a process hides what they take.
+    """
+    shared: list[Scenario] = [one for one in scenarios if not isinstance(one, Watchers)]
+    groups: list[list[Scenario]] = [shared] if shared else []
+    return groups + [[one] for one in scenarios if isinstance(one, Watchers)]
 
 
 async def run_scenario(mesh: Mesh, scenario: Scenario, runs: int, said: Callable[[str], None]) -> Result:
@@ -21,7 +34,7 @@ async def run_scenario(mesh: Mesh, scenario: Scenario, runs: int, said: Callable
     Args:
         mesh: a mesh on the zero-delay model server.
         scenario: what to do.
-        runs: how often each target is measured.
+        runs: how often each target is measured; watchers are measured once, whatever it says.
         said: is told what goes on.
 
     Raises:
@@ -29,8 +42,20 @@ async def run_scenario(mesh: Mesh, scenario: Scenario, runs: int, said: Callable
         LoadError: The load generator failed.
     """
     result = Result(scenario.name, scenario.title, facts())
-    assert isinstance(scenario, Replies)
-    await _replies(mesh, scenario, runs, said, result)
+    if isinstance(scenario, Replies):
+        await _replies(mesh, scenario, runs, said, result)
+        return result
+    assert mesh.model is not None
+    pid = mesh.model.process.pid
+    async with MeshTarget(mesh) as target:
+        said(f"{scenario.title}: warming up")
+        await measure(target, WARM_UP, (mesh.model.url, pid))
+        for number in range(runs if isinstance(scenario, LongSessions) else 1):
+            said(f"{scenario.title}: run {number + 1}")
+            if isinstance(scenario, LongSessions):
+                result.runs.append(await measure_long_sessions(target, scenario, pid))
+            else:
+                result.runs.append(await measure_watchers(target, scenario, pid))
     return result
 
 

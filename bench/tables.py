@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import SHOWN, number
+from bench.goals import outcomes
 from bench.measure import MODEL, STORES
 from bench.results import Result, Spread
+from bench.targets import MESH
 
 _MIB = 2**20
 
@@ -48,6 +50,21 @@ def _processes(console: Console, result: Result, target: str) -> None:
         note = " (store)" if kind in STORES else " (not counted)" if kind == MODEL else ""
         table.add_row(kind + note, cpu, number(part.rss / _MIB, 0), number(part.pss / _MIB, 0))
     console.print(table)
+
+
+def show_goals(console: Console, results: Sequence[Result]) -> None:
+    """Prints which goals the mesh met and which it missed."""
+    table = Table(title="goals", title_justify="left")
+    for name in ("goal", "bound", "median", ""):
+        table.add_column(name, justify="left" if name == "goal" else "right")
+    for outcome in outcomes(results, MESH):
+        goal = outcome.goal
+        bound = f"{'≥' if goal.at_least else '≤'} {goal.bound:,g} {goal.unit}"
+        colour = "green" if outcome.met else "red"
+        value = number(outcome.spread.median, 0 if goal.bound > 1000 else 3)
+        table.add_row(goal.what, bound, value, f"[{colour}]{outcome.word}[/{colour}]")
+    if table.row_count:
+        console.print(table)
 
 
 def ordered(kinds: Sequence[str]) -> list[str]:

@@ -14,6 +14,8 @@ from bench.target import Ask, IncompleteReply
 from launcher.control import supervisor_of
 from launcher.folder import Folder
 
+MESH = "hermesh"
+ALONE = "model alone"
 MESSAGES_A_RUN = 250
 _SHOWN = 600
 
@@ -26,7 +28,7 @@ class ModelTarget:
         pid: its process.
     """
 
-    name = "model alone"
+    name = ALONE
     durable = False
     first_token = re.compile(rb'"content":"[^"]')
 
@@ -60,7 +62,7 @@ class MeshTarget:
         memory: whether runs read long-term memory.
     """
 
-    name = "hermesh"
+    name = MESH
     durable = True
     first_token = re.compile(rb'event: text\.delta\ndata: [^\n]*"text":"[^"]')
 
