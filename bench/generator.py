@@ -3,10 +3,11 @@
     python -m bench.generator JOB
 
 JOB is JSON: `clients` is a list of clients, each a list of requests {"url", "headers", "body"} that it sends
-one after the other over one connection; `out` is where the records go; `silence_seconds` is how long nothing
-may come. It says `ready` once everything is rendered and connected, begins on a line from stdin, and says
-one line of JSON when the last answer is there (`began` and `ended` in nanoseconds of the monotonic clock,
-`cpu` in seconds of its own). Then it writes `OUT.json`, one record a request, and `OUT.bin`, their bodies.
+one after the other over one connection; `out` is where the records go; `spread_seconds` is the time over which
+the clients begin, `silence_seconds` how long nothing may come. It says `ready` once everything is rendered and
+connected, begins on a line from stdin, and says one line of JSON when the last answer is there (`began` and
+`ended` in nanoseconds of the monotonic clock, `cpu` in seconds of its own). Then it writes `OUT.json`, one
+record a request, and `OUT.bin`, their bodies.
 """
 
 from __future__ import annotations
@@ -97,11 +98,12 @@ async def connect_all(clients: Sequence[Client]) -> None:
             group.create_task(one(client))
 
 
-async def play(clients: Sequence[Client], silence_seconds: float) -> None:
-    """Has all clients ask at once and returns when each has its last answer."""
+async def play(clients: Sequence[Client], spread_seconds: float, silence_seconds: float) -> None:
+    """Has all clients ask, the last of them `spread_seconds` after the first; returns when all is answered."""
     everything = asyncio.gather(*(client.finished for client in clients))
-    for client in clients:
-        client.go()
+    loop = asyncio.get_running_loop()
+    for number, client in enumerate(clients):
+        loop.call_later(spread_seconds * number / len(clients), client.go)
     while not everything.done():
         await asyncio.wait([everything], timeout=CHECK_SECONDS)
         oldest = time.monotonic_ns() - int(silence_seconds * 1e9)
@@ -147,7 +149,7 @@ async def run(job: dict[str, Any]) -> None:
     say("ready")
     await asyncio.to_thread(sys.stdin.readline)
     cpu, began = time.process_time(), time.monotonic_ns()
-    await play(clients, job["silence_seconds"])
+    await play(clients, job["spread_seconds"], job["silence_seconds"])
     ended = time.monotonic_ns()
     say(orjson.dumps({"began": began, "ended": ended, "cpu": time.process_time() - cpu}).decode())
     for client in clients:

@@ -142,12 +142,20 @@ async def started(module: str, job: dict[str, Any]) -> AsyncIterator[Generator]:
             await process.wait()
 
 
-def load(clients: Sequence[Sequence[Ask]]) -> contextlib.AbstractAsyncContextManager[Generator]:
-    """Makes a generator ready in which each client sends its requests one after the other."""
+def load(
+    clients: Sequence[Sequence[Ask]], spread_seconds: float = 0.0
+) -> contextlib.AbstractAsyncContextManager[Generator]:
+    """Makes a generator ready in which each client sends its requests one after the other.
+
+    Args:
+        clients: the requests of each.
+        spread_seconds: the time over which they begin; 0 for all at once.
+    """
     job = {
+        "spread_seconds": spread_seconds,
         "clients": [
             [{"url": ask.url, "headers": dict(ask.headers), "body": dict(ask.body)} for ask in asks]
             for asks in clients
-        ]
+        ],
     }
     return started("bench.generator", job)

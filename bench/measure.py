@@ -67,7 +67,7 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
     names = [[f"{next(_number)}" for _ in range(scenario.asks)] for _ in range(scenario.clients)]
     asks = await _prepare(target, [[scenario.prompt(name) for name in row] for row in names])
     processes = dict(target.processes()) | {MODEL: model[1]}
-    async with load(asks) as generator:
+    async with load(asks, scenario.spread) as generator:
         machine, before = machine_cpu_seconds(), usage(processes)
         window = await generator.go()
         await asyncio.sleep(SETTLE_SECONDS)

@@ -315,7 +315,8 @@ class Connection(asyncio.Protocol):
                 if self._close_after:
                     self.close()
         elif self._rate:
-            self._timer = self._loop.call_at(self._next_at, self._pump)
+            # uvloop rounds to milliseconds: called half of one early it would spin until the frame is due.
+            self._timer = self._loop.call_at(self._next_at + 0.0005, self._pump)
         else:
             self._timer = self._loop.call_soon(self._pump)
 

@@ -80,7 +80,9 @@ async def _replies(
 
 def warm_up(scenario: Replies) -> Replies:
     """Returns a short form of a scenario: as many clients, one short reply each."""
-    return replace(scenario, asks=max(1, 5 // scenario.clients), tokens=min(scenario.tokens, 50), rate=0.0)
+    return replace(
+        scenario, asks=max(1, 5 // scenario.clients), tokens=min(scenario.tokens, 50), rate=0.0, spread=0.0
+    )
 
 
 def compare(run: Run, baseline: Run) -> None:

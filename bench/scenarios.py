@@ -53,6 +53,7 @@ class Replies:
         rate: tokens a second at which the model writes; 0 for as fast as the socket takes them.
         script: directives for the model in place of a reply of `tokens` tokens; `reply` must come then.
         reply: the text expected for `script`.
+        spread: seconds over which the clients begin; at once, the tokens of paced streams would be in step.
         memory: whether long-term memory is read.
         baseline: whether the model alone can be asked the same.
         quick: questions of each client in a quick run; None keeps it out of one.
@@ -67,6 +68,7 @@ class Replies:
     rate: float = 0.0
     script: str = ""
     reply: str = ""
+    spread: float = 0.0
     memory: bool = False
     baseline: bool = True
     quick: int | None = None
@@ -169,6 +171,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         asks=1,
         tokens=500,
         rate=50,
+        spread=1.0,
         quick=1,
         goals=(PACED_CPU, PACED_ADDED, PACED_BEHIND),
     ),
