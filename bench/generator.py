@@ -3,11 +3,11 @@
     python -m bench.generator JOB
 
 JOB is JSON: `clients` is a list of clients, each a list of requests {"url", "headers", "body"} that it sends
-one after the other over one connection; `out` is where the records go; `spread_seconds` is the time over which
-the clients begin, `silence_seconds` how long nothing may come. It says `ready` once everything is rendered and
-connected, begins on a line from stdin, and says one line of JSON when the last answer is there (`began` and
-`ended` in nanoseconds of the monotonic clock, `cpu` in seconds of its own). Then it writes `OUT.json`, one
-record a request, and `OUT.bin`, their bodies.
+one after the other over one connection; `out` is where the records go; `spread_seconds` is the time over
+which the clients begin, `silence_seconds` how long nothing may come. It says `ready` once everything is
+rendered and connected, begins on a line from stdin, and says one line of JSON when the last answer is there
+(`began` and `ended` in nanoseconds of the monotonic clock, `cpu` in seconds of its own). Then it writes
+`OUT.json`, one record a request, and `OUT.bin`, their bodies.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ async def connect_all(clients: Sequence[Client]) -> None:
 
 
 async def play(clients: Sequence[Client], spread_seconds: float, silence_seconds: float) -> None:
-    """Has all clients ask, the last of them `spread_seconds` after the first; returns when all is answered."""
+    """Has all clients ask, the last `spread_seconds` after the first; returns when all is answered."""
     everything = asyncio.gather(*(client.finished for client in clients))
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients):

@@ -14,11 +14,13 @@ from bench.load import Reply, Window, load
 from bench.process_cpu import Usage, machine_cpu_seconds, usage
 from bench.reading import added, arrivals, check, first_at, gaps
 from bench.scenarios import Replies
-from bench.target import Ask, Target
+from bench.target import Ask, Replayed, Target
 
 PREPARED_AT_ONCE = 16
 # What a run leaves to do (publishing, releasing) is part of its cost.
 SETTLE_SECONDS = 0.3
+# About so many replies of a run are read again from where the target keeps them.
+REPLAYED = 8
 # A stream fell behind when its last token was this much later than the model wrote it.
 BEHIND_NS = 250_000_000
 STORES = frozenset({"postgresql", "valkey", "redis"})
@@ -75,6 +77,9 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
         replies = await generator.replies()
     parts = by_kind(before, after)
     figures, times = read(target, scenario, replies)
+    if isinstance(target, Replayed):
+        for reply in replies[:: max(1, len(replies) // REPLAYED)]:
+            await target.check_kept(reply.body)
     if scenario.rate:
         starts = await model_starts(model[0])
         _read_pace(target, scenario, names, replies, starts, figures, times)

@@ -108,6 +108,17 @@ class MeshTarget:
         """Returns URL and headers with which a session is followed from now on."""
         return f"{self._url}/v1/sessions/{session_id}/events", self._headers
 
+    async def check_kept(self, body: bytes) -> None:
+        """Replays a run from its log: every event, byte for byte. Raises IncompleteReply when it differs."""
+        streamed = event_lines(body)
+        run_id = orjson.loads(streamed[0])["run_id"]
+        assert self._client is not None
+        answer = await self._client.get(f"/v1/runs/{run_id}/events")
+        answer.raise_for_status()
+        kept = event_lines(answer.content)
+        if kept != streamed:
+            raise IncompleteReply(f"of run {run_id} {len(streamed)} events were streamed, {len(kept)} kept")
+
     async def fill(self, session_id: str, messages: int) -> None:
         """Has a session gather messages, many as the input of each run; it ends with a few more at most."""
         count = 0
@@ -151,4 +162,9 @@ class MeshTarget:
 
 def events(body: bytes) -> Sequence[Mapping[str, Any]]:
     """Returns the events of a stream, in order, without what has no id."""
-    return [orjson.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b'data: {"run_id"')]
+    return [orjson.loads(line) for line in event_lines(body)]
+
+
+def event_lines(body: bytes) -> list[bytes]:
+    """Returns the same as the JSON that came."""
+    return [line[6:] for line in body.split(b"\n") if line.startswith(b'data: {"run_id"')]
