@@ -16,6 +16,7 @@ _MIB = 2**20
 # In the overview: figure, column, digits.
 _OVERVIEW = (
     ("tokens_per_second", "tokens/s", 0),
+    ("replies_per_second", "replies/s", 1),
     ("ttft_p50_ms", "first token p50, ms", 1),
     ("ttft_p99_ms", "p99, ms", 1),
     ("ttft_added_ms", "added p50, ms", 1),

@@ -17,6 +17,7 @@ from bench.targets import ALONE, MESH
 
 # The same results make the same file.
 mpl.rcParams["svg.hashsalt"] = "hermesh"
+mpl.rcParams["svg.fonttype"] = "none"
 mpl.rcParams["font.size"] = 9
 _PERCENTILES = (0, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9)
 _CLIENTS = {"clients_1": 1, "clients_32": 32, "clients_100": 100, "clients_400": 400}
@@ -46,6 +47,7 @@ def _new(columns: int = 1) -> tuple[Figure, list[Any]]:
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.3)
+        one.set_axisbelow(True)
     return figure, axes
 
 
@@ -88,14 +90,18 @@ def _cpu(named: dict[str, Result]) -> Figure | None:
         left = [sum(pair) for pair in zip(left, costs, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("CPU s / 1,000 tokens, stores included")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def _percentiles(axes: Any, times: Times, label: str) -> None:
-    if times.count:
-        places = range(len(_PERCENTILES))
-        axes.plot(places, [max(times.ms(p), 0.01) for p in _PERCENTILES], marker=".", label=label)
+def _percentiles(axes: Any, result: Result, name: str, colour: str) -> None:
+    """Draws a scenario's distribution, the mesh's and, dashed, the model's alone."""
+    for target, style in ((MESH, "-"), (ALONE, "--")):
+        times: Times = result.times(target, name)
+        if times.count:
+            heights = [max(times.ms(p), 0.01) for p in _PERCENTILES]
+            label = f"{result.title}: {target}"
+            axes.plot(range(len(_PERCENTILES)), heights, style, marker=".", color=colour, label=label)
 
 
 def _finish(axes: Any, label: str) -> None:
@@ -103,7 +109,7 @@ def _finish(axes: Any, label: str) -> None:
     axes.set_xlabel("percentile of all runs together")
     axes.set_ylabel(label)
     axes.set_yscale("log")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _first_token(named: dict[str, Result]) -> Figure | None:
@@ -112,9 +118,8 @@ def _first_token(named: dict[str, Result]) -> Figure | None:
         return None
     figure, (axes,) = _new()
     figure.set_size_inches(7, 3.6)
-    for result in there:
-        for target in (MESH, ALONE):
-            _percentiles(axes, result.times(target, "ttft"), f"{result.title}: {target}")
+    for number, result in enumerate(there):
+        _percentiles(axes, result, "ttft", f"C{number}")
     _finish(axes, "ms to the first token")
     return figure
 
@@ -125,8 +130,7 @@ def _added(named: dict[str, Result]) -> Figure | None:
         return None
     figure, (axes,) = _new()
     figure.set_size_inches(7, 3.2)
-    for result in there:
-        for target in (MESH, ALONE):
-            _percentiles(axes, result.times(target, "added"), f"{result.title}: {target}")
+    for number, result in enumerate(there):
+        _percentiles(axes, result, "added", f"C{number}")
     _finish(axes, "ms later than scheduled")
     return figure
