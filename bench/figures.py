@@ -49,6 +49,7 @@ SHOWN = (
     Figure("event_max_ms", "next event, the slowest", "ms", 1),
     Figure("cpu_per_1000", "CPU without stores", "s / 1,000 tokens", 4),
     Figure("cpu_with_stores_per_1000", "CPU with stores", "s / 1,000 tokens", 4),
+    Figure("cpu_ms_per_reply", "CPU of a whole reply with stores", "ms", 1),
     Figure("generator_cpu_per_1000", "CPU of the load generator (not counted)", "s / 1,000 tokens", 4),
     Figure("others_cores", "cores that others on the machine used", "", 2),
 )

@@ -87,6 +87,7 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
     figures |= _rates(window, tokens, len(replies)) | costs(
         parts, tokens, model_counts=model[1] in target.processes().values()
     )
+    figures["cpu_ms_per_reply"] = figures["cpu_with_stores_per_1000"] * scenario.reply_tokens
     figures["generator_cpu_per_1000"] = window.cpu / tokens * 1000
     ours = sum(part.cpu for part in parts.values()) + window.cpu
     figures["others_cores"] = max(0.0, machine - ours) / (window.seconds + SETTLE_SECONDS)

@@ -74,7 +74,7 @@ def _clients(named: dict[str, Result]) -> Figure | None:
 
 
 def _cpu(named: dict[str, Result]) -> Figure | None:
-    there = [result for result in named.values() if "cpu_per_1000" in result.spreads(MESH)]
+    there = [result for result in named.values() if "gap_p99_ms" in result.spreads(MESH)]
     if not there:
         return None
     figure, (axes,) = _new()

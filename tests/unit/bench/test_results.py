@@ -34,6 +34,7 @@ def run(target, ttft, rate, cpu):
         "tokens_per_second": rate,
         "cpu_per_1000": cpu,
         "cpu_with_stores_per_1000": cpu * 2,
+        "gap_p99_ms": 2.0,
         "generator_cpu_per_1000": 0.001,
         "others_cores": 0.1,
     }
