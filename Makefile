@@ -52,6 +52,13 @@ bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model 
 bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
 	@$(BIN)/python -m bench --quick $(ARGS)
 
+.PHONY: bench-lb bench-scale
+bench-lb: $(VENV)/.dev-ready ## Balancing policies under heavy-tailed runs; writes docs/load-balancing.md
+	@$(BIN)/python -m bench.balance $(ARGS)
+
+bench-scale: $(VENV)/.dev-ready ## Throughput by replicas, measured and simulated; writes docs/scaling.md
+	@$(BIN)/python -m bench.scale $(ARGS)
+
 ##@ Break it
 SEEDS ?= 20
 MINUTES ?= 20
