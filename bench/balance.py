@@ -109,7 +109,7 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
         {"at": one.at, "session": session, "prompt": one.prompt}
         for one, session in zip(plan, ids, strict=True)
     ]
-    job = {"target": where, "key": mesh.api_key, "runs": runs}
+    job = {"target": where, "watch": mesh.grpc_address, "key": mesh.api_key, "runs": runs}
     async with started("bench.run_generator", job) as generator:
         machine, before = machine_cpu_seconds(), usage(processes)
         with Slowed(slowed) if slowed is not None else contextlib.nullcontext():
@@ -137,6 +137,7 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
         "short_mean_ms": statistics.fmean(short) / 1e6,
         "busiest_share": max(shares.values()) / len(plan),
         "slowed_share": shares[SLOWED_REPLICA] / len(plan),
+        "reconnects": float(sum(record["reconnects"] for record in records)),
         "cpu_ms_per_run": used / len(plan) * 1000,
         "cores": (used + window.cpu) / (window.seconds + SETTLE_SECONDS),
         "others_cores": max(0.0, machine - used - window.cpu) / (window.seconds + SETTLE_SECONDS),

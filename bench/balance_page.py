@@ -32,6 +32,7 @@ _COLUMNS = (
     ("short_mean_ms", "mean of the short, ms", 0),
     ("busiest_share", "busiest agent's share, %", 0),
     ("slowed_share", "slowed agent's share, %", 0),
+    ("reconnects", "streams taken up again", 0),
     ("cores", "cores busy", 2),
     ("others_cores", "others on the machine, cores", 2),
 )

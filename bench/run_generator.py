@@ -2,10 +2,11 @@
 
     python -m bench.run_generator JOB
 
-JOB is JSON: `target` is host:port, `key` an API key, `runs` a list of {"at", "session", "prompt"} with `at`
-in seconds from the beginning; `out` is where the records go, `silence_seconds` how long nothing may come. The
-talk over stdin and stdout is that of `bench.generator`. It writes `OUT.json`: for each run `due` and `ended`
-in nanoseconds of the monotonic clock, the agent `replica` that began it, its `text`, and `error`.
+JOB is JSON: `target` is host:port of the agents, `watch` where runs are followed whose stream broke, `key` an
+API key, `runs` a list of {"at", "session", "prompt"} with `at` in seconds from the beginning; `out` is where
+the records go, `silence_seconds` how long a run may take. The talk over stdin and stdout is that of
+`bench.generator`. It writes `OUT.json`: for each run `due` and `ended` in nanoseconds of the monotonic clock,
+the agent `replica` that began it, its `text`, how often its stream was opened again (`reconnects`), `error`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,66 @@ from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1.resources_pb2 import RunOptions
+from hermesh.session.v1.session_service_pb2 import WatchRunRequest
+from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit.channel import SESSION_KEY
 
 TERMINAL = frozenset({"run.completed", "run.failed", "run.cancelled"})
 CHANNELS = 4
 LEAD_SECONDS = 0.2
+RECONNECT_SECONDS = 0.05
+# What a stream may break with while its run goes on.
+PASSING = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+
+class Reading:
+    """What of a run was read so far; a stream that breaks is taken up again where it was."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._record = record
+        self._texts: dict[int, str] = {}
+        self.run_id = ""
+        self.seq = 0
+        self.failed = ""
+
+    @property
+    def text(self) -> str:
+        """The run's text, without what was taken back."""
+        return "".join(self._texts.values())
+
+    async def read(self, call: Any) -> None:
+        """Reads a stream to its end, or until it breaks."""
+        try:
+            async for response in call:
+                for event in response.frame.events:
+                    self._event(event)
+        except grpc.aio.AioRpcError as error:
+            if not self.run_id or error.code() not in PASSING:
+                self.run_id, self.failed = "", f"{error.code().name}: {error.details()}"
+        finally:
+            call.cancel()
+
+    def _event(self, event: Any) -> None:
+        self.run_id, self.seq = event.run_id, event.seq
+        if event.type == "run.started":
+            # Where it began; another attempt may be elsewhere.
+            self._record["replica"] = self._record["replica"] or orjson.loads(event.data)["replica"]
+        elif event.type == "text.delta":
+            self._texts[event.seq] = orjson.loads(event.data)["text"]
+        elif event.type == "attempt.reset":
+            first = orjson.loads(event.data)["from_seq"]
+            self._texts = {seq: text for seq, text in self._texts.items() if seq < first}
+        elif event.type in TERMINAL:
+            self._record["ended"] = time.monotonic_ns()
+            if event.type != "run.completed":
+                self.failed = f"{event.type}: {event.data}"
 
 
 class Generator:
@@ -47,6 +103,8 @@ class Generator:
             for _ in range(CHANNELS)
         ]
         self._stubs: list[Any] = [AgentServiceStub(channel) for channel in self._channels]
+        self._back = grpc.aio.insecure_channel(job["watch"])
+        self._watch: Any = SessionServiceStub(self._back)
         self.records: list[dict[str, Any]] = []
 
     async def connect(self) -> None:
@@ -59,40 +117,35 @@ class Generator:
             for number, run in enumerate(self._runs):
                 due = began + round((run["at"] + LEAD_SECONDS) * 1e9)
                 await asyncio.sleep(max(0.0, (due - time.monotonic_ns()) / 1e9))
-                record = {"due": due, "ended": 0, "replica": "", "text": "", "error": ""}
+                record = {"due": due, "ended": 0, "replica": "", "text": "", "error": "", "reconnects": 0}
                 self.records.append(record)
                 group.create_task(self._one(self._stubs[number % CHANNELS], run, record))
 
     async def _one(self, stub: Any, run: dict[str, Any], record: dict[str, Any]) -> None:
+        metadata = (("authorization", self._key), (SESSION_KEY, run["session"]))
         request = RunRequest(
             session_id=run["session"],
             input=[InputMessage(role="user", content=run["prompt"])],
             options=RunOptions(memory=False),
         )
-        metadata = (("authorization", self._key), (SESSION_KEY, run["session"]))
-        call = stub.Run(request, metadata=metadata, timeout=self._silence)
-        last = ""
+        reading = Reading(record)
         try:
-            async for response in call:
-                for event in response.frame.events:
-                    last = event.type
-                    if last == "run.started":
-                        record["replica"] = orjson.loads(event.data)["replica"]
-                    elif last == "text.delta":
-                        record["text"] += orjson.loads(event.data)["text"]
-                    elif last in TERMINAL:
-                        record["ended"] = time.monotonic_ns()
-        except grpc.aio.AioRpcError as error:
-            record["error"] = f"{error.code().name}: {error.details()}"
-        else:
-            if last != "run.completed":
-                record["error"] = f"the stream ended after {last!r}"
-        finally:
-            call.cancel()
+            async with asyncio.timeout(self._silence):
+                await reading.read(stub.Run(request, metadata=metadata))
+                while not record["ended"] and reading.run_id:
+                    record["reconnects"] += 1
+                    await asyncio.sleep(RECONNECT_SECONDS)
+                    again = WatchRunRequest(run_id=reading.run_id, after_seq=reading.seq)
+                    await reading.read(self._watch.WatchRun(again, metadata=metadata))
+        except TimeoutError:
+            record["error"] = f"no end within {self._silence:.0f} s"
+        record["text"] = reading.text
+        if reading.failed or not record["ended"]:
+            record["error"] = record["error"] or reading.failed or "the run did not begin"
 
     async def close(self) -> None:
         """Closes the connections."""
-        for channel in self._channels:
+        for channel in (*self._channels, self._back):
             await channel.close()
 
 

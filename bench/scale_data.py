@@ -1,0 +1,90 @@
+"""What `bench.scale` measures, as data, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+
+from bench.costs import Cost, Costs
+
+AGENTS = (1, 2, 4, 8, 16)
+SLOTS = 8
+MODEL_SECONDS = 1.0
+VERSION = 1
+_ONE_THREAD = ("gateway", "envoy", "valkey", "model", "generator")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement of (a).
+
+    Attributes:
+        agents: replicas.
+        clients: that asked at once.
+        asks: of each.
+        rate: runs a second.
+        p50, p99: seconds of a run.
+        cores: CPU seconds a second of each kind of process, the model and the generator among them.
+        others: the same of everything else on the machine.
+        commits, commands: of the stores, a run.
+    """
+
+    agents: int
+    clients: int
+    asks: int
+    rate: float
+    p50: float
+    p99: float
+    cores: Mapping[str, float]
+    others: float
+    commits: float
+    commands: float
+
+    def used(self, machine_cores: int) -> dict[str, float]:
+        """Which share of each resource was used."""
+        shares = {
+            "agents' slots": self.rate * MODEL_SECONDS / (self.agents * SLOTS),
+            "the machine's cores": (sum(self.cores.values()) + self.others) / machine_cores,
+        }
+        for kind in _ONE_THREAD:
+            shares[f"{kind}'s one thread"] = self.cores.get(kind, 0.0)
+        return shares
+
+    def fullest(self, machine_cores: int) -> str:
+        """Names the resource that was fullest, with its share."""
+        shares = self.used(machine_cores)
+        name = max(shares, key=lambda one: shares[one])
+        return f"{name} ({shares[name]:.0%})"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Everything that was measured in one go."""
+
+    facts: Mapping[str, Any]
+    costs: Costs
+    points: Sequence[Point]
+
+
+def encode(measured: Measured) -> bytes:
+    """Returns it as JSON."""
+    found = {
+        "version": VERSION,
+        "facts": dict(measured.facts),
+        "costs": asdict(measured.costs),
+        "points": [asdict(point) for point in measured.points],
+    }
+    return orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n"
+
+
+def decode(data: bytes) -> Measured:
+    """Reads what `encode` wrote. Raises ValueError when it is something else."""
+    found = orjson.loads(data)
+    if found.get("version") != VERSION:
+        raise ValueError(f"the results have version {found.get('version')!r}, not {VERSION}")
+    costs = found["costs"]
+    kinds = {kind: Cost(**cost) for kind, cost in costs.pop("kinds").items()}
+    return Measured(found["facts"], Costs(kinds, **costs), [Point(**point) for point in found["points"]])
