@@ -48,6 +48,7 @@ SHAPE = Shape()
 SEED = 1
 SESSIONS_AT_ONCE = 16
 SETTLE_SECONDS = 1.0
+PATIENCE_SECONDS = 180.0
 Balancer = Policy | Front
 
 
@@ -109,10 +110,16 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
         {"at": one.at, "session": session, "prompt": one.prompt}
         for one, session in zip(plan, ids, strict=True)
     ]
-    job = {"target": where, "watch": mesh.grpc_address, "key": mesh.api_key, "runs": runs}
+    job = {
+        "target": where,
+        "watch": mesh.grpc_address,
+        "key": mesh.api_key,
+        "runs": runs,
+        "patience": PATIENCE_SECONDS,
+    }
     async with started("bench.run_generator", job) as generator:
         machine, before = machine_cpu_seconds(), usage(processes)
-        with Slowed(slowed) if slowed is not None else contextlib.nullcontext():
+        with Slowed(slowed, plan[-1].at) if slowed is not None else contextlib.nullcontext():
             window = await generator.go()
         await asyncio.sleep(SETTLE_SECONDS)
         after, machine = usage(processes), machine_cpu_seconds() - machine

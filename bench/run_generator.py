@@ -4,7 +4,7 @@
 
 JOB is JSON: `target` is host:port of the agents, `watch` where runs are followed whose stream broke, `key` an
 API key, `runs` a list of {"at", "session", "prompt"} with `at` in seconds from the beginning; `out` is where
-the records go, `silence_seconds` how long a run may take. The talk over stdin and stdout is that of
+the records go, `patience` how many seconds a run may take. The talk over stdin and stdout is that of
 `bench.generator`. It writes `OUT.json`: for each run `due` and `ended` in nanoseconds of the monotonic clock,
 the agent `replica` that began it, its `text`, how often its stream was opened again (`reconnects`), `error`.
 """
@@ -95,7 +95,7 @@ class Generator:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self._runs = job["runs"]
-        self._silence = job["silence_seconds"]
+        self._patience = job["patience"]
         self._key = f"Bearer {job['key']}"
         # Channels of the same options would share one connection.
         self._channels = [
@@ -130,7 +130,7 @@ class Generator:
         )
         reading = Reading(record)
         try:
-            async with asyncio.timeout(self._silence):
+            async with asyncio.timeout(self._patience):
                 await reading.read(stub.Run(request, metadata=metadata))
                 while not record["ended"] and reading.run_id:
                     record["reconnects"] += 1
@@ -138,7 +138,7 @@ class Generator:
                     again = WatchRunRequest(run_id=reading.run_id, after_seq=reading.seq)
                     await reading.read(self._watch.WatchRun(again, metadata=metadata))
         except TimeoutError:
-            record["error"] = f"no end within {self._silence:.0f} s"
+            record["error"] = f"no end within {self._patience:.0f} s"
         record["text"] = reading.text
         if reading.failed or not record["ended"]:
             record["error"] = record["error"] or reading.failed or "the run did not begin"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -15,11 +16,12 @@ SHARE = 0.1
 class Slowed:
     """While it is entered, a process runs for `SHARE` of each period and is stopped for the rest.
 
-    The pauses are shorter than a health check's timeout: to the load balancer the replica is well.
+    After `seconds` it is left alone, although it is not left yet. The pauses are shorter than a health check's timeout: to the load balancer the replica is well.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, seconds: float) -> None:
         self._pid = pid
+        self._seconds = seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._cycle, name="slowed", daemon=True)
         self._failed: OSError | None = None
@@ -40,7 +42,8 @@ class Slowed:
 
     def _cycle(self) -> None:
         try:
-            while not self._over.is_set():
+            until = time.monotonic() + self._seconds
+            while not self._over.is_set() and time.monotonic() < until:
                 os.kill(self._pid, signal.SIGSTOP)
                 try:
                     self._over.wait(PERIOD_SECONDS * (1 - SHARE))
