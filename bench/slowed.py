@@ -16,7 +16,11 @@ SHARE = 0.1
 class Slowed:
     """While it is entered, a process runs for `SHARE` of each period and is stopped for the rest.
 
-    After `seconds` it is left alone, although it is not left yet. The pauses are shorter than a health check's timeout: to the load balancer the replica is well.
+    The pauses are shorter than a health check's timeout: to the load balancer the replica is well.
+
+    Args:
+        pid: the process.
+        seconds: after which it is left alone, although it is not left yet.
     """
 
     def __init__(self, pid: int, seconds: float) -> None:
