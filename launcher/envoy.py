@@ -34,14 +34,14 @@ class Policy(StrEnum):
 
 DEFAULT_POLICY = Policy.LEAST_REQUEST
 
+# The cluster's older field for it cannot say so.
 _FULL_SCAN = """
     load_balancing_policy:
       policies:
       - typed_extension_config:
           name: envoy.load_balancing_policies.least_request
-          typed_config:
-            "@type": type.googleapis.com/envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest
-            selection_method: FULL_SCAN"""
+          typed_config: {"@type": type.googleapis.com/%s, selection_method: FULL_SCAN}"""
+_FULL_SCAN %= "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest"
 _RING = "\n    ring_hash_lb_config: {minimum_ring_size: 1024}"
 # The cluster's lines for each policy.
 _BALANCING = {
