@@ -3,8 +3,8 @@
 (a) A whole mesh with 1, 2, 4, ... agents, each with a bounded number of slots, before a model that takes its
 time: what bounds the throughput is waiting, until something on this machine is full; the command says what.
 
-(b) A discrete-event simulation, calibrated by two measurements of their own (what a run and what a token
-costs each kind of process), compared with every point of (a), and carried on to 1,000 agents and a million
+(b) A discrete-event simulation, calibrated by measurements of their own (what runs, wake-ups and tokens cost
+each kind of process), compared with every point of (a), and carried on to 1,000 agents and a million
 sessions.
 """
 
@@ -14,13 +14,13 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import uvloop
 from rich.console import Console
 
-from bench.costs import Cost, Costs, solve
+from bench.calibration import Sample
 from bench.counters import commit_rate, counts, url_of
 from bench.facts import facts
 from bench.load import LoadError
@@ -39,13 +39,17 @@ SETTINGS = {
     "HERMESH_MAX_ACTIVE_RUNS": "100000",
 }
 # A second of the model a run; half as many clients again as slots keep every slot taken.
-POINT = Replies("scale", "", clients=0, asks=8, tokens=20, rate=20.0, baseline=False)
+POINT = Replies("scale", "", clients=0, asks=8, tokens=20, rate=20.0, baseline=False, spread=1.0)
 CLIENTS_A_SLOT = 1.5
 SPREAD_SECONDS = 1.0
 CALIBRATED_WITH = 4
-SHORT = replace(POINT, name="short", clients=24, asks=16, tokens=4)
-LONG = replace(POINT, name="long", clients=24, asks=3, tokens=60)
-ALONE = replace(POINT, name="alone", clients=1, asks=10, tokens=1, rate=1000.0)
+# What costs are found from: little to write, much, and much at a pace that keeps everything busy.
+SAMPLES = (
+    replace(POINT, name="short", clients=24, asks=16, tokens=4),
+    replace(POINT, name="long", clients=24, asks=3, tokens=60),
+    replace(POINT, name="dense", clients=48, asks=5, tokens=120, rate=120.0),
+)
+ALONE = replace(POINT, name="alone", clients=1, asks=8)
 IDLE_SECONDS = 5.0
 COMMIT_SECONDS = 3.0
 
@@ -97,34 +101,41 @@ async def _idle(mesh: Mesh) -> dict[str, float]:
     return {kind: part.cpu / seconds for kind, part in by_kind(before, usage(processes)).items()}
 
 
-def _calibrate(mesh: Mesh, said: Callable[[str], None]) -> Costs:
-    mesh.command("scale", f"agent={CALIBRATED_WITH}")
-    said("calibrating: idle")
+def _sample(scenario: Replies, run: Run, idle: Mapping[str, float]) -> Sample:
+    figures = run.figures
+    replies, seconds = figures["replies"], figures["seconds"]
+    cpu = {
+        kind: max(0.0, part.cpu - idle.get(kind, 0.0) * seconds) / replies for kind, part in run.parts.items()
+    }
+    cpu["generator"] = figures["generator_cpu_per_1000"] / 1000 * scenario.tokens
+    return Sample(
+        agents=CALIBRATED_WITH,
+        slots=SLOTS,
+        clients=scenario.clients,
+        tokens=scenario.tokens,
+        rate=scenario.rate,
+        replies=figures["replies_per_second"],
+        cpu=cpu,
+        commits=figures["commits"],
+        others=figures["others_cores"],
+    )
+
+
+def _samples(mesh: Mesh, said: Callable[[str], None]) -> tuple[list[Sample], dict[str, float], float, float]:
+    """What costs are found from: samples, and `idle`, `commit_rate` and `hop` of `Costs`."""
+    said("idle")
     idle = uvloop.run(_idle(mesh))
-    said("calibrating: PostgreSQL's commits")
+    said("PostgreSQL's commits")
     rate = uvloop.run(commit_rate(url_of(mesh, "HERMESH_DATABASE_URL"), COMMIT_SECONDS))
-    said("calibrating: one client")
+    said("one client")
     alone = uvloop.run(_measure(mesh, ALONE))
-    said("calibrating: short replies")
-    short = uvloop.run(_measure(mesh, SHORT))
-    said("calibrating: long replies")
-    long = uvloop.run(_measure(mesh, LONG))
-    kinds = solve(short, long, idle)
-    kinds["generator"] = solve_generator(short, long)
-    worked = sum(cost.of(ALONE.tokens) for cost in kinds.values())
-    hop = alone.figures["reply_p50_ms"] / 1000 - ALONE.tokens / ALONE.rate - worked
-    # Commits and commands grow with the tokens a little; the long replies' are an upper bound for the points.
-    return Costs(kinds, idle, long.figures["commits"], long.figures["commands"], rate, max(0.0, hop))
-
-
-def solve_generator(short: Run, long: Run) -> Cost:
-    """What the load generator spends on a run and on a token."""
-    each = [
-        run.figures["generator_cpu_per_1000"] / 1000 * run.figures["tokens"] / run.figures["replies"]
-        for run in (short, long)
-    ]
-    token = max(0.0, (each[1] - each[0]) / (LONG.tokens - SHORT.tokens))
-    return Cost(max(0.0, each[0] - token * SHORT.tokens), token)
+    samples = []
+    for scenario in SAMPLES:
+        said(f"{scenario.name} replies")
+        samples.append(_sample(scenario, uvloop.run(_measure(mesh, scenario)), idle))
+    busy = sum(samples[0].cpu.values())
+    hop = max(0.0, alone.figures["reply_p50_ms"] / 1000 - ALONE.tokens / ALONE.rate - busy)
+    return samples, idle, rate, hop
 
 
 def _point(mesh: Mesh, agents: int) -> Point:
@@ -157,15 +168,15 @@ def run_measurements(agents: Sequence[int], said: Callable[[str], None]) -> Meas
     found = facts()
     said("starting a mesh")
     with Mesh(settings=SETTINGS, replicas=f"agent={CALIBRATED_WITH},session=2") as mesh:
-        uvloop.run(_measure(mesh, replace(SHORT, asks=2)))
-        costs = _calibrate(mesh, said)
+        uvloop.run(_measure(mesh, replace(SAMPLES[0], asks=2)))
+        samples, idle, rate, hop = _samples(mesh, said)
         points = []
         for number in agents:
             said(f"{number} agents")
             points.append(_point(mesh, number))
             full = points[-1].fullest(found["cores"])
             said(f"{number} agents: {points[-1].rate:.1f} runs/s, fullest: {full}")
-    return Measured(found, costs, points)
+    return Measured(found, samples, idle, rate, hop, points)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,10 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def said(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
 
-    from bench.scale_page import publish, read
+    from bench.scale_page import keep, publish, read
 
     try:
         measured = read() if options.render else run_measurements(options.agents, said)
+        keep(measured)
+        if options.only_measure:
+            return 0
         said("simulating")
         for path in publish(measured):
             console.print(f"written: {path}", highlight=False, soft_wrap=True)
@@ -204,6 +218,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--render", action="store_true", help="measure nothing; simulate again from the results there are"
+    )
+    parser.add_argument(
+        "--only-measure", action="store_true", help="write the results; simulations and page: --render"
     )
     return parser.parse_args(arguments)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import orjson
 
-from bench.costs import Cost, Costs
+from bench.calibration import Sample, calibrate
+from bench.costs import Costs
 
 AGENTS = (1, 2, 4, 8, 16)
 SLOTS = 8
 MODEL_SECONDS = 1.0
-VERSION = 1
+VERSION = 2
 _ONE_THREAD = ("gateway", "envoy", "valkey", "model", "generator")
 
 
@@ -62,10 +63,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything that was measured in one go."""
+    """Everything that was measured in one go; see `bench.costs.Costs` for `idle`, `commit_rate` and `hop`."""
 
     facts: Mapping[str, Any]
-    costs: Costs
+    samples: Sequence[Sample]
+    idle: Mapping[str, float]
+    commit_rate: float
+    hop: float
     points: Sequence[Point]
 
 
@@ -74,7 +78,10 @@ def encode(measured: Measured) -> bytes:
     found = {
         "version": VERSION,
         "facts": dict(measured.facts),
-        "costs": asdict(measured.costs),
+        "samples": [asdict(sample) for sample in measured.samples],
+        "idle": dict(measured.idle),
+        "commit_rate": measured.commit_rate,
+        "hop": measured.hop,
         "points": [asdict(point) for point in measured.points],
     }
     return orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n"
@@ -85,6 +92,18 @@ def decode(data: bytes) -> Measured:
     found = orjson.loads(data)
     if found.get("version") != VERSION:
         raise ValueError(f"the results have version {found.get('version')!r}, not {VERSION}")
-    costs = found["costs"]
-    kinds = {kind: Cost(**cost) for kind, cost in costs.pop("kinds").items()}
-    return Measured(found["facts"], Costs(kinds, **costs), [Point(**point) for point in found["points"]])
+    return Measured(
+        found["facts"],
+        [Sample(**sample) for sample in found["samples"]],
+        found["idle"],
+        found["commit_rate"],
+        found["hop"],
+        [Point(**point) for point in found["points"]],
+    )
+
+
+def costs_of(measured: Measured) -> Costs:
+    """Finds the costs that it says."""
+    return calibrate(
+        measured.samples, measured.idle, measured.commit_rate, measured.hop, measured.facts["cores"]
+    )

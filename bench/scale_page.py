@@ -10,9 +10,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.costs import Costs
 from bench.facts import ROOT
 from bench.forecast import (
     NAMES,
+    ROOM,
     SESSIONS_AN_AGENT,
     TARGET,
     WORK,
@@ -26,7 +28,7 @@ from bench.forecast import (
 )
 from bench.publish import ELSEWHERE, RESULTS
 from bench.report import ReportError, machine, packages, table, write_section
-from bench.scale_data import MODEL_SECONDS, SLOTS, Measured, decode, encode
+from bench.scale_data import MODEL_SECONDS, SLOTS, Measured, costs_of, decode, encode
 
 NAME = "scale"
 PAGE = ROOT / "docs" / "scaling.md"
@@ -37,7 +39,7 @@ _MEASURED_NOTE = (
     "generator work on the same {cores} cores."
 )
 _COSTS_NOTE = (
-    "A run commits {costs.commits:.1f} transactions and has {costs.commands:.1f} Redis commands carried out; "
+    "A run commits {costs.run_commits:.1f} transactions beside those that write its tokens; "
     "PostgreSQL alone commits {costs.commit_rate:,.0f} one-row transactions a second here; {hop_ms:.1f} ms "
     "of a run are neither CPU nor the model."
 )
@@ -59,24 +61,32 @@ def read() -> Measured:
     return decode(path.read_bytes())
 
 
-def publish(measured: Measured) -> list[Path]:
-    """Simulates, and writes results, plot and page; returns what it wrote. Raises ReportError."""
+def keep(measured: Measured) -> Path:
+    """Writes the results as JSON; returns where."""
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
-    file, plot = folder / f"{NAME}.json", folder / f"{NAME}.svg"
+    file = folder / f"{NAME}.json"
     file.write_bytes(encode(measured))
-    compared, grown, steps = predictions(measured), curves(measured.costs), ladder(measured.costs)
+    return file
+
+
+def publish(measured: Measured) -> list[Path]:
+    """Simulates, and writes plot and page; returns what it wrote. Raises ReportError."""
+    plot = _folder() / f"{NAME}.svg"
+    costs = costs_of(measured)
+    compared, grown, steps = predictions(measured, costs), curves(costs), ladder(costs)
     _plot(compared, grown).savefig(plot, metadata={"Date": None})
-    written = [file, plot]
+    written = [plot]
     if PAGE.is_file():
         link = os.path.relpath(plot, PAGE.parent)
-        write_section(PAGE, NAME, section(measured, compared, grown, steps, link))
+        write_section(PAGE, NAME, section(measured, costs, compared, grown, steps, link))
         written.append(PAGE)
     return written
 
 
 def section(
     measured: Measured,
+    costs: Costs,
     compared: Sequence[Prediction],
     grown: Sequence[Curve],
     steps: Sequence[Step],
@@ -92,9 +102,9 @@ def section(
         "### The simulation against the measurements",
         _compared(compared),
         "### What it is calibrated with",
-        _costs(measured),
+        _costs(costs),
         "### Where each part becomes the limit",
-        _limits(measured),
+        _limits(costs),
         "### One limit after the other, at 1,000 agents",
         _ladder(steps),
         "### From one agent to 1,000",
@@ -151,6 +161,8 @@ def _compared(compared: Sequence[Prediction]) -> str:
             f"{one.point.p50:.2f}",
             f"{one.observed.percentile(0.5):.2f}",
             f"{one.latency_error:+.1%}",
+            f"{one.point.commits:.1f}",
+            f"{one.observed.commits:.1f}",
             f"{NAMES[one.observed.fullest]} ({one.observed.used[one.observed.fullest]:.0%})",
         ]
         for one in compared
@@ -163,38 +175,43 @@ def _compared(compared: Sequence[Prediction]) -> str:
         "p50 measured, s",
         "simulated",
         "error",
+        "commits a run",
+        "simulated",
         "fullest",
     ]
     worst = max(abs(one.error) for one in compared)
     return table(heads, rows) + f"\n\nThe largest error of the throughput is {worst:.1%}."
 
 
-def _costs(measured: Measured) -> str:
-    costs = measured.costs
+def _costs(costs: Costs) -> str:
     rows = [
-        [kind, f"{cost.run * 1e3:.2f}", f"{cost.token * 1e6:.0f}", f"{costs.idle.get(kind, 0.0) * 100:.1f}"]
+        [
+            kind,
+            f"{cost.run * 1e3:.2f}",
+            f"{cost.wake * 1e6:.0f}",
+            f"{cost.token * 1e6:.0f}",
+            f"{costs.idle.get(kind, 0.0) * 100:.1f}",
+        ]
         for kind, cost in costs.kinds.items()
     ]
     return "\n\n".join(
         [
-            table(["process", "CPU ms a run", "CPU µs a token", "idle, % of a core"], rows),
+            table(["process", "CPU ms a run", "µs a wake-up", "µs a token", "idle, % of a core"], rows),
             _COSTS_NOTE.format(costs=costs, hop_ms=costs.hop * 1e3),
         ]
     )
 
 
-def _limits(measured: Measured) -> str:
+def _limits(costs: Costs) -> str:
     rows = []
     rate = SLOTS / WORK.seconds * TARGET
-    for kind, each in demand(measured.costs).items():
+    for kind, each in demand(costs).items():
         most = 1 / each if each else float("inf")
-        rows.append(
-            [NAMES[kind], f"{most:,.0f}", f"{most / rate:,.0f}", f"{rate * 1000 * each / TARGET:,.1f}"]
-        )
+        rows.append([NAMES[kind], f"{most:,.0f}", f"{most / rate:,.0f}", f"{rate * 1000 * each / ROOM:,.1f}"])
     return "\n\n".join(
         [
             table(
-                ["one of it", "runs/s at most", "agents that fill it", f"for 1,000 agents at {TARGET:.0%}"],
+                ["one of it", "runs/s at most", "agents that fill it", f"for 1,000 agents, {ROOM:.0%} busy"],
                 rows,
             ),
             _WORK_NOTE.format(rate=rate),

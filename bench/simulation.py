@@ -8,6 +8,8 @@ from collections.abc import Callable
 from itertools import count
 
 Done = Callable[[], None]
+# What a process takes up at once before it looks for more.
+MOST_AT_ONCE = 64
 
 
 class Clock:
@@ -99,3 +101,97 @@ class Station:
             done()
         else:
             self._start(seconds, done)
+
+
+class Loop:
+    """A process of one thread: whenever it is free it takes what waits, at one price and one a piece.
+
+    Args:
+        clock: whose time passes.
+        wake: seconds for each time that it finds something.
+        token: seconds for each token among it.
+        below: where its work needs a core.
+
+    Attributes:
+        worked: seconds of work so far.
+        wakes: how often it found something.
+        tokens: how many tokens it has handled.
+    """
+
+    servers = 1
+
+    def __init__(self, clock: Clock, wake: float, token: float, below: Station | None = None) -> None:
+        self._clock, self._wake, self._token, self._below = clock, wake, token, below
+        self._waiting: list[tuple[float, float, Done]] = []
+        self._busy = False
+        self.worked = 0.0
+        self.wakes = 0
+        self.tokens = 0.0
+
+    def visit(self, tokens: float, seconds: float, done: Done) -> None:
+        """Brings tokens, and work of so many seconds beside; `done` is called when it is finished."""
+        self._waiting.append((tokens, seconds, done))
+        if not self._busy:
+            self._busy = True
+            self._start()
+
+    def _start(self) -> None:
+        taken = self._waiting[:MOST_AT_ONCE]
+        del self._waiting[:MOST_AT_ONCE]
+        tokens = sum(one[0] for one in taken)
+        seconds = self._wake + self._token * tokens + sum(one[1] for one in taken)
+        self.wakes += 1
+        self.tokens += tokens
+
+        def finished() -> None:
+            self.worked += seconds
+            if self._waiting:
+                self._start()
+            else:
+                self._busy = False
+            for _, _, done in taken:
+                done()
+
+        if self._below is not None:
+            self._below.visit(seconds, finished)
+        else:
+            self._clock.after(seconds, finished)
+
+
+class Flusher:
+    """Writes what has gathered while the write before it was under way; one write at a time.
+
+    Attributes:
+        worked: seconds in which a write was under way.
+    """
+
+    servers = 1
+
+    def __init__(self, clock: Clock, write: Callable[[float, Done], None]) -> None:
+        self._clock, self._write = clock, write
+        self.worked = 0.0
+        self._waiting: list[tuple[float, Done]] = []
+        self._busy = False
+
+    def add(self, tokens: float, done: Done) -> None:
+        """Has tokens written; `done` is called when they are."""
+        self._waiting.append((tokens, done))
+        if not self._busy:
+            self._busy = True
+            self._start()
+
+    def _start(self) -> None:
+        taken = self._waiting[:MOST_AT_ONCE]
+        del self._waiting[:MOST_AT_ONCE]
+        began = self._clock.now
+
+        def written() -> None:
+            self.worked += self._clock.now - began
+            if self._waiting:
+                self._start()
+            else:
+                self._busy = False
+            for _, done in taken:
+                done()
+
+        self._write(sum(tokens for tokens, _ in taken), written)
