@@ -18,6 +18,8 @@ WORK = Work(tokens=200, seconds=4.0, portions=8)
 TARGET = 0.7
 # Of the stores and proxies: busier ones make runs wait.
 ROOM = 0.5
+# Share of what is asked for; runs take a little longer than the model.
+ENOUGH = 0.95
 SESSIONS_AN_AGENT = 1000
 SIZES = (1, 10, 30, 100, 300, 1000)
 POSTGRES_CORES = 16
@@ -169,17 +171,17 @@ def curves(costs: Costs) -> list[Curve]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A layout in which one more part was given as many as it needs."""
+    """A layout in which one more part was given as many as it needs; `full` is what was fullest then."""
 
     what: str
     offered: float
     observed: Observed
+    full: str
 
     @property
     def limit(self) -> str:
-        """What was fullest."""
-        kind = self.observed.fullest
-        return f"{NAMES[kind]} ({self.observed.used[kind]:.0%})"
+        """What was fullest, and how full."""
+        return f"{NAMES[self.full]} ({self.observed.used[self.full]:.0%})"
 
 
 # By what a kind of station is widened.
@@ -195,15 +197,23 @@ _WIDENED = {
 
 
 def ladder(costs: Costs, agents: int = SIZES[-1]) -> list[Step]:
-    """Begins with one of each and widens what is fullest, until the agents are."""
+    """Begins with one of each and widens what is fullest, until what is asked for is done or all is wide."""
     wanted, layout = needed(costs, agents), single(agents)
     what, steps = "one of each, two session replicas", []
     while True:
-        step = Step(what, offered(agents), simulate(costs, layout))
-        steps.append(step)
-        name = _WIDENED.get(step.observed.fullest)
-        if name is None or getattr(layout, name) >= wanted[name]:
+        seen = simulate(costs, layout)
+        full = seen.fullest
+        # A session replica's writes wait for PostgreSQL and Valkey: when they are wide, it is those that are full.
+        for kind in sorted(_WIDENED, key=lambda one: -seen.used[one]):
+            if getattr(layout, _WIDENED[kind]) < wanted[_WIDENED[kind]]:
+                break
+        else:
+            kind = ""
+        done = seen.rate >= ENOUGH * offered(agents)
+        steps.append(Step(what, offered(agents), seen, full if done or not kind else kind))
+        if done or not kind:
             return steps
+        name = _WIDENED[kind]
         layout = replace(layout, **{name: wanted[name]})
         what = f"and {wanted[name]:,} {_PLURAL[name]}"
 
