@@ -203,7 +203,7 @@ def ladder(costs: Costs, agents: int = SIZES[-1]) -> list[Step]:
     while True:
         seen = simulate(costs, layout)
         full = seen.fullest
-        # A session replica's writes wait for PostgreSQL and Valkey: when they are wide, it is those that are full.
+        # A session replica's writes wait for the stores: where replicas are enough, the stores are full.
         for kind in sorted(_WIDENED, key=lambda one: -seen.used[one]):
             if getattr(layout, _WIDENED[kind]) < wanted[_WIDENED[kind]]:
                 break
