@@ -120,13 +120,13 @@ def section(results: Mapping[str, Result], shape: Shape, plot: str) -> str:
         f"{figures['runs']:,.0f} runs a measurement. An unhindered run takes {shape.mean * 1000:.0f} ms of "
         "the model in the mean, and the mesh's own few."
     )
-    parts = [f"Measured on {machine(first.facts)}", f"Packages: {packages(first.facts)}.", load]
+    parts = [f"Measured last on {machine(first.facts)}", f"Packages: {packages(first.facts)}.", load]
     for result in results.values():
         parts += [f"### {result.title[0].upper()}{result.title[1:]}", table(_headings(result), rows(result))]
     parts.append(f"![Time of a run by percentile]({plot})")
-    absent = sorted({one.name for one in FRONTS} - set(first.targets))
-    if absent:
-        parts.append(f"Not installed where this was measured: {', '.join(absent)}.")
+    for front in FRONTS:
+        if front.name not in first.targets:
+            parts.append(f"{front.name}: {'not measured' if front.binary else 'not installed'}.")
     return "\n\n".join(parts)
 
 
