@@ -4,7 +4,7 @@
 
 The same runs twice, over the public gRPC listener of one mesh: read from `AgentService.Run`, which passes on
 what the session service has acknowledged; and only submitted, then read with `SessionService.WatchRun`. Turn
-about, so that both see the same machine; CPU seconds for 1,000 tokens of each service, the median of the tries.
+about, so that both see the same machine; CPU seconds for 1,000 tokens of each service, the median of three.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ async def measure(
     async def one() -> None:
         nonlocal total
         for session_id in waiting:
-            total += await way(session_id, f"[[tokens={tokens}{pace}]]")
+            count = await way(session_id, f"[[tokens={tokens}{pace}]]")
+            total += count
 
     before, began = {name: cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
     async with asyncio.TaskGroup() as group:
