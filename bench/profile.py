@@ -89,7 +89,7 @@ async def sample(mesh: Mesh, scenario: Replies, processes: list[str]) -> tuple[R
             spies: list[asyncio.subprocess.Process] = []
             for name in processes:
                 command = [
-                    spy,
+                    str(spy),
                     "record",
                     "-d",
                     str(LONGEST_SECONDS),
