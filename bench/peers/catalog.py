@@ -51,7 +51,7 @@ PEERS = (
         command=("python", "app.py"),
         variables={
             "DATABASE_URL": "{postgres_psycopg}",
-            "REDIS_URL": "{redis}",
+            "REDIS_URL": "{redis}?max_connections=1000",
             "OPENAI_BASE_URL": "{model}",
             "PORT": "{port}",
             "AGNO_TELEMETRY": "false",
@@ -59,9 +59,12 @@ PEERS = (
         ready="/health",
         stores=True,
         pages="docs.agno.com, «Durable Queue» and «Redis Event Stream»",
-        changed="128 background runs at once in place of 32, so that 100 streams are not queued.",
+        changed=(
+            "128 background runs at once in place of 32, so that 100 streams are not queued; 1,000 "
+            "connections to Redis in place of its client's 100, beyond which streams lost their events."
+        ),
         targets=(
-            lambda url, pids: AgnoTarget("Agno durable", url, pids, durable=True, background=True),
+            lambda url, pids: AgnoTarget("Agno background", url, pids, durable=True, background=True),
             lambda url, pids: AgnoTarget("Agno stream", url, pids, durable=False, background=False),
         ),
     ),

@@ -65,6 +65,13 @@ def find_python() -> str:
     raise InstallError(f"the peers need {' or '.join(wanted)}, and there is none: BENCH_PYTHON may name it")
 
 
+def python_of(programs: Path) -> str:
+    """Returns the whole version of the Python of an environment, by the folder of its programs."""
+    code = "import platform; print(platform.python_version())"
+    done = subprocess.run([programs / "python", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def _version_of(python: str) -> tuple[int, ...]:
     code = "import sys; print(*sys.version_info[:2])"
     try:

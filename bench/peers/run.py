@@ -20,7 +20,7 @@ from bench.target import IncompleteReply
 from bench.targets import MeshTarget
 
 # Of the bench's own scenarios, as many questions as the slowest peer answers in half a minute.
-_ASKS = {"clients_1": (20, 200), "clients_32": (2, 200), "paced_100": (1, 200)}
+_ASKS = {"clients_1": (20, 200), "clients_32": (3, 200), "paced_100": (1, 200)}
 _SHOWN = 400
 Said = Callable[[str], None]
 
@@ -61,7 +61,7 @@ async def run_peer(
         about = {
             "peer": peer.peer.name,
             "title": peer.peer.title,
-            "versions": versions(peer.peer.name, peer.peer.packages),
+            "versions": versions(peer.peer.name, peer.peer.packages) | {"Python": peer.python},
             "durable": target.durable,
             "mesh_kept": asdict(ours),
         }

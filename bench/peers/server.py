@@ -14,7 +14,7 @@ import httpx
 
 from bench.mesh import MeshError, free_ports, wait_until
 from bench.peers.catalog import Peer
-from bench.peers.install import FOLDER
+from bench.peers.install import FOLDER, python_of
 from bench.peers.processes import end
 from bench.peers.stores import Stores
 from bench.peers.targets import PeerTarget
@@ -32,12 +32,14 @@ class Running:
         url: of its HTTP API.
         pids: of its server and its stores.
         stores: None where it needs none.
+        python: the version that it runs on.
     """
 
     peer: Peer
     url: str
     pids: dict[str, int]
     stores: Stores | None
+    python: str
 
     def targets(self) -> list[PeerTarget]:
         """Returns what is asked of it."""
@@ -83,7 +85,8 @@ def running(peer: Peer, programs: Path, model: str) -> Iterator[Running]:
             raise MeshError(f"{error}; its log ends with:\n{_end_of(log)}") from error
         if process.poll() is not None:
             raise MeshError(f"{peer.title} ended with {process.returncode}:\n{_end_of(log)}")
-        yield Running(peer, url, {"server": process.pid} | (stores.pids if stores else {}), stores)
+        pids = {"server": process.pid} | (stores.pids if stores else {})
+        yield Running(peer, url, pids, stores, python_of(programs))
 
 
 def _values(folder: Path, programs: Path, model: str, port: int, stores: Stores | None) -> dict[str, str]:
