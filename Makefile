@@ -45,14 +45,21 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-smoke
+.PHONY: bench bench-peers bench-lb bench-scale lock-peers bench-smoke
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(VENV)/.dev-ready ## The same against Agno, Aegra, ogx and LangGraph, each from PyPI; writes docs/peers.md
+	@$(BIN)/python -m bench.peers $(ARGS)
+
+lock-peers: $(BIN)/uv ## Pin the peers anew, from each bench/peers/*/requirements.in
+	@for one in bench/peers/*/requirements.in; do \
+	  $(UV) pip compile --quiet --upgrade --universal --python-version 3.12 --no-annotate \
+	    --custom-compile-command "make lock-peers" "$$one" -o "$${one%.in}.txt"; done
 
 bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
 	@$(BIN)/python -m bench --quick $(ARGS)
 
-.PHONY: bench-lb bench-scale
 bench-lb: $(VENV)/.dev-ready ## Balancing policies under heavy-tailed runs; writes docs/load-balancing.md
 	@$(BIN)/python -m bench.balance $(ARGS)
 
