@@ -46,8 +46,8 @@ _COSTS_NOTE = (
 _WORK_NOTE = (
     f"Replies of {WORK.tokens} tokens in {WORK.seconds:g} s, agents with {SLOTS} slots of which "
     f"{TARGET:.0%} are taken: {{rate:.1f}} runs a second an agent. The simulation of these has "
-    f"{WORK.portions} portions a reply; the mesh sends smaller ones while it has time, and costs more then. A "
-    "process under load finds more than one portion each time: it can do between the two figures."
+    f"{WORK.portions} portions a reply; the mesh sends smaller ones while it has time, and costs more then. "
+    "A process under load finds more than one portion each time: it can do between the two figures."
 )
 
 
