@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only_measure:
             return 0
         said("simulating")
-        for path in publish(measured):
+        for path in publish(measured, far=not options.near):
             console.print(f"written: {path}", highlight=False, soft_wrap=True)
     except (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError) as error:
         print(f"no result: {error}", file=sys.stderr)
@@ -221,6 +221,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--only-measure", action="store_true", help="write the results; simulations and page: --render"
+    )
+    parser.add_argument(
+        "--near", action="store_true", help="leave out the simulations of 1,000 agents, which take minutes"
     )
     return parser.parse_args(arguments)
 

@@ -72,11 +72,16 @@ def keep(measured: Measured) -> Path:
     return file
 
 
-def publish(measured: Measured) -> list[Path]:
-    """Simulates, and writes plot and page; returns what it wrote. Raises ReportError."""
+def publish(measured: Measured, *, far: bool = True) -> list[Path]:
+    """Simulates, `far` or only what was measured, and writes plot and page; returns what it wrote.
+
+    Raises:
+        ReportError: The page has no place for it.
+    """
     plot = _folder() / f"{NAME}.svg"
     costs = costs_of(measured)
-    compared, grown, steps = predictions(measured, costs), curves(costs), ladder(costs)
+    compared = predictions(measured, costs)
+    grown, steps = (curves(costs), ladder(costs)) if far else ([], [])
     _plot(compared, grown).savefig(plot, metadata={"Date": None})
     written = [plot]
     if PAGE.is_file():
@@ -107,11 +112,11 @@ def section(
         _costs(costs),
         "### Where each part becomes the limit",
         _limits(costs),
-        "### One limit after the other, at 1,000 agents",
-        _ladder(steps),
-        "### From one agent to 1,000",
-        _curves(grown),
     ]
+    if steps:
+        parts += ["### One limit after the other, at 1,000 agents", _ladder(steps)]
+    if grown:
+        parts += ["### From one agent to 1,000", _curves(grown)]
     return "\n\n".join(parts)
 
 
@@ -275,6 +280,9 @@ def _plot(compared: Sequence[Prediction], grown: Sequence[Curve]) -> Figure:
     _curve(left, agents, [one.point.rate for one in compared], "measured", "o-", "C0")
     _curve(left, agents, [one.observed.rate for one in compared], "simulated", "x:", "C1")
     left.set_title("on this machine", fontsize=9)
+    if not grown:
+        right.set_axis_off()
+        return figure
     agents = [one.agents for one in grown]
     _curve(right, agents, [one.offered for one in grown], "asked for", "--", "#999999")
     _curve(right, agents, [one.single.rate for one in grown], "one of each store and proxy", "x-", "C3")
