@@ -31,6 +31,14 @@ class GatewaySettings(MeshSettings):
     max_streams: int = Field(
         2_000, ge=1, description="Event streams of one gateway, clients that left mid-run included."
     )
+    max_waiting_streams: int = Field(
+        64,
+        ge=0,
+        description=(
+            "Event streams of one gateway whose new run was queued because all agents were full, and did not "
+            "begin yet; while there are so many, new runs with a stream are refused instead of queued."
+        ),
+    )
     login_seconds: int = Field(
         7 * 24 * 3600, ge=60, description="How long a sign-in at the chat page lasts, in seconds."
     )

@@ -60,8 +60,8 @@ def message_to_proto(message: Message, texts: dict[UUID, str] | None = None) -> 
 
     Args:
         message: The message.
-        texts: Ids of sessions and runs as text, kept from message to message: writing them anew for each would be
-            half of the work.
+        texts: Ids of sessions and runs as text, kept from message to message: writing them anew for each
+            would be half of the work.
     """
     known = {} if texts is None else texts
     return resources.Message(

@@ -1065,7 +1065,7 @@ CREATE UNIQUE INDEX message_by_ordinal ON session.message USING btree (session_i
 
 CREATE INDEX run_cancelling ON session.run USING btree (session_id) WHERE ((status = ANY (ARRAY[1, 2])) AND cancel_requested);
 
-CREATE INDEX run_due ON session.run USING btree (dispatch_after) WHERE (status = ANY (ARRAY[1, 2]));
+CREATE INDEX run_due ON session.run USING btree (tenant_id, dispatch_after) WHERE ((status = ANY (ARRAY[1, 2])) AND (dispatch_after IS NOT NULL));
 
 CREATE INDEX run_overdue ON session.run USING btree (deadline) WHERE ((status = ANY (ARRAY[1, 2])) AND (deadline IS NOT NULL));
 

@@ -106,7 +106,8 @@ COMMENT ON COLUMN session.run.deadline IS
 
 -- Few rows each, whatever the number of finished runs.
 CREATE INDEX run_unfinished ON session.run (session_id, ordinal) WHERE status < 4;
-CREATE INDEX run_due ON session.run (dispatch_after) WHERE status IN (1, 2);
+CREATE INDEX run_due ON session.run (tenant_id, dispatch_after)
+    WHERE status IN (1, 2) AND dispatch_after IS NOT NULL;
 CREATE INDEX run_overdue ON session.run (deadline) WHERE status IN (1, 2) AND deadline IS NOT NULL;
 CREATE INDEX run_cancelling ON session.run (session_id) WHERE status IN (1, 2) AND cancel_requested;
 CREATE INDEX run_waiting ON session.run (tenant_id, run_id) WHERE status = 3;

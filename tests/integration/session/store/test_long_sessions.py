@@ -13,8 +13,8 @@ LONG = 10_000
 _MESSAGES = """
 INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content, tool_calls,
                              tool_call_id, created_ms)
-SELECT $1, gen_random_uuid(), $2, r.run_id, o, CASE WHEN o % 2 = 1 THEN 'user' ELSE 'assistant' END, 'said ' || o,
-       '', '', 1
+SELECT $1, gen_random_uuid(), $2, r.run_id, o, CASE WHEN o % 2 = 1 THEN 'user' ELSE 'assistant' END,
+       'said ' || o, '', '', 1
 FROM generate_series(1, $3::integer) o
 JOIN session.run r ON r.session_id = $1 AND r.ordinal = (o + 1) / 2
 """
@@ -54,15 +54,17 @@ async def rows_read(kit: Kit, session_id: UUID, *, history: bool) -> dict[str, i
         try:
             before = {row["relname"]: row["rows"] for row in await connection.fetch(_READ)}
             run_id = await connection.fetchval(
-                "SELECT (s.run).run_id FROM session.submit_run($1, $2, gen_random_uuid(), '', '', 1, 0, 600000,"
-                " $3::json, '', 'm', 't', '{', ',', '}', 1, 'agent', interval '10 s', 5, $4, 524288) s",
+                "SELECT (s.run).run_id FROM session.submit_run($1, $2, gen_random_uuid(), '', '', 1, 0,"
+                " 600000, $3::json, '', 'm', 't', '{', ',', '}', 1, 'agent', interval '10 s', 5, $4,"
+                " 524288) s",
                 kit.tenant,
                 session_id,
                 '[["01890000-0000-7000-8000-000000000001","user","next"]]',
                 MAX_CONTEXT_MESSAGES if history else 0,
             )
             await connection.fetchrow(
-                "SELECT * FROM session.append_step($1, $2, (SELECT fence FROM session.lease WHERE session_id = $1),"
+                "SELECT * FROM session.append_step($1, $2,"
+                " (SELECT fence FROM session.lease WHERE session_id = $1),"
                 " 2, '{run.completed}', '{1}', '{\"{}\"}', $3::json, NULL, 4::smallint, NULL, 1, 1, 0)",
                 session_id,
                 run_id,
