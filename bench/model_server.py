@@ -5,7 +5,8 @@
 It is a double: `bench.model_script` says what it answers. It exists to cost next to nothing (httptools
 on a bare asyncio protocol, one pre-rendered frame a token), so that what a bench measures is the mesh,
 and to misbehave on command. It serves POST /v1/chat/completions (streamed or not), GET /v1/models,
-GET /health, and GET /stats (counters that tests read: open streams, aborted streams, requests).
+GET /health, GET /stats (counters that tests read: open streams, aborted streams, requests), and GET /starts
+(when streams with an `id` began, so that a bench knows the schedule of each token).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bench.model_script import DEFAULT_MODEL, BadRequest, Reply, reply_to, scrip
 MAX_BODY = 16 * 1024 * 1024
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Content Too Large"}
 _HIGH_RATE_BURST = 4096
+_MOST_STARTS = 100_000
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class State:
         stats: counters.
         requests: the last decoded request bodies, for tests that look at what was asked.
         seen: how often each script text was asked, for `times=N`.
+        starts: when the first stream of each `id` began, in seconds of the monotonic clock.
         changed: set and renewed whenever a counter changes; tests wait on it.
     """
 
@@ -66,6 +69,7 @@ class State:
     stats: Stats = field(default_factory=Stats)
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=256))
     seen: Counter[str] = field(default_factory=Counter)
+    starts: dict[str, float] = field(default_factory=dict)
     connections: set[Connection] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -205,6 +209,8 @@ class Connection(asyncio.Protocol):
             self._json(200, {"status": "ok"})
         elif path == b"/stats":
             self._json(200, self._state.stats.as_dict())
+        elif path == b"/starts":
+            self._json(200, self._state.starts)
         elif self._state.api_key and self._authorization != b"Bearer " + self._state.api_key.encode():
             self._error(401, "wrong or missing API key")
         elif path == b"/v1/models" and method == b"GET":
@@ -277,6 +283,10 @@ class Connection(asyncio.Protocol):
         self._cut = reply.fault in ("half", "garbage")
         self._rate = reply.rate
         self._next_at = self._loop.time()
+        if reply.ident:
+            if len(self._state.starts) >= _MOST_STARTS:
+                self._state.starts.clear()
+            self._state.starts.setdefault(reply.ident, self._next_at)
         self._state.stats.tokens += len(reply.tokens)
         self._pump()
 
@@ -305,7 +315,8 @@ class Connection(asyncio.Protocol):
                 if self._close_after:
                     self.close()
         elif self._rate:
-            self._timer = self._loop.call_at(self._next_at, self._pump)
+            # uvloop rounds to milliseconds: called half of one early it would spin until the frame is due.
+            self._timer = self._loop.call_at(self._next_at + 0.0005, self._pump)
         else:
             self._timer = self._loop.call_soon(self._pump)
 

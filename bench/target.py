@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +53,18 @@ class Target(Protocol):
 
         Raises:
             IncompleteReply: It lacks its end.
+        """
+        ...
+
+
+@runtime_checkable
+class Replayed(Protocol):
+    """A target that keeps its replies, and so can be asked whether what was streamed is what it kept."""
+
+    async def check_kept(self, body: bytes) -> None:
+        """Reads a reply again from where it is kept and compares it with the body that was streamed.
+
+        Raises:
+            IncompleteReply: They differ.
         """
         ...

@@ -426,6 +426,17 @@ def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.
     typer.echo(values[name] if name else "\n".join(f"{key}={value}" for key, value in values.items()))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench(context: typer.Context) -> None:
+    """Measure what a mesh costs on this machine; hermesh bench --help lists what it takes."""
+    from launcher.benchmark import command
+
+    line = command(context.args)
+    os.execv(line[0], line)  # noqa: S606 - no shell is wanted
+
+
 @app.command()
 def doctor() -> None:
     """Look for what would keep the mesh from running, and say what to do."""
