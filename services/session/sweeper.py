@@ -22,6 +22,8 @@ from services.session import metrics
 _log = structlog.get_logger("session.sweeper")
 
 _BATCH = 64
+# From one part of what is due to the next.
+_NEXT_S = 0.02
 # How long nothing is dispatched after an agent said that it is full, unless a place is seen to get free.
 _FULL_S = 0.25
 # A stream that outlives this is let go; the run goes on without it.
@@ -120,25 +122,22 @@ class Sweeper:
         return ended
 
     async def sweep(self) -> int:
-        """Dispatches what is due, as far as there is room; returns how many runs."""
-        total = 0
-        while not self._stopped:
-            limit = min(self._batch, self._max - self._held)
-            if limit <= 0 or self._full:
-                break
-            run_ids = await self._store.due(limit)
-            for run_id in run_ids:
-                self._held += 1
-                self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
-            total += len(run_ids)
-            if len(run_ids) < limit:
-                break
-            if self._batch < _BATCH:
-                # Agents were full a moment ago: what they say to these comes first.
-                asyncio.get_running_loop().call_later(_FULL_S, self._grow)
-                break
+        """Dispatches a part of what is due, as far as there is room; returns how many runs.
+
+        What agents say to one part comes before the next: when they are full, the others are not asked about.
+        """
+        limit = min(self._batch, self._max - self._held)
+        if self._stopped or self._full or limit <= 0:
+            return 0
+        run_ids = await self._store.due(limit)
+        for run_id in run_ids:
+            self._held += 1
+            self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
+        if len(run_ids) == limit or self._batch < _BATCH:
+            wait = _NEXT_S if self._batch == _BATCH else _FULL_S
+            asyncio.get_running_loop().call_later(wait, self._grow)
         metrics.dispatched_runs.set(self._held)
-        return total
+        return len(run_ids)
 
     @property
     def _full(self) -> bool:
