@@ -1,5 +1,7 @@
 """Which runs an agent takes."""
 
+import pytest
+
 from meshkit.errors import ResourceExhaustedError
 from services.agent.runs.admission import FLOOR, AdaptiveLimit, Admission
 
