@@ -2,12 +2,12 @@
 
     python -m bench.open_loop JOB
 
-JOB is JSON: `arrivals` is a list of [seconds from the beginning, name of a tenant]; `tenants` has, by name, the
-requests {"url", "headers", "body"} of its sessions, each used by one request at a time; `out` is where the
-records go; `silence_seconds` how long nothing may come. It speaks with its parent as `bench.generator` does,
-and writes `OUT.json`: a record for each arrival, in order, with times in nanoseconds of the monotonic clock,
-the status, what the server said about coming back (`retry_after_ms`), whether the run's end came, the number
-of pieces of text, and an error if there was one.
+JOB is JSON: `arrivals` is a list of [seconds from the beginning, name of a tenant]; `tenants` has, by name,
+the requests {"url", "headers", "body"} of its sessions, each used by one request at a time; `out` is where
+the records go; `silence_seconds` how long nothing may come. It speaks with its parent as `bench.generator`
+does, and writes `OUT.json`: a record for each arrival, in order, with times in nanoseconds of the monotonic
+clock, the status, what the server said about coming back (`retry_after_ms`), the body of a reply, and an
+error if there was one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from bench.generator import say
 from launcher.processes import raise_open_files
 
 REFUSED = 429
-_END = b"\nevent: run.completed\n"
 
 
 class _Connection(Connection):
@@ -66,7 +65,6 @@ class Arrival:
             "ended": record.ended,
             "status": record.status,
             "retry_after_ms": self.retry_after_ms,
-            "complete": _END in body,
             "text": body.decode(errors="replace") if record.status == 200 else "",
             "error": "" if record.status == REFUSED else record.error,
         }

@@ -1,4 +1,4 @@
-"""What happens past capacity: goodput, refusals, memory, and what a tenant that behaves sees of one that floods.
+"""What happens past capacity: goodput, refusals, memory, and what other tenants see of one that floods.
 
     python -m bench.overload [--seconds 12] [--tokens 20] [--bound 5] [--write]
 
@@ -43,7 +43,7 @@ CALIBRATION_SECONDS = 6.0
 POLITE_SHARE = 0.05
 POLITE = ("polite-1", "polite-2")
 FLOOD = "flood"
-SESSIONS = {FLOOD: 1200, **dict.fromkeys(POLITE, 150)}
+SESSIONS = {FLOOD: 3000, **dict.fromkeys(POLITE, 300)}
 # The first arrivals of a level find the mesh as the level before left it.
 SETTLING_SECONDS = 2.0
 SAMPLE_SECONDS = 0.5
@@ -317,13 +317,19 @@ def section(found: Mapping[str, Any], levels: Sequence[Level]) -> str:
     verdict = "met" if kept(levels) >= KEPT else "**missed**"
     kinds = sorted({kind for level in levels for kind in level.rss})
     memory = [[kind, *(f"{level.rss.get(kind, 0) >> 20}" for level in levels)] for kind in kinds]
+    capacity = (
+        f"Capacity by {CALIBRATION_CLIENTS} clients in a closed loop: {found['capacity']:.0f} runs/s of "
+        f"{found['tokens']} tokens. In time is what was whole within {found['bound']:g} s of when it was due."
+    )
+    goodput = (
+        f"Goodput at {levels[-1].factor:g} times the capacity is {kept(levels):.0%} of its peak "
+        f"(goal: {KEPT:.0%}; {verdict}). Every accepted run came to its end with all of its tokens."
+    )
     return "\n\n".join(
         [
-            f"Capacity by {CALIBRATION_CLIENTS} clients in a closed loop: {found['capacity']:.0f} runs/s of "
-            f"{found['tokens']} tokens. In time is what was whole within {found['bound']:g} s of its due time.",
+            capacity,
             table(COLUMNS, [cells(level) for level in levels]),
-            f"Goodput at {levels[-1].factor:g} times the capacity is {kept(levels):.0%} of its peak "
-            f"(goal: {KEPT:.0%}; {verdict}). Every accepted run came to its end with all of its tokens.",
+            goodput,
             "Most resident memory, MiB, of all processes of a kind:",
             table(["", *(f"{level.factor:g} x" for level in levels)], memory),
             machine(found["facts"]),

@@ -98,21 +98,28 @@ class Door:
         self._wait_ms = float(_RETRY_AFTER_MS)
 
     def check(self) -> None:
-        """Counts a new run, and refuses it if it had no chance.
+        """Refuses a new run that has hardly a chance.
+
+        One that passes is counted once it is known what became of it: many that come together are no flood.
 
         Raises:
             ResourceExhaustedError: OVERLOADED.
         """
         lately = self._of(current_identity().tenant_id)
-        refused = self._random.random() < lately.refusal
-        lately.asked += 1
-        if refused:
+        if self._random.random() < lately.refusal:
+            lately.asked += 1
             self.metrics.refused.labels("door").inc()
             raise self._overloaded()
 
     def accepted(self) -> None:
         """Takes that a run was accepted: by an agent, or to wait for one."""
-        self._of(current_identity().tenant_id).accepted += 1
+        lately = self._of(current_identity().tenant_id)
+        lately.asked += 1
+        lately.accepted += 1
+
+    def refused(self) -> None:
+        """Takes that the mesh refused a run."""
+        self._of(current_identity().tenant_id).asked += 1
 
     def wait(self, refusal: HermeshError) -> Waiting:
         """Lets a run that all agents refused be queued; returns its place among those that wait.

@@ -252,6 +252,10 @@ class RunFeed(_Follower):
                         self._waiting.begun()
                         self._waiting = None
                     yield batch
+        except HermeshError as error:
+            if fresh and self._door is not None and error.reason == "OVERLOADED":
+                self._door.refused()
+            raise
         finally:
             if self._waiting is not None:
                 self._waiting.given_up()
