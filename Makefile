@@ -45,12 +45,15 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-smoke
+.PHONY: bench bench-smoke bench-overload
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
 	@$(BIN)/python -m bench --quick $(ARGS)
+
+bench-overload: $(VENV)/.dev-ready ## Goodput, refusals and fairness at 0.5 to 3 times the capacity; writes docs/overload.md
+	@$(BIN)/python -m bench.overload --write $(ARGS)
 
 ##@ Break it
 SEEDS ?= 20
