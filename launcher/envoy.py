@@ -42,8 +42,20 @@ def _cluster(name: str, endpoints: str) -> str:
     )
 
 
-def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: int, mesh_port: int) -> str:
-    """The configuration for one machine: endpoints are files in `eds`, followed by rename."""
+def render_local(
+    *,
+    eds: Path,
+    admin_socket: Path,
+    http_port: int,
+    grpc_port: int,
+    mesh_port: int,
+    pool: tuple[str, str] = ("", ""),
+) -> str:
+    """The configuration for one machine: endpoints are files in `eds`, followed by rename.
+
+    `pool` is listener and cluster of the model backends, where Envoy stands before them.
+    """
+    listener, cluster = pool
 
     def endpoints(name: str) -> str:
         return (
@@ -65,7 +77,8 @@ def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: in
         grpc_port=grpc_port,
         mesh_host="127.0.0.1",
         mesh_port=mesh_port,
-        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+        listeners=listener,
+        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), cluster]),
     )
 
 
@@ -99,6 +112,7 @@ def render_compose() -> str:
         grpc_port=50051,
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
+        listeners="",
         clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
     )
 
