@@ -45,7 +45,7 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-smoke bench-overload
+.PHONY: bench bench-smoke bench-overload bench-model-pool
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -54,6 +54,9 @@ bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; wri
 
 bench-overload: $(VENV)/.dev-ready ## Goodput, refusals and fairness at 0.5 to 3 times the capacity; writes docs/overload.md
 	@$(BIN)/python -m bench.overload --write $(ARGS)
+
+bench-model-pool: $(VENV)/.dev-ready ## What keeping a session on its model server is worth; writes docs/model-pool.md
+	@$(BIN)/python -m bench.model_pool --write $(ARGS)
 
 ##@ Break it
 SEEDS ?= 20
