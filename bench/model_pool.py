@@ -2,10 +2,10 @@
 
     python -m bench.model_pool [--sessions 8] [--turns 5] [--clients 4] [--write]
 
-It starts two of the embedded llama.cpp servers, and for each way to balance a mesh of its own over both. A few
-clients ask in several sessions, turn after turn, so that the history grows; each server keeps as many prompts
-as it has slots. What is read are the prompt's tokens that came from the cache, as the model counts them, and
-the time to the first token from a session's second turn on.
+For each way to balance it starts two of the embedded llama.cpp servers and a mesh over both. A few clients
+ask in several sessions, turn after turn, so that the history grows; each server keeps as many prompts as it
+has slots. What is read are the prompt's tokens that came from the cache, as the model counts them, and the
+time to the first token from a session's second turn on.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ START_SECONDS = 60.0
 REPLY_TOKENS = 16
 # About a hundred tokens a turn, so that a history is worth keeping.
 QUESTION = (
-    "This is note {turn} of traveller {session}: in the morning we walked along river number {turn}, which is "
-    "{length} kilometres long, crossed {bridges} bridges, met {people} people and counted {birds} birds; in the "
-    "evening we stayed in village number {village}, where it rained. What did we do?"
+    "This is note {turn} of traveller {session}: in the morning we walked along river number {turn}, which "
+    "is {length} kilometres long, crossed {bridges} bridges, met {people} people and counted {birds} birds; "
+    "in the evening we stayed in village number {village}, where it rained. What did we do?"
 )
 RESULTS = ROOT / "bench" / "results" / "model_pool.json"
 PAGE = ROOT / "docs" / "model-pool.md"
