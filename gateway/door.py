@@ -1,9 +1,10 @@
 """Refuses new runs at the door while the mesh has no place for them: that costs a fraction of asking it.
 
-Two bounds, each by tenant. Of the runs that find all agents full a few are queued and followed from here; the
-others are told when to come back. And of what a tenant asks for, a part is refused at once, as large as what
-the mesh refused lately calls for: client-side throttling, as "Handling Overload" in Google's book on site
-reliability engineering has it.
+Three bounds, each by tenant. A few new runs at once are on their way to being accepted, others wait in line
+(`gateway.line`). Of those that find all agents full a few are queued and followed from here; the others are
+told when to come back. And of what a tenant asks for, a part is refused at once, as large as what was refused
+lately calls for: client-side throttling, as "Handling Overload" in Google's book on site reliability
+engineering has it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from uuid import UUID
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client import Counter as CounterMetric
 
+from gateway.line import Line, LineFull, Turn
 from meshkit.errors import HermeshError, ResourceExhaustedError
 from meshkit.fairness import admits
 from meshkit.identity import current_identity
@@ -30,6 +32,10 @@ _HALF_LIFE_S = 1.0
 _FORGET = 0.05
 _MAX_TENANTS = 10_000
 _RETRY_AFTER_MS = 1000
+# How many are being accepted at once, how many wait for that, and how long at most.
+_AT_ONCE = 32
+_IN_LINE = 512
+_PATIENCE_S = 2.0
 
 
 class DoorMetrics:
@@ -78,6 +84,7 @@ class Door:
         max_waiting: int,
         metrics: DoorMetrics,
         *,
+        line: Line | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -86,11 +93,13 @@ class Door:
         Args:
             max_waiting: Most streams that wait for an agent.
             metrics: Its figures.
+            line: Where new runs wait for their turn to be accepted.
             monotonic: A clock, seconds.
             rng: Decides whom to refuse.
         """
         self.metrics = metrics
         self._max_waiting = max_waiting
+        self._line = line or Line(_AT_ONCE, _IN_LINE, _PATIENCE_S)
         self._monotonic = monotonic
         self._random = rng or random.Random()  # noqa: S311 -- spreads load, keeps no secret
         self._lately: dict[UUID | None, _Lately] = {}
@@ -105,11 +114,28 @@ class Door:
         Raises:
             ResourceExhaustedError: OVERLOADED.
         """
-        lately = self._of(current_identity().tenant_id)
+        tenant_id = current_identity().tenant_id
+        lately = self._of(tenant_id)
+        if not self._line.has_room(tenant_id):
+            lately.asked += 1
+            self.metrics.refused.labels("line").inc()
+            raise self._overloaded()
         if self._random.random() < lately.refusal:
             lately.asked += 1
             self.metrics.refused.labels("door").inc()
             raise self._overloaded()
+
+    async def enter(self) -> Turn:
+        """Waits for a run's turn to be accepted.
+
+        Raises:
+            ResourceExhaustedError: OVERLOADED: it did not come.
+        """
+        try:
+            return await self._line.enter(current_identity().tenant_id)
+        except LineFull:
+            self.metrics.refused.labels("line").inc()
+            raise self._overloaded() from None
 
     def accepted(self) -> None:
         """Takes that a run was accepted: by an agent, or to wait for one."""

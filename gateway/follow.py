@@ -240,23 +240,26 @@ class RunFeed(_Follower):
 
     async def batches(self) -> AsyncGenerator[list[Event], None]:
         """See `Feed`."""
-        fresh = self._submit is not None
+        door = self._door if self._submit is not None else None
+        turn = await door.enter() if door is not None else None
         try:
             async with aclosing(super().batches()) as batches:
                 async for batch in batches:
-                    if fresh:
-                        fresh = False
-                        if self._door is not None:
-                            self._door.accepted()
+                    if door is not None and turn is not None:
+                        turn.end()
+                        door.accepted()
+                        door = None
                     if self._waiting is not None and batch[-1].seq > 1:
                         self._waiting.begun()
                         self._waiting = None
                     yield batch
         except HermeshError as error:
-            if fresh and self._door is not None and error.reason == "OVERLOADED":
-                self._door.refused()
+            if door is not None and error.reason == "OVERLOADED":
+                door.refused()
             raise
         finally:
+            if turn is not None:
+                turn.end()
             if self._waiting is not None:
                 self._waiting.given_up()
 

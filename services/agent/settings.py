@@ -67,7 +67,7 @@ class AgentSettings(MeshSettings):
         256, ge=1, description="Most runs of one agent replica at once; more are refused with OVERLOADED."
     )
     accept_target_seconds: float = Field(
-        0.25,
+        0.5,
         ge=0,
         le=60,
         description=(
