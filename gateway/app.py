@@ -54,7 +54,7 @@ def make_gateway(
         settings=settings,
         mesh=mesh,
         hub=StreamHub(settings, StreamMetrics(registry)),
-        door=Door(settings.max_waiting_streams, DoorMetrics(registry)),
+        door=Door(settings.max_waiting_streams, DoorMetrics(registry), line_seconds=settings.line_seconds),
         authenticator=authenticator if authenticator is not None else MeshAuthenticator(channel, settings),
         seal=CookieSeal(settings.mesh_token, settings.login_seconds),
         readiness=readiness,

@@ -32,10 +32,9 @@ _HALF_LIFE_S = 1.0
 _FORGET = 0.05
 _MAX_TENANTS = 10_000
 _RETRY_AFTER_MS = 1000
-# How many are being accepted at once, how many wait for that, and how long at most.
+# How many are being accepted at once, and how many wait for that.
 _AT_ONCE = 32
 _IN_LINE = 512
-_PATIENCE_S = 2.0
 
 
 class DoorMetrics:
@@ -84,7 +83,7 @@ class Door:
         max_waiting: int,
         metrics: DoorMetrics,
         *,
-        line: Line | None = None,
+        line_seconds: float = 2.0,
         monotonic: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -93,13 +92,13 @@ class Door:
         Args:
             max_waiting: Most streams that wait for an agent.
             metrics: Its figures.
-            line: Where new runs wait for their turn to be accepted.
+            line_seconds: How long a new run waits for its turn to be accepted.
             monotonic: A clock, seconds.
             rng: Decides whom to refuse.
         """
         self.metrics = metrics
         self._max_waiting = max_waiting
-        self._line = line or Line(_AT_ONCE, _IN_LINE, _PATIENCE_S)
+        self._line = Line(_AT_ONCE, _IN_LINE, line_seconds)
         self._monotonic = monotonic
         self._random = rng or random.Random()  # noqa: S311 -- spreads load, keeps no secret
         self._lately: dict[UUID | None, _Lately] = {}

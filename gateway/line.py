@@ -1,9 +1,9 @@
 """The line before the mesh: so many new runs are being accepted at once, the others wait for their turn.
 
 Without it a gateway under a flood works on all of them at the same time, and each is slow: what is accepted
-in 20 ms one after the other takes all of them seconds. A place in the line costs a future. Tenants take turns,
-each has its share of the line, and who has waited too long is told when to come back. A turn is short: whoever
-waits for a replica that hangs does not keep the others from going to another one.
+in 20 ms one after the other takes all of them seconds. A place in the line costs a future. Tenants take
+turns, each has its share of the line, and who has waited too long is told when to come back. A turn is short:
+whoever waits for a replica that hangs does not keep the others from going to another one.
 """
 
 from __future__ import annotations
