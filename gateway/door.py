@@ -130,9 +130,11 @@ class Door:
         Raises:
             ResourceExhaustedError: OVERLOADED: it did not come.
         """
+        tenant_id = current_identity().tenant_id
         try:
-            return await self._line.enter(current_identity().tenant_id)
+            return await self._line.enter(tenant_id)
         except LineFull:
+            self._of(tenant_id).asked += 1
             self.metrics.refused.labels("line").inc()
             raise self._overloaded() from None
 

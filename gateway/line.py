@@ -14,6 +14,8 @@ from uuid import UUID
 
 from meshkit.fairness import admits
 
+# Over about so many turns the time between them is averaged.
+_LATELY = 16
 # After so long the next one has its turn.
 TURN_S = 1.0
 
@@ -56,6 +58,9 @@ class Line:
         self._patience = patience
         self._busy = 0
         self._waiting = 0
+        # Seconds from one turn to the next while some wait, lately; when the last one began.
+        self._gap = 0.0
+        self._moved_at = 0.0
         # In the order of their turns; a tenant is here while it has somebody in the line.
         self._tenants: dict[UUID | None, deque[asyncio.Future[None]]] = {}
 
@@ -65,11 +70,12 @@ class Line:
         return self._waiting
 
     def has_room(self, tenant_id: UUID | None) -> bool:
-        """Whether one more of a tenant may come."""
+        """Whether one more of a tenant may come, and has its turn in time as fast as the line moves now."""
         if self._busy < self._at_once:
             return True
         mine = len(self._tenants.get(tenant_id, ()))
-        return admits(mine, self._waiting, self._room)
+        before = min(self._waiting, mine * len(self._tenants))
+        return before * self._gap < self._patience and admits(mine, self._waiting, self._room)
 
     async def enter(self, tenant_id: UUID | None) -> Turn:
         """Returns one's turn when it has come.
@@ -82,7 +88,10 @@ class Line:
             return Turn(self)
         if not self.has_room(tenant_id):
             raise LineFull
-        turn = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            self._moved_at = loop.time()
+        turn = loop.create_future()
         self._tenants.setdefault(tenant_id, deque()).append(turn)
         self._waiting += 1
         try:
@@ -109,6 +118,9 @@ class Line:
             if line:
                 self._tenants[tenant_id] = line
             if not turn.done():
+                now = asyncio.get_running_loop().time()
+                self._gap += (now - self._moved_at - self._gap) / _LATELY
+                self._moved_at = now
                 turn.set_result(None)
                 return
         self._busy -= 1

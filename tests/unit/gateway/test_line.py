@@ -89,3 +89,21 @@ async def test_a_turn_that_takes_too_long_is_the_next_ones(monkeypatch: pytest.M
     await asyncio.wait_for(line.enter(ONE), 5)
     hanging.end()
     assert line.waiting == 0
+
+
+async def test_nobody_is_let_in_who_would_wait_too_long_as_fast_as_the_line_moves() -> None:
+    line = Line(1, 500, 0.5)
+    held = await line.enter(ONE)
+    waiting = [asyncio.ensure_future(line.enter(ONE)) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert line.has_room(ONE)
+    for one in waiting[:40]:
+        await asyncio.sleep(0.01)
+        held.end()
+        held = await one
+    # Sixty wait, ten milliseconds at the least each.
+    assert not line.has_room(ONE)
+    assert line.has_room(TWO)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
