@@ -66,20 +66,20 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def _measure(chosen: Sequence[Scenario], options: argparse.Namespace, console: Console) -> None:
     runs = options.runs or (QUICK_RUNS if options.quick else RUNS)
-    results = _results(chosen, runs, console)
+    results = _results(chosen, runs, options.replicas, console)
     show_goals(console, results)
     if options.json is not None:
         options.json.write_bytes(encode(results))
-    if options.write or not (options.only or options.quick or options.runs):
+    if options.write or not (options.only or options.quick or options.runs or options.replicas):
         _write(results, console)
 
 
-def _results(chosen: Sequence[Scenario], runs: int, console: Console) -> list[Result]:
+def _results(chosen: Sequence[Scenario], runs: int, replicas: str, console: Console) -> list[Result]:
     results = []
     said = _clock(console)
     for scenarios in meshes(chosen):
         said("starting a mesh")
-        with Mesh(settings=SETTINGS) as mesh:
+        with Mesh(settings=SETTINGS, replicas=replicas) as mesh:
             for scenario in scenarios:
                 results.append(uvloop.run(run_scenario(mesh, scenario, runs, said)))
                 show(console, results[-1])
@@ -117,6 +117,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a few scenarios, short, in about a minute")
     parser.add_argument("--runs", type=int, metavar="N", help=f"how often each is measured (default {RUNS})")
+    parser.add_argument(
+        "--replicas", default="", metavar="LIST", help="of the mesh, such as agent=1,session=1; only printed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write these results there, too")
     parser.add_argument(
         "--write",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import httptools
 import orjson
@@ -29,14 +29,17 @@ class Request:
     payload: bytes
 
     @classmethod
-    def render(cls, method: str, url: str, headers: Mapping[str, str], body: Any = None) -> Request:
-        """Renders a request; `body` is sent as JSON, None for none."""
+    def render(
+        cls, method: str, url: str, headers: Mapping[str, str], body: Any = None, *, form: bool = False
+    ) -> Request:
+        """Renders a request; `body` is sent as JSON, or as a form's fields; None for none."""
         parts = urlsplit(url)
-        data = b"" if body is None else orjson.dumps(body)
+        data = b"" if body is None else urlencode(body).encode() if form else orjson.dumps(body)
         path = parts.path + (f"?{parts.query}" if parts.query else "")
         lines = [f"{method} {path} HTTP/1.1", f"Host: {parts.netloc}"]
         if data:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+            kind = "application/x-www-form-urlencoded" if form else "application/json"
+            lines += [f"Content-Type: {kind}", f"Content-Length: {len(data)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join(lines).encode() + b"\r\n\r\n"
         return cls(parts.hostname or "127.0.0.1", parts.port or 80, head + data)

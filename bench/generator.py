@@ -140,7 +140,12 @@ def say(line: str) -> None:
 async def run(job: dict[str, Any]) -> None:
     """Plays one job."""
     clients = [
-        Client([Request.render("POST", ask["url"], ask["headers"], ask["body"]) for ask in asks])
+        Client(
+            [
+                Request.render("POST", ask["url"], ask["headers"], ask["body"], form=ask["form"])
+                for ask in asks
+            ]
+        )
         for asks in job["clients"]
     ]
     await connect_all(clients)

@@ -154,7 +154,10 @@ def load(
     job = {
         "spread_seconds": spread_seconds,
         "clients": [
-            [{"url": ask.url, "headers": dict(ask.headers), "body": dict(ask.body)} for ask in asks]
+            [
+                {"url": ask.url, "headers": dict(ask.headers), "body": dict(ask.body), "form": ask.form}
+                for ask in asks
+            ]
             for asks in clients
         ],
     }

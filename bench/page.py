@@ -77,7 +77,7 @@ def _goals(results: Sequence[Result]) -> str:
         (
             outcome.goal.what,
             f"{'≥' if outcome.goal.at_least else '≤'} {outcome.goal.bound:,g} {outcome.goal.unit}",
-            f"{_value(outcome.spread, _digits(outcome.goal.figure))}",
+            f"{value(outcome.spread, _digits(outcome.goal.figure))}",
             outcome.word if outcome.met else f"**{outcome.word}**",
         )
         for outcome in outcomes(results, MESH)
@@ -94,9 +94,7 @@ def _overview(results: Sequence[Result]) -> str:
     for result in results:
         for target in result.targets:
             spreads = result.spreads(target)
-            cells = [
-                _value(spreads[name], digits) if name in spreads else "" for name, _, digits in _OVERVIEW
-            ]
+            cells = [value(spreads[name], digits) if name in spreads else "" for name, _, digits in _OVERVIEW]
             rows.append((f"{result.title}: {target}", *cells))
     return table(("", *(label for _, label, _ in _OVERVIEW)), rows)
 
@@ -159,7 +157,7 @@ def _figures(result: Result) -> str:
         (
             f"{one.label}, {one.unit}" if one.unit else one.label,
             *(
-                _value(spread[one.name], one.digits) if one.name in spread else ""
+                value(spread[one.name], one.digits) if one.name in spread else ""
                 for spread in spreads.values()
             ),
         )
@@ -178,7 +176,7 @@ def _noise(results: Sequence[Result]) -> str:
                 result.name,
                 result.facts["time"],
                 f"{result.facts['load_average']}",
-                _value(others, 2) if others else "",
+                value(others, 2) if others else "",
                 str(len(result.of(MESH))),
             )
         )
@@ -189,7 +187,8 @@ def _noise(results: Sequence[Result]) -> str:
     return f"{text}\n\n" + table(("scenario", "time", "load average", "cores of others", "runs"), rows)
 
 
-def _value(spread: Spread, digits: int) -> str:
+def value(spread: Spread, digits: int) -> str:
+    """Returns a median, in brackets the least and the most where they differ."""
     middle = number(spread.median, digits)
     least, most = number(spread.least, digits), number(spread.most, digits)
     return middle if least == most else f"{middle} ({least} to {most})"

@@ -14,13 +14,15 @@ class Ask:
 
     Attributes:
         url: where to.
-        body: the JSON body.
+        body: the JSON body, or a form's fields.
         headers: beside Content-Type.
+        form: whether the body goes as a form.
     """
 
     url: str
     body: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
+    form: bool = False
 
 
 class IncompleteReply(Exception):

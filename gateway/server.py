@@ -32,6 +32,8 @@ _log = structlog.get_logger("gateway.server")
 
 _BACKLOG = 2048
 _START_SECONDS = 10.0
+# How long WebSockets have to say `reconnect`, and their clients to close.
+_SOCKETS_SECONDS = 3.0
 # Longer than proxies keep idle connections (Envoy: an hour), so that it is never we who close one just as a
 # request comes.
 _KEEP_ALIVE_SECONDS = 3700
@@ -178,3 +180,4 @@ async def _drain(gateway: Gateway, signals: StopSignals) -> None:
     gateway.hub.leaving = True
     await signals.pause(settings.drain_delay_seconds)
     gateway.hub.drain()
+    await gateway.hub.wait_for_sockets(_SOCKETS_SECONDS)

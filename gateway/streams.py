@@ -111,6 +111,9 @@ class StreamHub:
         self.leaving = False
         self.draining = asyncio.Event()
         self._streams: set[Drainable] = set()
+        self._sockets = 0
+        self._sockets_gone = asyncio.Event()
+        self._sockets_gone.set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,19 +155,40 @@ class StreamHub:
         for stream in list(self._streams):
             stream.drain()
 
+    async def wait_for_sockets(self, seconds: float) -> None:
+        """Waits after `drain` until every WebSocket has said `reconnect` and closed, so long at most."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._sockets_gone.wait()
+        except TimeoutError:
+            _log.warning("websockets were still open at the end", open=self._sockets)
+
     def register(self, stream: Drainable) -> None:
         """Counts a stream in, so that a drain reaches it."""
         self._streams.add(stream)
+        if stream.is_socket:
+            self._sockets += 1
+            self._sockets_gone.clear()
         self.metrics.open.inc()
 
     def unregister(self, stream: Drainable) -> None:
         """Counts it out."""
         self._streams.discard(stream)
         self.metrics.open.dec()
+        if stream.is_socket:
+            self._sockets -= 1
+            if not self._sockets:
+                self._sockets_gone.set()
 
 
 class Drainable(Protocol):
-    """A stream that can be asked to end."""
+    """A stream that can be asked to end.
+
+    Attributes:
+        is_socket: Whether it is a WebSocket: the server lets other streams finish, and closes these at once.
+    """
+
+    is_socket: bool
 
     def drain(self) -> None:
         """Ends the stream soon, with `reconnect`."""
@@ -176,6 +200,8 @@ class EventStream:
 
     An error before the first byte is raised, for a proper HTTP status.
     """
+
+    is_socket = False
 
     def __init__(
         self,

@@ -73,6 +73,8 @@ _TYPES: dict[str, type[Incoming]] = {
 class SessionSocket:
     """One WebSocket: a task that sends events, one that takes messages, under one roof."""
 
+    is_socket = True
+
     def __init__(self, gateway: Gateway, websocket: WebSocket) -> None:
         """Prepares to serve it."""
         self._gateway = gateway

@@ -82,11 +82,12 @@ class AgentSettings(MeshSettings):
         description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
     )
     max_appends_per_second: float = Field(
-        1000.0,
+        4000.0,
         ge=0,
         description=(
             "Writes a second that one agent replica aims at: with many runs their text gathers for up to "
-            "50 ms between two writes. 0 = text is never held back."
+            "50 ms between two writes, as it does in any run that writes faster than anyone reads. "
+            "0 = text is never held back."
         ),
     )
     reconcile_tries: int = Field(

@@ -27,4 +27,10 @@ CASES = (
         "PostgreSQL's clock was an hour ahead while runs were queued and leases given, and PostgreSQL was "
         "down when it was set right: those runs were due, and those leases over, only an hour later.",
     ),
+    Case(
+        "closed-before-reconnect",
+        9101,
+        "A gateway that drained was stopped in the moment in which its WebSockets were to say reconnect: "
+        "the server's own close came first, and a client saw a stream that broke.",
+    ),
 )

@@ -8,6 +8,7 @@ to its end closes its connection, which is how the backend learns that nobody li
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -85,6 +86,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
+        self._give_up_at = math.inf
+        self._look_at = math.inf
+        self._watchdog: asyncio.TimerHandle | None = None
         self._body: list[bytes] = []
         self._size = 0
         self._reading_paused = False
@@ -110,6 +114,8 @@ class Connection(asyncio.Protocol):
         self._transport = None
         if self.headers_done and not self.complete and not self._has_length():
             self.complete = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self._wake()
 
     def data_received(self, data: bytes) -> None:
@@ -165,6 +171,7 @@ class Connection(asyncio.Protocol):
         self._body, self._size, self._broken = [], 0, ""
         self.released = self.got_bytes = self.headers_done = self.complete = self.keep_alive = False
         self.status, self.headers = 0, {}
+        self._give_up_at = math.inf
         if self._transport is None:
             raise StaleConnectionError
         self._transport.write(request)
@@ -186,13 +193,15 @@ class Connection(asyncio.Protocol):
                 raise ModelUnavailableError("the backend closed the connection without an answer")
             await self._wait()
 
-    async def read(self) -> bytes:
+    async def read(self, seconds: float) -> bytes:
         """Return all body bytes that have arrived, waiting for some; b"" at the reply's end.
 
         Raises:
+            TimeoutError: nothing came for so many seconds.
             ModelTruncatedError: the connection broke before the reply's end.
             ModelProtocolError: the answer is not HTTP.
         """
+        self._give_up_at = self._loop.time() + seconds
         while not self._body:
             if self._broken:
                 raise ModelProtocolError(self._broken)
@@ -200,6 +209,8 @@ class Connection(asyncio.Protocol):
                 return b""
             if self._transport is None:
                 raise ModelTruncatedError("the backend broke the stream off")
+            if self._give_up_at < self._look_at:
+                self._arm()
             await self._wait()
         data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body, self._size = [], 0
@@ -222,6 +233,22 @@ class Connection(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
+
+    def _arm(self) -> None:
+        """Look at the wait when its time is up: one timer a connection, not one a read."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._look_at = self._give_up_at
+        self._watchdog = self._loop.call_at(self._look_at, self._look)
+
+    def _look(self) -> None:
+        self._watchdog, self._look_at = None, math.inf
+        if self._waiter is None or self._waiter.done() or self._give_up_at == math.inf:
+            return  # the next read that waits arms it anew
+        if self._loop.time() < self._give_up_at:
+            self._arm()
+        else:
+            self._waiter.set_exception(TimeoutError())
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -248,8 +275,7 @@ class Response:
         """
         wait, self._wait = self._wait, self._idle
         try:
-            async with asyncio.timeout(wait):
-                return await self._connection.read()
+            return await self._connection.read(wait)
         except TimeoutError:
             raise ModelTimeoutError(f"the model sent nothing for {wait:g} s") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from services.agent.model.port import (
 
 # One SSE line may not grow without end: a backend that never sends a newline is broken.
 MAX_LINE = 4 * 1024 * 1024
+TEMPLATE_TRIES = 8
+_PROBE = b"where the token stands"
 _FINISH = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "length"}
 
 
@@ -96,10 +99,15 @@ class StreamParser:
     """Turns the bytes of one streamed reply into events, batch by batch.
 
     Neighbouring text deltas of one batch are joined: what costs is the message, not the token.
+
+    The chunks of one reply differ in their token and in nothing else. So the bytes around the token of a
+    parsed chunk are kept, and one that has the same around a plain token is known without parsing it.
     """
 
     def __init__(self) -> None:
         self._rest = b""
+        self._before = self._after = b""
+        self._tries = TEMPLATE_TRIES
         self._finish = ""
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -134,7 +142,7 @@ class StreamParser:
                 payload = line[5:].strip()
                 if payload == b"[DONE]":
                     self.done = True
-                elif payload:
+                elif payload and not self._plain(payload):
                     self._chunk(payload, out)
             elif line.startswith(b"error:"):  # llama.cpp's way to fail in mid-stream
                 self._chunk(b'{"error":' + (line[6:].strip() or b"null") + b"}", out)
@@ -142,6 +150,45 @@ class StreamParser:
                 raise ModelProtocolError("the model's answer is not a stream of events")
         self._flush(out)
         return out
+
+    def _plain(self, payload: bytes) -> bool:
+        """Take a chunk that is as the one that was kept, but for a token without escapes."""
+        before, after = self._before, self._after
+        end = len(payload) - len(after)
+        if not before or end < len(before) or self._reasoning:
+            return False
+        if not (payload.startswith(before) and payload.endswith(after)):
+            return False
+        token = payload[len(before) : end]
+        # ASCII that can be printed stands for itself in JSON, but for two; all else is left to the parser.
+        if (
+            not token.isascii()
+            or b'"' in token
+            or b"\\" in token
+            or not (text := token.decode()).isprintable()
+        ):
+            return False
+        if text:
+            self._text.append(text)
+            self.said_anything = True
+        self._tries = TEMPLATE_TRIES
+        return True
+
+    def _keep(self, payload: bytes, content: str) -> None:
+        """Keep what is around a chunk's token, if it is certain where that stands.
+
+        A backend whose chunks differ in more than that is found out after some tries.
+        """
+        self._tries -= 1
+        for name in (b'"content":"', b'"content": "'):
+            before, found, after = payload.partition(name + content.encode() + b'"')
+            if not found:
+                continue
+            before, after = before + name, b'"' + after
+            with contextlib.suppress(orjson.JSONDecodeError, AttributeError, LookupError, TypeError):
+                if orjson.loads(before + _PROBE + after)["choices"][0]["delta"]["content"] == _PROBE.decode():
+                    self._before, self._after = before, after
+            return
 
     def _chunk(self, payload: bytes, out: list[ModelEvent]) -> None:
         try:
@@ -155,6 +202,12 @@ class StreamParser:
                     if content:
                         self._text.append(content)
                         self.said_anything = True
+                        if (
+                            self._tries
+                            and len(chunk["choices"]) == 1
+                            and not (choice.get("finish_reason") or chunk.get("usage"))
+                        ):
+                            self._keep(payload, content)
                 else:
                     self._delta(delta, out)
                 reason = choice.get("finish_reason")

@@ -1,8 +1,8 @@
 """The one append stream of an agent process: many runs' writes out, their results in.
 
 Under load text is paced: the more runs there are, the longer a run's text gathers before it is sent, so that
-the cost of a replica follows its messages a second and not its tokens. A turn's first text and everything
-that is not text is never held back.
+the cost of a replica follows its messages a second and not its tokens. Text that comes faster than anyone
+reads gathers at any time. A turn's first text and everything that is not text is never held back.
 
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
@@ -61,6 +61,29 @@ class StreamEnded(Exception):
     """The append stream is over and another one is needed."""
 
 
+class _Beat:
+    """Writers whose text gathers until the next beat, which all of them share."""
+
+    def __init__(self, over: Callable[[dict[str, RunWriter]], None]) -> None:
+        self.waiting: dict[str, RunWriter] = {}
+        self._over = over
+        self._timer: asyncio.TimerHandle | None = None
+
+    def hold(self, writer: RunWriter, seconds: float) -> None:
+        self.waiting[writer.run_id] = writer
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._fire)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _fire(self) -> None:
+        self._timer = None
+        waiting, self.waiting = self.waiting, {}
+        self._over(waiting)
+
+
 class AppendLink:
     """Owns the append stream; `run` is its one task.
 
@@ -85,8 +108,8 @@ class AppendLink:
         self._on_cancel = on_cancel
         self._monotonic = monotonic
         self._rate = rate
-        self._paced: dict[str, RunWriter] = {}
-        self._pace_timer: asyncio.TimerHandle | None = None
+        # Runs that write faster than anyone reads have a slower beat of their own.
+        self._beats = {fast: _Beat(self._beat_over) for fast in (False, True)}
         self._writers: dict[str, RunWriter] = {}
         self._ready: dict[str, RunWriter] = {}
         self._reattach: dict[str, RunWriter] = {}
@@ -114,7 +137,8 @@ class AppendLink:
             return
         del self._writers[writer.run_id]
         self._ready.pop(writer.run_id, None)
-        self._paced.pop(writer.run_id, None)
+        for beat in self._beats.values():
+            beat.waiting.pop(writer.run_id, None)
         self._reattach.pop(writer.run_id, None)
         self._asked_at.pop(writer.run_id, None)
 
@@ -146,8 +170,8 @@ class AppendLink:
             for timer in self._timers:
                 timer.cancel()
             self._timers.clear()
-            if self._pace_timer is not None:
-                self._pace_timer.cancel()
+            for beat in self._beats.values():
+                beat.close()
 
     async def _serve(self) -> None:
         """Use one stream until it ends; it always ends by an exception."""
@@ -207,9 +231,11 @@ class AppendLink:
             _, writer = self._ready.popitem()
             if not writer.ready:
                 continue
-            if not writer.urgent and max(writer.sent_at + pace, writer.hold_until) > now:
-                self._hold_back(writer, max(pace, writer.hold_until - now))
-                continue
+            if not writer.urgent:
+                hold = MAX_PACE if writer.fast and self._rate else pace
+                if max(writer.sent_at + hold, writer.hold_until) > now:
+                    self._beats[writer.fast].hold(writer, max(hold, writer.hold_until - now))
+                    continue
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.
                 writer.detach()
@@ -219,18 +245,10 @@ class AppendLink:
             size += writer.take(message.appends.add())
         return message
 
-    def _hold_back(self, writer: RunWriter, seconds: float) -> None:
-        """Let a writer's text gather until the next beat, which all writers that wait share."""
-        self._paced[writer.run_id] = writer
-        if self._pace_timer is None:
-            self._pace_timer = asyncio.get_running_loop().call_later(seconds, self._pace_over)
-
-    def _pace_over(self) -> None:
-        self._pace_timer = None
-        for writer in self._paced.values():
+    def _beat_over(self, writers: dict[str, RunWriter]) -> None:
+        for writer in writers.values():
             writer.urgent = True
-        self._ready.update(self._paced)
-        self._paced.clear()
+        self._ready.update(writers)
         self._wake.set()
 
     # receiving

@@ -272,3 +272,16 @@ async def test_tls_is_checked_against_the_trusted_certificates(tmp_path, monkeyp
 def test_a_base_url_must_be_http_with_a_host(url):
     with pytest.raises(ValueError, match="not an http"):
         Origin.parse(url)
+
+
+async def test_a_pause_that_is_too_long_is_noticed_also_after_a_longer_wait_and_on_a_used_connection(server):
+    # The wait for the first byte may be longer than those after it, and one timer watches over all of them.
+    model = OpenAIModel(server.base_url, timeouts=Timeouts(connect=1, first_byte=30, idle=0.2))
+    try:
+        for _ in range(2):
+            await collect(model, request("[[tokens=5]]"))
+            async with asyncio.timeout(15):
+                with pytest.raises(ModelTimeoutError):
+                    await collect(model, request("[[tokens=3 rate=1]]"))
+    finally:
+        await model.aclose()

@@ -248,6 +248,27 @@ async def test_a_lease_that_was_asked_for_before_the_stream_broke_is_attached_an
         assert run.fence == 2
 
 
+async def test_text_faster_than_anyone_reads_gathers_and_slow_text_does_not_wait_for_it():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        fast, fast_run = setup.writer()
+        slow, slow_run = setup.writer()
+        for writer in (fast, slow):
+            writer.text("text.delta", "first ")
+            await writer.flush()
+        fast.text("text.delta", "x" * 1000)
+        await setup.store.until(lambda: "x" in fast_run.text())
+        assert fast.fast
+        fast.text("text.delta", " gathers")
+        slow.text("text.delta", "goes")
+        await setup.store.until(lambda: "goes" in slow_run.text())
+        assert not slow.fast
+        assert "gathers" not in fast_run.text()
+        fast.text("text.delta", " with this")
+        await setup.store.until(lambda: "gathers" in fast_run.text())
+        assert fast_run.text().endswith(" gathers with this")
+
+
 async def test_a_process_says_that_it_is_new_until_it_has_a_run():
     async with TaskOwner() as tasks:
         setup = Setup(tasks)

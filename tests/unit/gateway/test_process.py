@@ -9,12 +9,13 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from websockets.asyncio.client import connect
 
 from meshkit.identity import MESH_TOKEN_KEY
 from tests.fakes.mesh import API_KEY, FakeMesh, FakeRun
@@ -109,6 +110,22 @@ async def test_it_serves_says_so_and_drains(mesh: FakeMesh, tmp_path: Path) -> N
     assert API_KEY not in log
     assert "the-mesh-secret" not in log
     assert all(MESH_TOKEN_KEY in entry for entry in mesh.metadata)
+
+
+async def test_each_of_many_websockets_is_asked_to_come_back_before_the_process_ends(
+    mesh: FakeMesh, tmp_path: Path
+) -> None:
+    file = tmp_path / "gateway-1.json"
+    async with process(environment(mesh, HERMESH_READY_FILE=str(file))) as started, AsyncExitStack() as stack:
+        found = await ready(started, file)
+        address = f"ws://{found['address']}/v1/sessions/{mesh.add_session().session_id}/ws"
+        sockets = [
+            await stack.enter_async_context(connect(address, additional_headers=KEY)) for _ in range(200)
+        ]
+        os.kill(started.pid, signal.SIGTERM)
+        async with asyncio.timeout(SECONDS):
+            said = [[json.loads(text)["type"] async for text in socket] for socket in sockets]
+        assert said == [["reconnect"]] * len(sockets)
 
 
 async def test_a_port_in_use_is_one_clear_line(mesh: FakeMesh) -> None:
