@@ -24,8 +24,8 @@ from meshkit.errors import HermeshError, ResourceExhaustedError
 from meshkit.fairness import admits
 from meshkit.identity import current_identity
 
-# So many times what was accepted lately is let through. Less saves more, and takes longer to notice that there
-# is room again: with 1.2 a stalled moment was felt for all of the twelve seconds that were measured.
+# So many times what was accepted lately is let through. Less saves more, and takes longer to notice that
+# there is room again: with 1.2 a stalled moment was felt for all of the twelve seconds that were measured.
 _LET_THROUGH = 2.0
 # Refusals that say nothing yet.
 _FREE = 8
