@@ -222,6 +222,7 @@ class Plan:
                 http_port=self.settings.http_port,
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
+                agent_policy=self.settings.agent_lb,
             ),
         )
         self.admin.socket.unlink(missing_ok=True)
