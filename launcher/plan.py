@@ -224,6 +224,7 @@ class Plan:
                 http_port=self.settings.http_port,
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
+                agent_policy=self.settings.agent_lb,
                 pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),
         )

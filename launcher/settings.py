@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from launcher.envoy import DEFAULT_POLICY, Policy
 from launcher.model_pool import Balance
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,14 @@ class LauncherSettings(BaseSettings):
     )
     mesh_address: str = Field(
         "", description="host:port at which services reach it, where that is not the listener itself."
+    )
+    agent_lb: Policy = Field(
+        DEFAULT_POLICY,
+        description=(
+            "How Envoy chooses the agent of a run: least_request (of two), least_request_full_scan (of all), "
+            "round_robin, random, ring_hash (by session), ring_hash_bounded (by session, none above 1.25 "
+            "times its share)."
+        ),
     )
     database_url: SecretStr = Field(
         SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
