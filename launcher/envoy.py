@@ -92,8 +92,13 @@ def render_local(
     grpc_port: int,
     mesh_port: int,
     agent_policy: Policy = DEFAULT_POLICY,
+    pool: tuple[str, str] = ("", ""),
 ) -> str:
-    """The configuration for one machine: endpoints are files in `eds`, followed by rename."""
+    """The configuration for one machine: endpoints are files in `eds`, followed by rename.
+
+    `pool` is listener and cluster of the model backends, where Envoy stands before them.
+    """
+    listener, cluster = pool
 
     def endpoints(name: str) -> str:
         return (
@@ -116,9 +121,15 @@ def render_local(
         mesh_host="127.0.0.1",
         mesh_port=mesh_port,
         agent_hash=_HASH if agent_policy in (Policy.RING_HASH, Policy.RING_HASH_BOUNDED) else "",
+        listeners=listener,
         clusters="\n".join(
-            _cluster(name, endpoints(name), agent_policy if name == "agent" else DEFAULT_POLICY)
-            for name in CLUSTERS
+            [
+                *(
+                    _cluster(name, endpoints(name), agent_policy if name == "agent" else DEFAULT_POLICY)
+                    for name in CLUSTERS
+                ),
+                cluster,
+            ]
         ),
     )
 
@@ -154,6 +165,7 @@ def render_compose() -> str:
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
         agent_hash="",
+        listeners="",
         clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
     )
 

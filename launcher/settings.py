@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from launcher.envoy import DEFAULT_POLICY, Policy
+from launcher.model_pool import Balance
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +59,14 @@ class LauncherSettings(BaseSettings):
         description=(
             "OpenAI-compatible model API with its /v1; several that serve the same models stand in for each "
             "other, separated by commas or spaces. Empty starts the embedded model."
+        ),
+    )
+    model_balance: Balance = Field(
+        "agent",
+        description=(
+            "Which of several model backends gets a request: agent (the first that works, by each agent), or "
+            "through Envoy least_request (the one with the fewest) or session (the same for all turns of a "
+            "session, so that its prompt cache is hit, unless that has too much to do)."
         ),
     )
     llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the model API.")
