@@ -69,9 +69,9 @@ def test_arrivals_are_the_same_for_one_seed_and_as_many_as_asked_for() -> None:
     assert sum(tenant == POLITE[0] for _, tenant in found) == pytest.approx(250, rel=0.25)
 
 
-def test_what_is_kept_is_the_last_level_against_the_best() -> None:
+def test_what_is_kept_is_the_worst_past_the_capacity_against_the_best() -> None:
     def level(factor: float, goodput: float) -> Level:
         zero = (0.0, 0.0, 0.0)
         return Level(factor, 0, goodput, 0, 0, 0, zero, 0, 0, 0, 0, 0, 0, 0, {}, 0)
 
-    assert kept([level(1, 100), level(2, 120), level(3, 108)]) == pytest.approx(0.9)
+    assert kept([level(0.5, 60), level(1, 120), level(2, 108), level(3, 115)]) == pytest.approx(0.9)

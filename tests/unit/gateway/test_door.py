@@ -77,7 +77,16 @@ def test_a_flood_asks_the_mesh_for_little_more_than_it_takes_and_for_all_of_that
     door = make(clock)
     flood(door, clock, rate=900, capacity=300, seconds=5)
     asked = flood(door, clock, rate=900, capacity=300, seconds=10)
-    assert 300 * 10 <= asked <= 1.5 * 300 * 10
+    assert 300 * 10 <= asked <= 2.2 * 300 * 10
+
+
+def test_after_a_stall_all_that_there_is_room_for_is_accepted_again_in_some_seconds() -> None:
+    clock = Clock()
+    door = make(clock)
+    flood(door, clock, rate=900, capacity=300, seconds=5)
+    flood(door, clock, rate=900, capacity=3, seconds=5)
+    flood(door, clock, rate=900, capacity=300, seconds=6)
+    assert flood(door, clock, rate=900, capacity=300, seconds=2) >= 2 * 300
 
 
 def test_another_tenant_does_not_pay_for_a_flood() -> None:
