@@ -79,7 +79,7 @@ def _measure(
     programs = {}
     for peer in chosen:
         said(f"{peer.title}: installing, unless it is")
-        programs[peer.name] = install(peer.name)
+        programs[peer.name] = install(peer.files)
     if options.install:
         return []
     results: list[Result] = []

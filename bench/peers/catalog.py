@@ -15,7 +15,7 @@ class Peer:
     """A server that is installed and started as its own pages say.
 
     Attributes:
-        name: of its folder beside this file.
+        name: how the command line names it, and its folder beside this file is named.
         title: how pages name it.
         packages: whose versions pages tell.
         command: program of its environment and arguments; `{port}` is filled in.
@@ -25,6 +25,7 @@ class Peer:
         pages: where its own pages say that it is started so.
         changed: what differs from there, and why.
         targets: what is asked of it.
+        folder: of another peer that is installed and started from the same files.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Peer:
     pages: str
     changed: str
     targets: Sequence[Make]
+    folder: str = ""
+
+    @property
+    def files(self) -> str:
+        """The folder beside this file with what it is installed and started from."""
+        return self.folder or self.name
 
     def named(self) -> list[PeerTarget]:
         """Returns its targets as if it ran nowhere, for their names."""
@@ -63,10 +70,20 @@ PEERS = (
             "128 background runs at once in place of 32, so that 100 streams are not queued; 1,000 "
             "connections to Redis in place of its client's 100, beyond which streams lost their events."
         ),
-        targets=(
-            lambda url, pids: AgnoTarget("Agno background", url, pids, durable=True, background=True),
-            lambda url, pids: AgnoTarget("Agno stream", url, pids, durable=False, background=False),
-        ),
+        targets=(lambda url, pids: AgnoTarget("Agno background", url, pids, durable=True, background=True),),
+    ),
+    Peer(
+        name="agno-stream",
+        title="Agno AgentOS, no stores",
+        folder="agno",
+        packages=("agno", "fastapi", "uvicorn", "openai"),
+        command=("python", "app.py"),
+        variables={"OPENAI_BASE_URL": "{model}", "PORT": "{port}", "AGNO_TELEMETRY": "false"},
+        ready="/health",
+        stores=False,
+        pages="docs.agno.com, «Background Execution» (its default streaming)",
+        changed="no database: the least that it can do.",
+        targets=(lambda url, pids: AgnoTarget("Agno stream", url, pids, durable=False, background=False),),
     ),
     Peer(
         name="aegra",
