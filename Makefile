@@ -45,7 +45,7 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-peers lock-peers bench-smoke
+.PHONY: bench bench-peers bench-lb bench-scale lock-peers bench-smoke bench-overload bench-model-pool
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -59,6 +59,18 @@ lock-peers: $(BIN)/uv ## Pin the peers anew, from each bench/peers/*/requirement
 
 bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
 	@$(BIN)/python -m bench --quick $(ARGS)
+
+bench-lb: $(VENV)/.dev-ready ## Balancing policies under heavy-tailed runs; writes docs/load-balancing.md
+	@$(BIN)/python -m bench.balance $(ARGS)
+
+bench-scale: $(VENV)/.dev-ready ## Throughput by replicas, measured and simulated; writes docs/scaling.md
+	@$(BIN)/python -m bench.scale $(ARGS)
+
+bench-overload: $(VENV)/.dev-ready ## Goodput, refusals and fairness at 0.5 to 3 times the capacity; writes docs/overload.md
+	@$(BIN)/python -m bench.overload --write $(ARGS)
+
+bench-model-pool: $(VENV)/.dev-ready ## What keeping a session on its model server is worth; writes docs/model-pool.md
+	@$(BIN)/python -m bench.model_pool --write $(ARGS)
 
 ##@ Break it
 SEEDS ?= 20

@@ -64,7 +64,7 @@ class MeshTarget:
 
     name = MESH
     durable = True
-    first_token = re.compile(rb'event: text\.delta\ndata: [^\n]*"text":"[^"]')
+    first_token = re.compile(rb'event: text\.delta\ndata: [^\n]*"text": ?"[^"]')
 
     def __init__(self, mesh: Mesh, *, memory: bool = False) -> None:
         self.memory = memory

@@ -21,17 +21,25 @@ OPEN_SECONDS = 300.0
 KINDS = ("gateway", "session", "envoy")
 
 
-async def measure_watchers(target: MeshTarget, scenario: Watchers, model_pid: int) -> Run:
+async def measure_watchers(
+    target: MeshTarget, scenario: Watchers, model_pid: int, *, quiet_seconds: float = QUIET_SECONDS
+) -> Run:
     """Runs a scenario of watchers once.
+
+    Args:
+        target: the mesh; a fresh one, or what it held before hides what the watchers take.
+        scenario: what to do.
+        model_pid: the model server, whose work is not the mesh's.
+        quiet_seconds: how long streams that were just opened are left alone before memory is read.
 
     Raises:
         LoadError: The load generator failed, a stream ended, or a watcher did not get its event.
     """
     processes = dict(target.processes()) | {MODEL: model_pid}
     async with started("bench.watch_generator", await _job(target, scenario)) as generator:
-        await _open(generator, scenario.first)
+        await _open(generator, scenario.first, quiet_seconds)
         few = usage(processes)
-        await _open(generator, scenario.watchers)
+        await _open(generator, scenario.watchers, quiet_seconds)
         many = usage(processes)
         await asyncio.sleep(scenario.idle_seconds)
         idle = usage(processes)
@@ -74,10 +82,10 @@ async def _job(target: MeshTarget, scenario: Watchers) -> dict[str, Any]:
     }
 
 
-async def _open(generator: Generator, count: int) -> None:
+async def _open(generator: Generator, count: int, quiet_seconds: float) -> None:
     generator.tell(f"open {count}")
     _checked(await generator.line(OPEN_SECONDS))
-    await asyncio.sleep(QUIET_SECONDS)
+    await asyncio.sleep(quiet_seconds)
 
 
 def _checked(line: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket
 from gateway import openapi
 from gateway.clients import MeshClients
 from gateway.context import Gateway
+from gateway.door import Door, DoorMetrics
 from gateway.edge import Edge, HttpMetrics, no_such_path, routes
 from gateway.endpoints import Endpoint
 from gateway.login import CookieSeal
@@ -53,6 +54,7 @@ def make_gateway(
         settings=settings,
         mesh=mesh,
         hub=StreamHub(settings, StreamMetrics(registry)),
+        door=Door(settings.max_waiting_streams, DoorMetrics(registry), line_seconds=settings.line_seconds),
         authenticator=authenticator if authenticator is not None else MeshAuthenticator(channel, settings),
         seal=CookieSeal(settings.mesh_token, settings.login_seconds),
         readiness=readiness,

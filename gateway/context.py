@@ -8,6 +8,7 @@ from uuid import UUID
 from starlette.requests import HTTPConnection
 
 from gateway.clients import MeshClients
+from gateway.door import Door
 from gateway.login import COOKIE, CookieSeal, check_origin
 from gateway.settings import GatewaySettings
 from gateway.streams import StreamHub
@@ -25,6 +26,7 @@ class Gateway:
         settings: Its settings.
         mesh: The services.
         hub: Owns the event streams.
+        door: Refuses new runs that the mesh would refuse.
         authenticator: API key to tenant.
         seal: Opens and makes the page's cookie.
         readiness: What /ready asks.
@@ -33,6 +35,7 @@ class Gateway:
     settings: GatewaySettings
     mesh: MeshClients
     hub: StreamHub
+    door: Door
     authenticator: Authenticator
     seal: CookieSeal
     readiness: Readiness

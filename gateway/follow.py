@@ -14,11 +14,12 @@ import structlog
 
 from gateway.clients import MeshClients, call
 from gateway.cursor import GapError, RunCursor, SessionCursor
+from gateway.door import Door, Waiting
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1 import session_service_pb2 as session_pb
 from meshkit import failpoints
-from meshkit.channel import stream_call
+from meshkit.channel import SESSION_KEY, stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.tasks import Backoff
 
@@ -214,7 +215,12 @@ class RunFeed(_Follower):
     """The events of one run, to its terminal event."""
 
     def __init__(
-        self, mesh: MeshClients, cursor: RunCursor, patience: float, submit: RunRequest | None = None
+        self,
+        mesh: MeshClients,
+        cursor: RunCursor,
+        patience: float,
+        submit: RunRequest | None = None,
+        door: Door | None = None,
     ) -> None:
         """Follows a run that exists, or with `submit` begins one.
 
@@ -223,17 +229,48 @@ class RunFeed(_Follower):
             cursor: Where to start; without a run's id if `submit` is given.
             patience: Seconds without any replica before giving up.
             submit: New input. It must have a request id, which makes a second try harmless.
+            door: Learns what became of it, and says whether it may be queued.
         """
         super().__init__(cursor, patience)
         self._mesh = mesh
         self._submit = submit
+        self._door = door
+        self._waiting: Waiting | None = None
         self._tries = 0
+
+    async def batches(self) -> AsyncGenerator[list[Event], None]:
+        """See `Feed`."""
+        door = self._door if self._submit is not None else None
+        turn = await door.enter() if door is not None else None
+        try:
+            async with aclosing(super().batches()) as batches:
+                async for batch in batches:
+                    if door is not None and turn is not None:
+                        turn.end()
+                        door.accepted()
+                        door = None
+                    if self._waiting is not None and batch[-1].seq > 1:
+                        self._waiting.begun()
+                        self._waiting = None
+                    yield batch
+        except HermeshError as error:
+            if door is not None and error.reason == "OVERLOADED":
+                door.refused()
+            raise
+        finally:
+            if turn is not None:
+                turn.end()
+            if self._waiting is not None:
+                self._waiting.given_up()
 
     def _open(self) -> tuple[Any, float]:
         cursor = self.cursor
         if not cursor.run_id:
             self._tries += 1
-            return self._mesh.agents.Run(self._submit), RUN_IDLE
+            assert self._submit is not None
+            # Only a proxy that keeps a session with an agent reads it.
+            metadata = ((SESSION_KEY, self._submit.session_id),)
+            return self._mesh.agents.Run(self._submit, metadata=metadata), RUN_IDLE
         request = session_pb.WatchRunRequest(run_id=cursor.run_id, after_seq=cursor.last_seq)
         return self._mesh.sessions.WatchRun(request), WATCH_IDLE
 
@@ -246,6 +283,8 @@ class RunFeed(_Follower):
         full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if full and error.reason != "OVERLOADED":
             raise error
+        if full and self._door is not None:
+            self._waiting = self._door.wait(error)
         if full or self._tries >= _RUN_TRIES:
             # No agent takes it now. Accepted by the session service it waits for one, and is followed there.
             submit = self._submit

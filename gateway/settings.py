@@ -31,6 +31,23 @@ class GatewaySettings(MeshSettings):
     max_streams: int = Field(
         2_000, ge=1, description="Event streams of one gateway, clients that left mid-run included."
     )
+    line_seconds: float = Field(
+        2.0,
+        gt=0,
+        le=600,
+        description=(
+            "How long a new run waits in line for its turn to be accepted, seconds; then it is refused with "
+            "OVERLOADED. 32 are being accepted at once, 512 may wait."
+        ),
+    )
+    max_waiting_streams: int = Field(
+        64,
+        ge=0,
+        description=(
+            "Event streams of one gateway whose new run was queued because all agents were full, and did not "
+            "begin yet; while there are so many, new runs with a stream are refused instead of queued."
+        ),
+    )
     login_seconds: int = Field(
         7 * 24 * 3600, ge=60, description="How long a sign-in at the chat page lasts, in seconds."
     )

@@ -9,13 +9,16 @@ work, and so the load stays visible to the balancer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
+from uuid import UUID
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+from prometheus_client import Counter as CounterMetric
 from starlette.types import Receive, Scope, Send
 
 from gateway import frames
@@ -29,9 +32,13 @@ from meshkit.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from meshkit.fairness import admits
+from meshkit.identity import current_identity
 from meshkit.tasks import TaskOwner
 
 _log = structlog.get_logger("gateway.streams")
+
+T = TypeVar("T")
 
 # Where the server puts a function that cuts the connection; see `gateway.server`.
 ABORT_EXTENSION = "hermesh.abort"
@@ -46,8 +53,8 @@ class StreamMetrics:
         self.lingering = Gauge(
             "hermesh_gateway_lingering_streams", "Streams of runs whose client left.", registry=registry
         )
-        self.events = Counter("hermesh_gateway_events", "Events written to clients.", registry=registry)
-        self.dropped = Counter(
+        self.events = CounterMetric("hermesh_gateway_events", "Events written to clients.", registry=registry)
+        self.dropped = CounterMetric(
             "hermesh_gateway_slow_clients", "Clients dropped because they stopped reading.", registry=registry
         )
 
@@ -99,6 +106,7 @@ class StreamHub:
         self.settings = settings
         self.metrics = metrics
         self.owner = TaskOwner("streams")
+        self._by_tenant: Counter[UUID | None] = Counter()
         # Set at the stop signal: the balancer is told first, and streams end a moment later.
         self.leaving = False
         self.draining = asyncio.Event()
@@ -115,13 +123,28 @@ class StreamHub:
     ) -> None:
         await self.owner.close()
 
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Starts a task of a stream of the current tenant, which counts until it ends."""
+        tenant_id = current_identity().tenant_id
+        task = self.owner.start(work, name=name)
+        self._by_tenant[tenant_id] += 1
+
+        def ended(_: asyncio.Task[T]) -> None:
+            self._by_tenant[tenant_id] -= 1
+            if not self._by_tenant[tenant_id]:
+                del self._by_tenant[tenant_id]
+
+        task.add_done_callback(ended)
+        return task
+
     def check_room(self) -> None:
         """Refuses a stream too many.
 
         Raises:
-            ResourceExhaustedError: This gateway serves as many as it may.
+            ResourceExhaustedError: This gateway serves as many as it may, or as it may to this tenant.
         """
-        if len(self.owner) >= self.settings.max_streams:
+        mine = self._by_tenant[current_identity().tenant_id]
+        if not admits(mine, len(self.owner), self.settings.max_streams):
             raise ResourceExhaustedError(
                 "OVERLOADED", "this gateway serves as many streams as it can", retry_after_ms=1000
             )
@@ -239,7 +262,7 @@ class EventStream:
         hub.register(self)
         if hub.draining.is_set():
             self.drain()
-        pump = hub.owner.start(self._pump(), name=self._name)
+        pump = hub.start(self._pump(), name=self._name)
         pump.add_done_callback(lambda _: self._wake.set())
         try:
             async with asyncio.TaskGroup() as group:

@@ -86,8 +86,8 @@ class SessionSocket:
         """Serves it to its end."""
         socket, gateway = self._socket, self._gateway
         try:
-            gateway.hub.check_room()
             await gateway.identify(socket, "WS")
+            gateway.hub.check_room()
             feed = await self._place()
         except HermeshError as error:
             # Accepted first: a browser is told nothing about a handshake that was refused.
@@ -119,11 +119,11 @@ class SessionSocket:
         return await session_feed(self._gateway, self._session_id, run_id, seq, only_new=only_new)
 
     async def _run(self, feed: SessionFeed) -> None:
-        owner = self._gateway.hub.owner
+        hub = self._gateway.hub
         tasks = [
-            owner.start(self._send_events(feed), name=f"ws events {self._session_id}"),
-            owner.start(self._receive(), name=f"ws input {self._session_id}"),
-            owner.start(self._leave(), name=f"ws drain {self._session_id}"),
+            hub.start(self._send_events(feed), name=f"ws events {self._session_id}"),
+            hub.start(self._receive(), name=f"ws input {self._session_id}"),
+            hub.start(self._leave(), name=f"ws drain {self._session_id}"),
         ]
         code, reason = GOING_AWAY, ""
         try:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from string import Template
 
@@ -18,6 +19,42 @@ CLUSTERS = ("gateway", "agent", "session", "tool", "memory")
 BINARY = package_folder("envoy") / "_bin" / "envoy"
 COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
+
+
+class Policy(StrEnum):
+    """How Envoy chooses the agent of a run; `docs/load-balancing.md` has what each of them costs."""
+
+    LEAST_REQUEST = "least_request"
+    LEAST_REQUEST_FULL_SCAN = "least_request_full_scan"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    RING_HASH = "ring_hash"
+    RING_HASH_BOUNDED = "ring_hash_bounded"
+
+
+DEFAULT_POLICY = Policy.LEAST_REQUEST
+
+# The cluster's older field for it cannot say so.
+_FULL_SCAN = """
+    load_balancing_policy:
+      policies:
+      - typed_extension_config:
+          name: envoy.load_balancing_policies.least_request
+          typed_config: {"@type": type.googleapis.com/%s, selection_method: FULL_SCAN}"""
+_FULL_SCAN %= "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest"
+_RING = "\n    ring_hash_lb_config: {minimum_ring_size: 1024}"
+# The cluster's lines for each policy.
+_BALANCING = {
+    Policy.LEAST_REQUEST: "LEAST_REQUEST",
+    Policy.LEAST_REQUEST_FULL_SCAN: "LOAD_BALANCING_POLICY_CONFIG" + _FULL_SCAN,
+    Policy.ROUND_ROBIN: "ROUND_ROBIN",
+    Policy.RANDOM: "RANDOM",
+    Policy.RING_HASH: "RING_HASH" + _RING,
+    Policy.RING_HASH_BOUNDED: "RING_HASH" + _RING,
+}
+# No replica gets more than 1.25 times its share of the requests in flight: the next one on the ring does.
+_BOUND = "\n      consistent_hashing_lb_config: {hash_balance_factor: 125}"
+_HASH = ", hash_policy: [{header: {header_name: x-hermesh-session}}]"
 
 _GRPC = """\
     typed_extension_protocol_options:
@@ -34,16 +71,34 @@ _GRPC = """\
 """
 
 
-def _cluster(name: str, endpoints: str) -> str:
+def _cluster(name: str, endpoints: str, policy: Policy = DEFAULT_POLICY) -> str:
     http = name == "gateway"
     check = "http_health_check: {path: /health}" if http else "grpc_health_check: {}"
     return Template((TEMPLATES / "cluster.yaml.tmpl").read_text()).substitute(
-        name=name, health_check=check, protocol="" if http else _GRPC, endpoints=endpoints
+        name=name,
+        balancing=_BALANCING[policy],
+        bound=_BOUND if policy is Policy.RING_HASH_BOUNDED else "",
+        health_check=check,
+        protocol="" if http else _GRPC,
+        endpoints=endpoints,
     )
 
 
-def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: int, mesh_port: int) -> str:
-    """The configuration for one machine: endpoints are files in `eds`, followed by rename."""
+def render_local(
+    *,
+    eds: Path,
+    admin_socket: Path,
+    http_port: int,
+    grpc_port: int,
+    mesh_port: int,
+    agent_policy: Policy = DEFAULT_POLICY,
+    pool: tuple[str, str] = ("", ""),
+) -> str:
+    """The configuration for one machine: endpoints are files in `eds`, followed by rename.
+
+    `pool` is listener and cluster of the model backends, where Envoy stands before them.
+    """
+    listener, cluster = pool
 
     def endpoints(name: str) -> str:
         return (
@@ -65,7 +120,17 @@ def render_local(*, eds: Path, admin_socket: Path, http_port: int, grpc_port: in
         grpc_port=grpc_port,
         mesh_host="127.0.0.1",
         mesh_port=mesh_port,
-        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+        agent_hash=_HASH if agent_policy in (Policy.RING_HASH, Policy.RING_HASH_BOUNDED) else "",
+        listeners=listener,
+        clusters="\n".join(
+            [
+                *(
+                    _cluster(name, endpoints(name), agent_policy if name == "agent" else DEFAULT_POLICY)
+                    for name in CLUSTERS
+                ),
+                cluster,
+            ]
+        ),
     )
 
 
@@ -99,6 +164,8 @@ def render_compose() -> str:
         grpc_port=50051,
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
+        agent_hash="",
+        listeners="",
         clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
     )
 

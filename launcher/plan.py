@@ -16,6 +16,7 @@ from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from launcher.errors import LaunchError
 from launcher.folder import Folder, write_private
+from launcher.model_pool import ModelPool
 from launcher.settings import CHECKOUT, LauncherSettings
 from meshkit.settings import words
 
@@ -114,6 +115,7 @@ class Plan:
             password = folder.secret("valkey-password")
             self.valkey = Valkey(folder.sockets, folder.root / "valkey.conf", password)
         self.embedded_model = not settings.llm_base_url
+        self.pool = ModelPool.of(words(settings.llm_base_url), settings.model_balance, ports.get("model", 0))
 
     @property
     def database_url(self) -> str:
@@ -222,6 +224,8 @@ class Plan:
                 http_port=self.settings.http_port,
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
+                agent_policy=self.settings.agent_lb,
+                pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),
         )
         self.admin.socket.unlink(missing_ok=True)
@@ -301,7 +305,7 @@ class Plan:
             environment["HERMESH_OBJECT_STORE_URL"] = self.object_store_url
         if service == "agent":
             environment |= {
-                "HERMESH_LLM_BASE_URL": self.llm_base_url,
+                "HERMESH_LLM_BASE_URL": self.pool.url if self.pool else self.llm_base_url,
                 "HERMESH_LLM_API_KEY": self.llm_api_key,
             }
             if self.embedded_model:

@@ -7,6 +7,9 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from launcher.envoy import DEFAULT_POLICY, Policy
+from launcher.model_pool import Balance
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +37,14 @@ class LauncherSettings(BaseSettings):
     mesh_address: str = Field(
         "", description="host:port at which services reach it, where that is not the listener itself."
     )
+    agent_lb: Policy = Field(
+        DEFAULT_POLICY,
+        description=(
+            "How Envoy chooses the agent of a run: least_request (of two), least_request_full_scan (of all), "
+            "round_robin, random, ring_hash (by session), ring_hash_bounded (by session, none above 1.25 "
+            "times its share)."
+        ),
+    )
     database_url: SecretStr = Field(
         SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
     )
@@ -48,6 +59,14 @@ class LauncherSettings(BaseSettings):
         description=(
             "OpenAI-compatible model API with its /v1; several that serve the same models stand in for each "
             "other, separated by commas or spaces. Empty starts the embedded model."
+        ),
+    )
+    model_balance: Balance = Field(
+        "agent",
+        description=(
+            "Which of several model backends gets a request: agent (the first that works, by each agent), or "
+            "through Envoy least_request (the one with the fewest) or session (the same for all turns of a "
+            "session, so that its prompt cache is hit, unless that has too much to do)."
         ),
     )
     llm_api_key: SecretStr = Field(SecretStr(""), description="API key for the model API.")

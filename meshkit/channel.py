@@ -23,6 +23,8 @@ from meshkit.settings import MeshSettings
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 UNARY_TIMEOUT = 10.0
+# Names the session of a run to a load balancer that keeps a session's runs together; nothing else reads it.
+SESSION_KEY = "x-hermesh-session"
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 

@@ -145,6 +145,7 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     )
     check_input(chat.messages)
     gateway.hub.check_room()
+    gateway.door.check()
     try:
         chat.options.model = await gateway.mesh.check_model(chat.model)
     except NotFoundError as error:
@@ -164,7 +165,7 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
         request_id=key or idempotency_key(request, always=True),
         concurrency=chat.concurrency,
     )
-    feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit)
+    feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit, gateway.door)
     headers = {SESSION_HEADER: session_id}
     if chat.stream:
         return EventStream(
@@ -178,9 +179,7 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
             name=f"chat in {session_id}",
         )
     # A task of the hub's: when the client leaves, the run is still followed to its end.
-    reply = await asyncio.shield(
-        gateway.hub.owner.start(_collect(feed, chat.model), name=f"chat in {session_id}")
-    )
+    reply = await asyncio.shield(gateway.hub.start(_collect(feed, chat.model), name=f"chat in {session_id}"))
     if isinstance(reply, HermeshError):
         raise reply
     if reply.failure is not None:

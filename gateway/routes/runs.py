@@ -50,11 +50,15 @@ async def create(gateway: Gateway, request: Request) -> ASGIApp:
     session_id = session_id_of(request)
     body = await read_model(gateway, request, models.CreateRun, limit=MAX_INPUT_BODY)
     _before_submit()
+    if body.stream:
+        gateway.hub.check_room()
+        gateway.door.check()
     model = await gateway.mesh.check_model(body.chosen_model)
     if body.stream:
         submit = body.run_request(session_id, idempotency_key(request, always=True))
         submit.options.model = model
-        feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit)
+        patience = gateway.settings.follow_timeout_seconds
+        feed = RunFeed(gateway.mesh, RunCursor(), patience, submit, gateway.door)
         return EventStream(
             gateway.hub, feed, keep=True, hold=ACCEPT_SECONDS, hold_fails=True, name=f"run in {session_id}"
         )

@@ -6,6 +6,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 # The name that autoscalers in this project's deployments look at.
 active_runs = Gauge("hermes_active_sessions", "Sessions whose run this replica works on now")
+run_limit = Gauge(
+    "hermesh_agent_run_limit", "Most runs that this replica works on at once, as it bears them now"
+)
+refused_runs = Counter(
+    "hermesh_agent_refused_runs_total", "Runs refused for lack of a place: new ones, queued ones", ["kind"]
+)
 runs_ended = Counter("hermesh_agent_runs_total", "Runs that ended on this replica", ["outcome"])
 takeovers = Counter("hermesh_agent_takeovers_total", "Claims of a run that another attempt had begun")
 first_token = Histogram(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,8 +91,10 @@ class AgentServicer(AgentServiceServicer):
         supervisor = self._supervisor
         if supervisor.draining:
             return await self._session.submit(request, tenant_id, claim=False)
-        with supervisor.place():
+        with supervisor.place(tenant_id):
+            began = time.monotonic()
             submitted = await self._session.submit(request, tenant_id, claim=True)
+            supervisor.accepted(time.monotonic() - began)
             if submitted.unsure:
                 claim = await supervisor.claim(submitted.run.run_id)
                 submitted = replace(submitted, claim=claim if isinstance(claim, Claim) else None)

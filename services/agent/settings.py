@@ -66,6 +66,15 @@ class AgentSettings(MeshSettings):
     max_active_runs: int = Field(
         256, ge=1, description="Most runs of one agent replica at once; more are refused with OVERLOADED."
     )
+    accept_target_seconds: float = Field(
+        0.5,
+        ge=0,
+        le=60,
+        description=(
+            "While even the fastest run takes longer than this to be accepted, one agent replica works on "
+            "fewer runs at once, but never on fewer than 32; 0 = always on up to HERMESH_MAX_ACTIVE_RUNS."
+        ),
+    )
     max_turns: int = Field(16, ge=1, le=1000, description="Most model turns of a run that sets no limit.")
     max_output_tokens: int = Field(
         0,

@@ -25,6 +25,7 @@ from meshkit.redis import Breaker, open_redis
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
 from services.session.append_hub import AppendHub
+from services.session.backlog import Backlog
 from services.session.commits import Commits
 from services.session.flusher import Flusher
 from services.session.operations.authenticate import StoreAuthenticator
@@ -173,6 +174,7 @@ async def assemble(
         )
         cached = CachedContexts(store, live.conversations, tasks=work) if live else None
         contexts: Contexts = cached or store
+        backlog = Backlog(store, settings.max_queued_runs)
         commits = Commits(tail, live.publisher if live else None, cached, sweeper.wake)
         flusher = Flusher(
             store,
@@ -186,7 +188,9 @@ async def assemble(
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
-            SessionServicer(store, contexts, commits, lambda tenant_id: Watcher(store, tail, tenant_id)),
+            SessionServicer(
+                store, contexts, commits, backlog, lambda tenant_id: Watcher(store, tail, tenant_id)
+            ),
             PUBLIC,
         )
         server.reflect(*ELSEWHERE)
@@ -220,6 +224,7 @@ async def assemble(
         server.on_drain(move_streams, after_delay=True)
         loops.start(flusher.run(), name="flusher")
         loops.start(sweeper.run(), name="sweeper")
+        loops.start(backlog.run(), name="backlog")
         loops.start(link.keep(), name="link")
         loops.start(tail.poll(), name="poll")
         loops.start(hub.watch_leases(), name="leases")

@@ -55,12 +55,20 @@ def session_to_proto(session: Session) -> resources.Session:
     )
 
 
-def message_to_proto(message: Message) -> resources.Message:
-    """Returns the wire's form of a message."""
+def message_to_proto(message: Message, texts: dict[UUID, str] | None = None) -> resources.Message:
+    """Returns the wire's form of a message.
+
+    Args:
+        message: The message.
+        texts: Ids of sessions and runs as text, kept from message to message: writing them anew for each
+            would be half of the work.
+    """
+    known = {} if texts is None else texts
     return resources.Message(
         message_id=str(message.message_id),
-        session_id=str(message.session_id),
-        run_id=str(message.run_id),
+        session_id=known.get(message.session_id)
+        or known.setdefault(message.session_id, str(message.session_id)),
+        run_id=known.get(message.run_id) or known.setdefault(message.run_id, str(message.run_id)),
         ordinal=message.ordinal,
         role=message.role,
         content=message.content,
@@ -161,8 +169,9 @@ def grant_to_proto(grant: Grant) -> resources.Grant:
 
 def context_to_proto(context: RunContext) -> resources.RunContext:
     """Returns the wire's form of a run's context."""
+    texts: dict[UUID, str] = {}
     return resources.RunContext(
-        messages=[message_to_proto(message) for message in context.messages],
+        messages=[message_to_proto(message, texts) for message in context.messages],
         events=[event_to_proto(event) for event in context.events],
         tool_calls=[tool_call_to_proto(call) for call in context.tool_calls],
         user=context.user,

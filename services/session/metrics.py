@@ -36,6 +36,8 @@ refusals = Counter(
     ["sqlstate"],
 )
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
+queued_runs = Gauge("hermesh_session_queued_runs", "Runs that wait in the whole mesh, as last counted.")
+refused_input = Counter("hermesh_session_refused_input_total", "Input refused because too many runs wait.")
 dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])
 dispatched_runs = Gauge("hermesh_session_dispatched_runs", "Runs whose Execute stream this replica holds.")
 ended_orphans = Counter(

@@ -12,6 +12,7 @@ from hermesh.session.v1 import session_service_pb2_grpc as grpc_pb
 from meshkit.errors import FieldViolation, InvalidArgumentError
 from meshkit.identity import current_identity, require_tenant
 from services.session import convert
+from services.session.backlog import Backlog
 from services.session.commits import Commits
 from services.session.domain import ActionDecision, ConcurrencyPolicy, RunStatus
 from services.session.operations.options import check_options
@@ -28,7 +29,12 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
     """Serves the public RPCs; each is scoped by the caller's tenant."""
 
     def __init__(
-        self, store: Store, contexts: Contexts, commits: Commits, watcher_for: Callable[[UUID], Watcher]
+        self,
+        store: Store,
+        contexts: Contexts,
+        commits: Commits,
+        backlog: Backlog,
+        watcher_for: Callable[[UUID], Watcher],
     ) -> None:
         """Makes a servicer.
 
@@ -36,11 +42,13 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             store: What is durable.
             contexts: The store, or a cache before it, for accepting input.
             commits: Told of what is committed outside of the append streams.
+            backlog: Refuses input while too much waits.
             watcher_for: Makes a watcher for a tenant.
         """
         self._store = store
         self._contexts = contexts
         self._commits = commits
+        self._backlog = backlog
         self._watcher_for = watcher_for
 
     async def CreateSession(
@@ -129,6 +137,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Context) -> pb.SubmitRunResponse:
         """See the proto."""
         tenant_id = require_tenant()
+        self._backlog.check(tenant_id)
         check_options(request.options)
         submitted = await submit(
             self._contexts,
@@ -144,6 +153,8 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             claim_owner=request.claim_owner,
         )
         self._commits.submitted(submitted)
+        if submitted.run.status is RunStatus.QUEUED and not submitted.duplicate:
+            self._backlog.added(tenant_id)
         response = pb.SubmitRunResponse(
             run=convert.run_to_proto(submitted.run),
             created=convert.event_to_proto(submitted.created),

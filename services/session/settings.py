@@ -22,6 +22,15 @@ class SessionSettings(MeshSettings):
     max_dispatches: int = Field(
         512, ge=1, le=100_000, description="Most runs that one replica keeps dispatched to agents at once."
     )
+    max_queued_runs: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description=(
+            "About how many runs may wait in the whole mesh; input beyond that is refused with OVERLOADED, "
+            "a tenant's that has the most of them first."
+        ),
+    )
     sweep_seconds: float = Field(
         0.5, gt=0, le=60, description="Seconds between two looks for runs that wait for an agent."
     )

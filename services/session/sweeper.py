@@ -15,13 +15,17 @@ import structlog
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from meshkit import failpoints
 from meshkit.channel import stream_call
-from meshkit.errors import HermeshError
+from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import metrics
 
 _log = structlog.get_logger("session.sweeper")
 
 _BATCH = 64
+# From one part of what is due to the next.
+_NEXT_S = 0.02
+# How long nothing is dispatched after an agent said that it is full, unless a place is seen to get free.
+_FULL_S = 0.25
 # A stream that outlives this is let go; the run goes on without it.
 _HOLD_SECONDS = 6 * 3600.0
 # After a notice the sweep waits this long for more of them: many commits, one sweep.
@@ -71,6 +75,9 @@ class Sweeper:
         self._interval = interval
         self._max = max_dispatches
         self._held = 0
+        # How many are taken at once: agents that are full are asked about few, and then about more again.
+        self._batch = _BATCH
+        self._full_until = 0.0
         self._wake = asyncio.Event()
         self._stopped = False
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
@@ -115,21 +122,48 @@ class Sweeper:
         return ended
 
     async def sweep(self) -> int:
-        """Dispatches what is due, as far as there is room; returns how many runs."""
-        total = 0
-        while not self._stopped:
-            limit = min(_BATCH, self._max - self._held)
-            if limit <= 0:
-                break
-            run_ids = await self._store.due(limit)
-            for run_id in run_ids:
-                self._held += 1
-                self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
-            total += len(run_ids)
-            if len(run_ids) < limit:
-                break
+        """Dispatches a part of what is due, as far as there is room; returns how many runs.
+
+        What agents say to one part comes before the next: when they are full, the others are not asked about.
+        """
+        limit = min(self._batch, self._max - self._held)
+        if self._stopped or self._full or limit <= 0:
+            return 0
+        run_ids = await self._store.due(limit)
+        for run_id in run_ids:
+            self._held += 1
+            self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
+        if len(run_ids) == limit or self._batch < _BATCH:
+            wait = _NEXT_S if self._batch == _BATCH else _FULL_S
+            asyncio.get_running_loop().call_later(wait, self._grow)
         metrics.dispatched_runs.set(self._held)
-        return total
+        return len(run_ids)
+
+    @property
+    def _full(self) -> bool:
+        return asyncio.get_running_loop().time() < self._full_until
+
+    def _refused(self, retry_after_ms: int | None) -> None:
+        """Asks about fewer runs, and later: to be refused costs the agents what they need for their runs."""
+        if self._full:
+            return
+        loop = asyncio.get_running_loop()
+        wait = min(retry_after_ms / 1000, 1.0) if retry_after_ms else _FULL_S
+        self._full_until = loop.time() + wait
+        self._batch = max(1, self._batch // 4)
+        loop.call_later(wait, self.wake)
+
+    def _grow(self) -> None:
+        """Asks about more runs if nobody refused the last ones."""
+        if not self._full:
+            self._batch = min(_BATCH, self._batch * 2)
+            self.wake()
+
+    def _ended(self, result: str) -> None:
+        """Takes a dispatch whose stream ended well: where its run was there is a place for the next."""
+        if self._batch < _BATCH and result == "ended":
+            self._full_until = 0.0
+            self._grow()
 
     async def _dispatch(self, run_id: UUID) -> None:
         result = "ended"
@@ -144,8 +178,12 @@ class Sweeper:
             # The run is still due, and the next sweep that finds it so tries again.
             code = error.code()
             result = code.name.lower()
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self._refused(from_rpc_error(error).retry_after_ms)
             if code not in _LATER:
                 _log.error("an agent refused a run", run_id=str(run_id), code=code.name)
+        else:
+            self._ended(result)
         finally:
             self._held -= 1
             metrics.dispatched_runs.set(self._held)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
 
-from meshkit.errors import HermeshError, ResourceExhaustedError
+from meshkit.errors import HermeshError
 from meshkit.identity import Identity, use_identity
 from meshkit.tasks import TaskOwner
 from services.agent import metrics
 from services.agent.clients.session import Claim, NotClaimed
+from services.agent.runs.admission import Admission, full
 from services.agent.runs.link import AppendLink
 from services.agent.runs.ports import World
 from services.agent.runs.runner import Runner
@@ -29,7 +30,6 @@ _log = structlog.get_logger("agent.supervisor")
 T = TypeVar("T")
 
 REMEMBER_SECONDS = 3.0
-RETRY_AFTER_MS = 500
 # What is left of the grace when runs that did not reach a step boundary are given up where they stand.
 RELEASE_MARGIN = 2.0
 
@@ -79,7 +79,7 @@ class Supervisor:
         self._link: AppendLink | None = None
         self._active: dict[str, ActiveRun] = {}
         self._claiming: set[str] = set()
-        self._reserved = 0
+        self._admission = Admission(settings.max_active_runs, settings.accept_target_seconds, world.monotonic)
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -107,21 +107,19 @@ class Supervisor:
         if active is not None:
             active.runner.cancel()
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Keep a place for one more run while it is being claimed.
+    def place(self, tenant_id: str | None = None) -> AbstractContextManager[None]:
+        """Keep a place for one more run while it is being claimed: a tenant's new one, or one that waited.
 
         Raises:
             ResourceExhaustedError: the replica is full, or drains.
         """
-        if self.draining or len(self._active) + self._reserved >= self._settings.max_active_runs:
-            message = "this replica drains" if self.draining else "this replica has no place for another run"
-            raise ResourceExhaustedError("OVERLOADED", message, retry_after_ms=RETRY_AFTER_MS)
-        self._reserved += 1
-        try:
-            yield
-        finally:
-            self._reserved -= 1
+        if self.draining:
+            raise full("this replica drains")
+        return self._admission.place(tenant_id)
+
+    def accepted(self, seconds: float) -> None:
+        """Take how long a new run took to be accepted."""
+        self._admission.limit.accepted(seconds, self._admission.used)
 
     async def execute(self, run_id: str) -> ActiveRun | NotClaimed:
         """Claim a run and work on it.
@@ -189,6 +187,7 @@ class Supervisor:
         runner = Runner(start_of(claim, self._settings), writer, self._world)
         active = ActiveRun(runner, writer, asyncio.Event())
         self._active[claim.run.run_id] = active
+        self._admission.take(claim.tenant_id)
         self._idle.clear()
         metrics.active_runs.set(len(self._active))
         link.add(writer)
@@ -204,6 +203,7 @@ class Supervisor:
         try:
             active.outcome = await runner.run()
         finally:
+            self._admission.give(runner.spec.tenant_id)
             link.remove(writer)
             if self._active.get(run_id) is active:
                 del self._active[run_id]

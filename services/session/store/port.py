@@ -147,8 +147,13 @@ class Runs(Protocol):
 
     async def due(self, limit: int) -> list[UUID]:
         """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
-        their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones.
+        their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones. Tenants take
+        turns.
         """
+        ...
+
+    async def queued(self) -> dict[UUID, int]:
+        """Returns how many runs of each tenant wait, for an agent or for another run of their session."""
         ...
 
     async def end_orphans(self, limit: int) -> int:

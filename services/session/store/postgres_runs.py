@@ -139,6 +139,10 @@ class PostgresRuns(PostgresPart):
         """See the port."""
         return [row["run_id"] for row in await self._fetch(_SQL["due"], limit, DISPATCH_AGAIN)]
 
+    async def queued(self) -> dict[UUID, int]:
+        """See the port."""
+        return {row["tenant_id"]: row["runs"] for row in await self._fetch(_SQL["queued"])}
+
     async def end_orphans(self, limit: int) -> int:
         """See the port."""
         row = await self._one(_SQL["end_orphans"], limit)

@@ -84,7 +84,8 @@ class RedisConversations:
         if sum(map(len, elements)) > _MAX_BYTES:
             return ()
         try:
-            messages = [_message(session_id, orjson.loads(element)) for element in elements]
+            runs: dict[str, UUID] = {}
+            messages = [_message(session_id, orjson.loads(element), runs) for element in elements]
         except (ValueError, TypeError, LookupError):
             return ()
         first = messages[0].ordinal if messages else 0
@@ -143,6 +144,8 @@ def _element(message: Message) -> bytes:
     )
 
 
-def _message(session_id: UUID, element: list[Any]) -> Message:
+def _message(session_id: UUID, element: list[Any], runs: dict[str, UUID]) -> Message:
+    """Reads an element; `runs` keeps what a run's text means, which comes with each of its messages."""
     message_id, run_id, ordinal, role, content, calls, call_id, made, _ = element
-    return Message(UUID(message_id), session_id, UUID(run_id), ordinal, role, content, calls, call_id, made)
+    run = runs.get(run_id) or runs.setdefault(run_id, UUID(run_id))
+    return Message(UUID(message_id), session_id, run, ordinal, role, content, calls, call_id, made)

@@ -75,6 +75,7 @@ class FakeStore:
         self.shortened_claims: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self.flushes: list[int] = []
         self.due_runs: list[UUID] = []
+        self.queued_runs: dict[UUID, int] = {}
         self.orphans = 0
         self.reads = 0
         self.gate = asyncio.Event()
@@ -239,6 +240,11 @@ class FakeStore:
             raise self.fail_due.pop(0)
         taken, self.due_runs = self.due_runs[:limit], self.due_runs[limit:]
         return taken
+
+    async def queued(self) -> dict[UUID, int]:
+        if self.fail_due:
+            raise self.fail_due.pop(0)
+        return dict(self.queued_runs)
 
     async def end_orphans(self, limit: int) -> int:
         if self.fail_due:

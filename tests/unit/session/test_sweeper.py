@@ -147,3 +147,33 @@ async def test_a_store_that_is_away_while_orphans_are_ended_is_asked_again() -> 
     store.fail_due = [unavailable()]
     async with dispatcher(agent, store):
         await until(lambda: store.orphans == 0)
+
+
+async def test_full_agents_are_asked_about_few_runs_and_then_about_more() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    agent.refuse = True
+    store.due_runs = [uuid7() for _ in range(1000)]
+    async with dispatcher(agent, store, max_dispatches=512) as sweeper, asyncio.timeout(10):
+        await until(lambda: sweeper._batch == 1)
+        # Not each of a thousand costs a full agent an answer.
+        assert store.due_runs
+        agent.refuse = False
+        await until(lambda: sweeper._held == 512)
+
+
+async def test_a_place_that_gets_free_is_used_at_once() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    first = uuid7()
+    store.due_runs = [first]
+    async with dispatcher(agent, store, interval=30) as sweeper, asyncio.timeout(5):
+        sweeper.wake()
+        assert await agent.taken.get() == str(first)
+        agent.refuse = True
+        store.due_runs = [uuid7()]
+        sweeper.wake()
+        await agent.taken.get()
+        await until(lambda: sweeper._held == 1)
+        agent.refuse = False
+        store.due_runs = [last := uuid7()]
+        agent.end.set()
+        assert await agent.taken.get() == str(last)

@@ -67,7 +67,9 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 21
     """UNAVAILABLE. The service, or one that it needs, does not answer. Retry after the given time."""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 22
-    """RESOURCE_EXHAUSTED. The replica is at its limit of active runs or streams. Retry after the given time."""
+    """RESOURCE_EXHAUSTED. There is no place for another run or stream, or none for this tenant. Nothing was accepted;
+    retry after the given time.
+    """
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 23
     """DEADLINE_EXCEEDED. The call's deadline passed; what was accepted before goes on."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 24
@@ -170,7 +172,9 @@ ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 20
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 21
 """UNAVAILABLE. The service, or one that it needs, does not answer. Retry after the given time."""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 22
-"""RESOURCE_EXHAUSTED. The replica is at its limit of active runs or streams. Retry after the given time."""
+"""RESOURCE_EXHAUSTED. There is no place for another run or stream, or none for this tenant. Nothing was accepted;
+retry after the given time.
+"""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 23
 """DEADLINE_EXCEEDED. The call's deadline passed; what was accepted before goes on."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 24

@@ -76,6 +76,7 @@ CREATE TABLE session.run (
     attempt integer NOT NULL DEFAULT 0,
     idle_claims smallint NOT NULL DEFAULT 0,
     claim_seq integer NOT NULL DEFAULT 1,
+    first_message integer,
     last_seq integer NOT NULL,
     error json,
     input_tokens integer,
@@ -94,6 +95,8 @@ CREATE TABLE session.run (
 COMMENT ON COLUMN session.run.input IS 'NULL once its messages are in the conversation: at the first claim';
 COMMENT ON COLUMN session.run.last_seq IS 'as of the last change of this row; while the run is held, lease.next_seq knows better';
 COMMENT ON COLUMN session.run.claim_seq IS 'the next_seq of the last claim';
+COMMENT ON COLUMN session.run.first_message IS
+    'ordinal of its first message; it and what follows while the run is not finished are the run''s own';
 COMMENT ON COLUMN session.run.idle_claims IS 'claims in a row that moved nothing';
 COMMENT ON COLUMN session.run.rollback IS 'drop its messages from the conversation once it ends';
 COMMENT ON COLUMN session.run.dispatch_after IS 'NULL while another run of the session goes first';
@@ -103,7 +106,8 @@ COMMENT ON COLUMN session.run.deadline IS
 
 -- Few rows each, whatever the number of finished runs.
 CREATE INDEX run_unfinished ON session.run (session_id, ordinal) WHERE status < 4;
-CREATE INDEX run_due ON session.run (dispatch_after) WHERE status IN (1, 2);
+CREATE INDEX run_due ON session.run (tenant_id, dispatch_after)
+    WHERE status IN (1, 2) AND dispatch_after IS NOT NULL;
 CREATE INDEX run_overdue ON session.run (deadline) WHERE status IN (1, 2) AND deadline IS NOT NULL;
 CREATE INDEX run_cancelling ON session.run (session_id) WHERE status IN (1, 2) AND cancel_requested;
 CREATE INDEX run_waiting ON session.run (tenant_id, run_id) WHERE status = 3;

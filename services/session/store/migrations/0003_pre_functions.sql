@@ -17,16 +17,17 @@ RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_session uuid;
     v_rollback boolean;
+    v_first integer;
     v_next uuid;
     v_count integer := 0;
 BEGIN
     UPDATE session.run SET status = p_status, last_seq = p_last_seq, error = p_error, input = NULL,
            finished_ms = session.now_ms(), dispatch_after = NULL
     WHERE run_id = p_run
-    RETURNING session_id, rollback INTO v_session, v_rollback;
+    RETURNING session_id, rollback, first_message INTO v_session, v_rollback, v_first;
     IF v_rollback THEN
         UPDATE session.message SET rolled_back = true
-        WHERE session_id = v_session AND run_id = p_run AND NOT rolled_back;
+        WHERE session_id = v_session AND ordinal >= v_first AND run_id = p_run AND NOT rolled_back;
         GET DIAGNOSTICS v_count = ROW_COUNT;
     END IF;
     UPDATE session.session SET message_count = message_count - v_count,
@@ -192,35 +193,35 @@ LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_session session.session%ROWTYPE;
     v_attempt integer;
+    v_first integer;
     v_messages json;
     v_kept integer;
     v_events json;
     v_calls json;
     v_step integer;
-    v_before integer;
     v_approval text[];
 BEGIN
     SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
     WHERE r.run_id = p_run;
-    SELECT attempt INTO STRICT v_attempt FROM session.run WHERE run_id = p_run;
+    SELECT attempt, first_message INTO STRICT v_attempt, v_first FROM session.run WHERE run_id = p_run;
     SELECT t.approval_tools INTO STRICT v_approval FROM session.tenant t
     WHERE t.tenant_id = v_session.tenant_id;
+    -- Ordinals have no gap, and a run's own messages are the conversation's last: what is read is the window and
+    -- the run, however long the session is. Each condition names an ordinal, or a plan that was made while the
+    -- tables were small would read the whole session.
     IF p_max_messages = 0 THEN
-        SELECT m.ordinal INTO v_before FROM session.message m
-        WHERE m.session_id = v_session.session_id AND NOT m.rolled_back AND m.run_id <> p_run
-        ORDER BY m.ordinal DESC LIMIT 1;
         SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
                                          created_ms) ORDER BY ordinal), count(*)
         INTO v_messages, v_kept
         FROM session.message
-        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal >= coalesce(v_before, 0);
+        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal >= v_first - 1;
     ELSE
         WITH newest AS (
             SELECT m.*, row_number() OVER later AS place,
                    sum(octet_length(content) + octet_length(tool_calls)) OVER later AS bytes
-            FROM (SELECT * FROM session.message
-                  WHERE session_id = v_session.session_id AND NOT rolled_back
-                  ORDER BY ordinal DESC LIMIT greatest(p_max_messages, 1000)) m
+            FROM session.message m
+            WHERE m.session_id = v_session.session_id AND NOT m.rolled_back
+              AND m.ordinal >= v_first - p_max_messages
             WINDOW later AS (ORDER BY ordinal DESC)
         )
         SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
@@ -312,15 +313,18 @@ BEGIN
            owner = p_owner, lease_until = clock_timestamp() + p_ttl
     WHERE l.session_id = v_session
     RETURNING * INTO v_lease;
-    UPDATE session.run r SET status = 2, attempt = r.attempt + 1,
-           idle_claims = v_idle + CASE WHEN v_again THEN 0 ELSE 1 END,
-           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
-           deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
-    WHERE r.run_id = p_run;
     IF v_run.input IS NOT NULL THEN
         UPDATE session.session s SET message_count = s.message_count + json_array_length(v_run.input)
         WHERE s.session_id = v_session
         RETURNING s.message_count - json_array_length(v_run.input) INTO v_count;
+    END IF;
+    UPDATE session.run r SET status = 2, attempt = r.attempt + 1,
+           idle_claims = v_idle + CASE WHEN v_again THEN 0 ELSE 1 END,
+           claim_seq = v_next, last_seq = v_next - 1, input = NULL, dispatch_after = clock_timestamp(),
+           first_message = coalesce(r.first_message, v_count + 1),
+           deadline = coalesce(r.deadline, clock_timestamp() + r.left_ms * interval '1 ms')
+    WHERE r.run_id = p_run;
+    IF v_run.input IS NOT NULL THEN
         INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content,
                                      tool_calls, tool_call_id, created_ms)
         SELECT v_session, (m.value ->> 0)::uuid, v_run.tenant_id, p_run, v_count + m.place, m.value ->> 1,
@@ -470,15 +474,18 @@ BEGIN
     FROM unnest(p_types, p_times, p_data) WITH ORDINALITY c(type, time_ms, data, i);
     IF p_messages IS NOT NULL THEN
         SELECT s.message_count INTO STRICT v_count FROM session.session s WHERE s.session_id = p_session;
-        -- A message that is there already came with a step without events, which was sent again.
+        -- A message that is there already came with a step without events, which was sent again. Looked up by
+        -- its id: a join would read the whole conversation.
         INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content,
                                      tool_calls, tool_call_id, created_ms)
         SELECT p_session, (m.value ->> 0)::uuid, v_lease.tenant_id, p_run,
                v_count + row_number() OVER (ORDER BY m.place), m.value ->> 1, m.value ->> 2, m.value ->> 3,
                m.value ->> 4, v_now
         FROM json_array_elements(p_messages) WITH ORDINALITY m(value, place)
-        WHERE NOT EXISTS (SELECT FROM session.message o
-                          WHERE o.session_id = p_session AND o.message_id = (m.value ->> 0)::uuid);
+        WHERE (m.value ->> 0)::uuid <> ALL (ARRAY(
+            SELECT o.message_id FROM session.message o
+            WHERE o.session_id = p_session AND o.message_id = ANY (ARRAY(
+                SELECT (k.value ->> 0)::uuid FROM json_array_elements(p_messages) k))));
         GET DIAGNOSTICS v_added = ROW_COUNT;
         UPDATE session.session s SET message_count = s.message_count + v_added
         WHERE s.session_id = p_session;

@@ -41,23 +41,50 @@ SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).* FROM session.cancel
 
 -- name: due
 -- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
+-- Each tenant's oldest first, then each one's second oldest, and so on: a flood of one makes no other wait.
 -- now() and not clock_timestamp() where an index shall serve. What is due only much later was put off by a clock
 -- that has gone back since.
 -- $1 how many, $2 interval
-WITH due AS (
+WITH RECURSIVE owners AS (
+    -- By the index from one tenant to the next: it costs the tenants that have runs, and not all their runs.
+    (SELECT r.tenant_id FROM session.run r WHERE r.status IN (1, 2) AND r.dispatch_after IS NOT NULL
+     ORDER BY r.tenant_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.tenant_id FROM session.run r
+            WHERE r.status IN (1, 2) AND r.dispatch_after IS NOT NULL AND r.tenant_id > t.tenant_id
+            ORDER BY r.tenant_id LIMIT 1)
+    FROM owners t WHERE t.tenant_id IS NOT NULL
+), waiting AS (
+    SELECT w.run_id, w.dispatch_after,
+           row_number() OVER (PARTITION BY t.tenant_id ORDER BY w.dispatch_after) AS place
+    FROM owners t
+    CROSS JOIN LATERAL (
+        SELECT r.run_id, r.dispatch_after
+        FROM session.run r
+        JOIN session.lease l USING (session_id)
+        WHERE r.tenant_id = t.tenant_id AND r.status IN (1, 2)
+          AND (r.dispatch_after <= now() OR r.dispatch_after > now() + interval '1 minute')
+          AND (l.owner IS NULL OR NOT session.in_force(l.lease_until))
+        ORDER BY r.dispatch_after
+        LIMIT $1
+    ) w
+), due AS (
+    -- The conditions again, for a row that another replica has taken meanwhile.
     SELECT r.run_id
     FROM session.run r
-    JOIN session.lease l USING (session_id)
-    WHERE r.status IN (1, 2)
+    WHERE r.run_id = ANY (ARRAY(SELECT w.run_id FROM waiting w ORDER BY w.place, w.dispatch_after LIMIT $1))
+      AND r.status IN (1, 2)
       AND (r.dispatch_after <= now() OR r.dispatch_after > now() + interval '1 minute')
-      AND (l.owner IS NULL OR NOT session.in_force(l.lease_until))
-    ORDER BY r.dispatch_after
-    LIMIT $1
     FOR NO KEY UPDATE OF r SKIP LOCKED
 )
 UPDATE session.run r SET dispatch_after = clock_timestamp() + $2::interval
 FROM due WHERE r.run_id = due.run_id
 RETURNING r.run_id;
+
+-- name: queued
+-- How many runs of each tenant wait, for an agent or for another run of their session. There are no more rows
+-- than there is room for: SubmitRun refuses what is beyond.
+SELECT tenant_id, count(*) AS runs FROM session.run WHERE status = 1 GROUP BY tenant_id;
 
 -- name: end_orphans
 -- See session.end_orphans.

@@ -219,3 +219,19 @@ async def test_a_mebibyte_of_input_is_taken_and_given_back_whole(kit: Kit) -> No
     claim = await kit.claimed(grant.run_id)
     assert claim.context is not None
     assert [m.content for m in claim.context.messages] == [text]
+
+
+async def test_tenants_take_turns_in_what_is_dispatched(kit: Kit) -> None:
+    await kit.store.due(10_000)
+    polite = Kit(
+        kit.store, await kit.store.ensure_key(f"polite-{uuid7()}", uuid7().hex * 2, "test"), kit.pool
+    )
+    flood = [await kit.submit((await kit.session()).session_id) for _ in range(20)]
+    few = [await polite.submit((await polite.session()).session_id) for _ in range(2)]
+    counts = await kit.store.queued()
+    assert (counts[kit.tenant], counts[polite.tenant]) == (20, 2)
+    taken = set(await kit.store.due(4))
+    assert {one.run.run_id for one in few} < taken
+    assert {one.run.run_id for one in flood[:2]} < taken
+    rest = await kit.store.due(100)
+    assert {one.run.run_id for one in flood[2:]} <= set(rest)

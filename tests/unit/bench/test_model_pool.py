@@ -1,0 +1,35 @@
+"""What the bench of the model pool reads out of a run's events."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.model_pool import Turn, question, read_usage, summed
+from bench.sse_client import BadAnswer
+
+LOG = (
+    b"id: r:3\nevent: usage\n"
+    b'data: {"run_id":"r","seq":3,"type":"usage","time":1,"data":{"input_tokens":90,"cached_tokens":60}}\n\n'
+    b"id: r:4\nevent: run.completed\n"
+    b'data: {"run_id":"r","seq":4,"type":"run.completed","time":1,"data":{}}\n\n'
+)
+
+
+def test_prompt_and_cached_tokens_are_read() -> None:
+    assert read_usage(LOG) == (90, 60)
+
+
+def test_a_run_that_did_not_complete_is_no_result() -> None:
+    with pytest.raises(BadAnswer):
+        read_usage(LOG.partition(b"id: r:4")[0])
+
+
+def test_a_first_turn_does_not_count() -> None:
+    turns = [Turn(0, 900.0, 50, 0), Turn(1, 100.0, 100, 80), Turn(2, 300.0, 150, 120)]
+    found = summed("session", turns, 5.0)
+    assert (found.turns, found.prompt, found.cached, found.first_p50_ms) == (2, 250, 200, 200.0)
+    assert found.share == 0.8
+
+
+def test_no_two_turns_ask_the_same() -> None:
+    assert len({question(session, turn) for session in range(8) for turn in range(5)}) == 40
