@@ -54,7 +54,7 @@ PEERS = (
     Peer(
         name="agno",
         title="Agno AgentOS",
-        packages=("agno", "fastapi", "uvicorn", "openai"),
+        packages=("agno", "fastapi", "uvicorn", "uvloop", "openai"),
         command=("python", "app.py"),
         variables={
             "DATABASE_URL": "{postgres_psycopg}",
@@ -76,7 +76,7 @@ PEERS = (
         name="agno-stream",
         title="Agno AgentOS, no stores",
         folder="agno",
-        packages=("agno", "fastapi", "uvicorn", "openai"),
+        packages=("agno", "fastapi", "uvicorn", "uvloop", "openai"),
         command=("python", "app.py"),
         variables={"OPENAI_BASE_URL": "{model}", "PORT": "{port}", "AGNO_TELEMETRY": "false"},
         ready="/health",
@@ -88,7 +88,7 @@ PEERS = (
     Peer(
         name="aegra",
         title="Aegra",
-        packages=("aegra-api", "langgraph", "langchain-openai", "fastapi", "uvicorn"),
+        packages=("aegra-api", "langgraph", "langchain-openai", "fastapi", "uvicorn", "uvloop"),
         command=("aegra", "serve", "--host", "127.0.0.1", "--port", "{port}"),
         variables={
             "DATABASE_URL": "{postgres}",
@@ -108,7 +108,7 @@ PEERS = (
     Peer(
         name="ogx",
         title="ogx",
-        packages=("ogx", "fastapi", "uvicorn", "openai"),
+        packages=("ogx", "fastapi", "uvicorn", "uvloop", "openai"),
         command=("ogx", "run", "config.yaml", "--insecure", "--port", "{port}"),
         variables={
             "OPENAI_BASE_URL": "{model}",
@@ -131,7 +131,14 @@ PEERS = (
     Peer(
         name="langgraph",
         title="LangGraph API, in memory",
-        packages=("langgraph-api", "langgraph-runtime-inmem", "langgraph", "langchain-openai", "uvicorn"),
+        packages=(
+            "langgraph-api",
+            "langgraph-runtime-inmem",
+            "langgraph",
+            "langchain-openai",
+            "uvicorn",
+            "uvloop",
+        ),
         command=(
             *("langgraph", "dev", "--no-browser", "--no-reload", "--host", "127.0.0.1", "--port", "{port}"),
             *("--n-jobs-per-worker", "128"),
