@@ -16,15 +16,15 @@ POINT_SPREAD = 1.0
 # What is looked at beyond: 200 tokens at 50 a second.
 WORK = Work(tokens=200, seconds=4.0, portions=8)
 TARGET = 0.7
-# Of the stores and proxies: busier ones make runs wait.
-ROOM = 0.5
+# How busy the stores and proxies may be, if nothing came in company.
+ROOM = 0.7
 # Share of what is asked for; runs take a little longer than the model.
 ENOUGH = 0.95
 SESSIONS_AN_AGENT = 1000
-SIZES = (1, 10, 30, 100, 300, 1000)
+SIZES = (1, 10, 100, 1000)
 POSTGRES_CORES = 16
-WARM_UP_SECONDS = 10.0
-SECONDS = 10.0
+WARM_UP_SECONDS = 8.0
+SECONDS = 4.0
 SHARED = ("gateway", "envoy", "session", "postgresql", "commits", "valkey")
 NAMES = {
     "agent": "agents' CPU",
@@ -71,18 +71,21 @@ def predictions(measured: Measured, costs: Costs) -> list[Prediction]:
     return found
 
 
-def demand(costs: Costs) -> dict[str, float]:
-    """Seconds of one whole gateway, Envoy worker, PostgreSQL, ... that a run takes when it is busy.
+def demand(costs: Costs, *, gathered: bool = False) -> dict[str, float]:
+    """Seconds of one whole gateway, Envoy worker, PostgreSQL, ... that a run takes.
 
-    A busy process finds much each time that it wakes up, so only what runs and tokens cost counts here; the
-    simulation counts the wake-ups, too.
+    Args:
+        costs: what is known.
+        gathered: whether each portion finds so much company that waking up costs nothing: what a busy process
+            comes near. Else each portion has a wake-up, a write and a transaction of its own.
     """
+    wakes = 0 if gathered else WORK.portions + 2
     shares = {}
     for kind in SHARED:
         cost = costs.kinds.get(kind, NOTHING)
-        shares[kind] = cost.run + cost.token * WORK.tokens
+        shares[kind] = cost.run + cost.wake * wakes + cost.token * WORK.tokens
     shares["postgresql"] /= POSTGRES_CORES
-    shares["commits"] = costs.run_commits / costs.commit_rate
+    shares["commits"] = (costs.run_commits + wakes) / costs.commit_rate
     return shares
 
 

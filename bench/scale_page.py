@@ -45,7 +45,9 @@ _COSTS_NOTE = (
 )
 _WORK_NOTE = (
     f"Replies of {WORK.tokens} tokens in {WORK.seconds:g} s, agents with {SLOTS} slots of which "
-    f"{TARGET:.0%} are taken: {{rate:.1f}} runs a second an agent."
+    f"{TARGET:.0%} are taken: {{rate:.1f}} runs a second an agent. The simulation of these has "
+    f"{WORK.portions} portions a reply; the mesh sends smaller ones while it has time, and costs more then. "
+    "A process under load finds more than one portion each time: it can do between the two figures."
 )
 
 
@@ -203,20 +205,27 @@ def _costs(costs: Costs) -> str:
 
 
 def _limits(costs: Costs) -> str:
-    rows = []
     rate = SLOTS / WORK.seconds * TARGET
-    for kind, each in demand(costs).items():
-        most = 1 / each if each else float("inf")
-        rows.append([NAMES[kind], f"{most:,.0f}", f"{most / rate:,.0f}", f"{rate * 1000 * each / ROOM:,.1f}"])
-    return "\n\n".join(
+    gathered = demand(costs, gathered=True)
+    rows = [
         [
-            table(
-                ["one of it", "runs/s at most", "agents that fill it", f"for 1,000 agents, {ROOM:.0%} busy"],
-                rows,
-            ),
-            _WORK_NOTE.format(rate=rate),
+            NAMES[kind],
+            f"{1 / each:,.0f}",
+            f"{1 / gathered[kind]:,.0f}",
+            f"{1 / each / rate:,.0f} to {1 / gathered[kind] / rate:,.0f}",
+            f"{rate * 1000 * each / ROOM:,.1f}",
         ]
-    )
+        for kind, each in demand(costs).items()
+        if each and gathered[kind]
+    ]
+    heads = [
+        "one of it",
+        "runs/s, nothing gathered",
+        "all gathered",
+        "agents that fill it",
+        f"for 1,000 agents, {ROOM:.0%} busy with nothing gathered",
+    ]
+    return table(heads, rows) + "\n\n" + _WORK_NOTE.format(rate=rate)
 
 
 def _ladder(steps: Sequence[Step]) -> str:
