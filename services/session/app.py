@@ -46,6 +46,7 @@ from services.session.sweeper import Sweeper
 from services.session.tail import Tail
 from services.session.upkeep import keep_up
 from services.session.watch import Watcher
+from services.session.watch_hub import WatchHub
 
 _log = structlog.get_logger("session.app")
 
@@ -185,18 +186,27 @@ async def assemble(
         )
         link = MeshLink(channel)
         hub = AppendHub(store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up)
+
+        def watcher_for(tenant_id: UUID) -> Watcher:
+            return Watcher(store, tail, tenant_id)
+
+        watches = WatchHub(watcher_for, tasks=work)
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
+<<<<<<< HEAD
             SessionServicer(
                 store, contexts, commits, backlog, lambda tenant_id: Watcher(store, tail, tenant_id)
             ),
+=======
+            SessionServicer(store, contexts, commits, watcher_for),
+>>>>>>> db6943e (Watchers of a gateway share few watches over one stream, and cost a task and no call each)
             PUBLIC,
         )
         server.reflect(*ELSEWHERE)
         server.add(
             internal_grpc.add_SessionInternalServiceServicer_to_server,
-            SessionInternalServicer(store, contexts, hub, commits, keys),
+            SessionInternalServicer(store, contexts, hub, watches, commits, keys),
             INTERNAL,
         )
 
@@ -214,6 +224,7 @@ async def assemble(
         async def move_streams() -> None:
             hub.drain()
             tail.drain()
+            watches.drain()
 
         server.add_readiness("postgresql", database)
         server.add_readiness("mesh", mesh_check(channel))
