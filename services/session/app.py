@@ -73,6 +73,7 @@ class Replica:
     server: Server
     hub: AppendHub
     tail: Tail
+    watches: WatchHub
     sweeper: Sweeper
 
     def notice(self, channel: str, payload: str) -> None:
@@ -244,7 +245,7 @@ async def assemble(
             loops.start(live.publisher.run(), name="publisher")
             loops.start(tail.follow(), name="follow")
             loops.start(tail.wake_reader(), name="wake")
-        yield Replica(server, hub, tail, sweeper)
+        yield Replica(server, hub, tail, watches, sweeper)
 
 
 @asynccontextmanager
