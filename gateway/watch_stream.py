@@ -50,6 +50,8 @@ class Client(Protocol):
 class WatchStream:
     """An ASGI application that answers one request with the events of a run or a session."""
 
+    is_socket = False
+
     __slots__ = (
         "_begun",
         "_client",
