@@ -117,6 +117,11 @@ class WatchStream:
                         watch.task.cancel()
                 for start in request.starts:
                     self._start(start)
+        except HermeshError as error:
+            _log.error("a gateway asked for what cannot be", error=str(error))
+        except Exception as error:
+            # The gateway is gone, or on its way here broke: it begins its watches again on another stream.
+            _log.info("a stream of watches broke", error=type(error).__name__)
         finally:
             self._over = True
             self.wake.set()
