@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from gateway import watches as watches_module
 from gateway.follow import FeedLost
-from gateway.watches import JOINING, START, Batch, Line, Log, Place, Watches
+from gateway.watches import JOINING, START, Watches
 from hermesh.common.v1.event_pb2 import Event, Frame, Reconnect
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError, UnavailableError, to_status
-
-SESSION: Log = ("tenant", "session", "s")
+from tests.unit.gateway.watch_reader import Reader
 
 
 def rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
@@ -138,55 +137,6 @@ class Replica:
         while at and self.log[at - 1].run_id == self.log[at].run_id:
             at -= 1
         return at
-
-
-class Reader:
-    """A member whose client takes when `takes` says so."""
-
-    def __init__(self, watches: Watches, place: Place = START, log: Log = SESSION) -> None:
-        self.watches = watches
-        self.log = log
-        self.place = place
-        self.line: Line | None = None
-        self.takes = True
-        self.stands = False
-        self.seen: list[Event] = []
-        self.batches: list[Batch] = []
-        self.outcome: Any = None
-        self.changed = asyncio.Event()
-        watches.join(self, log, place)
-
-    @property
-    def writable(self) -> bool:
-        return self.takes
-
-    def opened(self) -> None:
-        self.stands = True
-        self.changed.set()
-
-    def deliver(self, batch: Batch) -> None:
-        assert self.takes
-        self.seen += batch.events
-        self.batches.append(batch)
-        self.changed.set()
-
-    def ended(self) -> None:
-        self.outcome = "ended"
-        self.changed.set()
-
-    def failed(self, error: HermeshError | FeedLost) -> None:
-        self.outcome = error
-        self.changed.set()
-
-    def go_on(self) -> None:
-        self.takes = True
-        self.watches.resume(self, self.log)
-
-    async def until(self, check: Any) -> None:
-        async with asyncio.timeout(10):
-            while not check(self):
-                self.changed.clear()
-                await self.changed.wait()
 
 
 async def until(check: Callable[[], bool]) -> None:
