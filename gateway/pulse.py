@@ -32,7 +32,10 @@ class Pulse:
         self._write_timeout = write_timeout
         self._written: OrderedDict[Beating, float] = OrderedDict()
         self._blocked: OrderedDict[Beating, float] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        # Not asked of the timer: uvloop's has no `when` once that is past.
+        self._timer_at = 0.0
+        self._ticking = False
 
     def written(self, stream: Beating) -> None:
         """Something was written to a stream that can take more."""
@@ -61,30 +64,35 @@ class Pulse:
         return min(found) if found else None
 
     def _set(self, earliest: float = 0.0) -> None:
-        due = self._due()
+        due = None if self._ticking else self._due()
         if due is None:
             return
         due = max(due, earliest)
-        if self._timer is not None and self._timer.when() <= due:
-            return
         if self._timer is not None:
+            if self._timer_at <= due:
+                return
             self._timer.cancel()
+        self._timer_at = due
         self._timer = asyncio.get_running_loop().call_at(due, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
+        self._ticking = True
         now = asyncio.get_running_loop().time()
-        for _ in range(_AT_ONCE):
-            stream = next(iter(self._written), None)
-            if stream is None or self._written[stream] + self._heartbeat > now:
-                break
-            # Whatever comes of it, it is not the first any more.
-            self.written(stream)
-            stream.beat()
-        for _ in range(_AT_ONCE):
-            stream = next(iter(self._blocked), None)
-            if stream is None or self._blocked[stream] + self._write_timeout > now:
-                break
-            self.remove(stream)
-            stream.drop()
-        self._set(now + _NEXT_S)
+        try:
+            for _ in range(_AT_ONCE):
+                stream = next(iter(self._written), None)
+                if stream is None or self._written[stream] + self._heartbeat > now:
+                    break
+                # Whatever comes of it, it is not the first any more.
+                self.written(stream)
+                stream.beat()
+            for _ in range(_AT_ONCE):
+                stream = next(iter(self._blocked), None)
+                if stream is None or self._blocked[stream] + self._write_timeout > now:
+                    break
+                self.remove(stream)
+                stream.drop()
+        finally:
+            self._ticking = False
+            self._set(now + _NEXT_S)

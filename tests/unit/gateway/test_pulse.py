@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import uvloop
+
 from gateway.pulse import Pulse
 
 
@@ -66,3 +68,18 @@ async def test_a_stream_that_takes_again_is_not_dropped() -> None:
     assert not stream.dropped
     assert stream.beats == 3
     pulse.remove(stream)
+
+
+def test_the_loop_that_serves_keeps_the_time_too() -> None:
+    """Timers that are due already differ between loops."""
+
+    async def late() -> None:
+        pulse = Pulse(0.01, 10.0)
+        streams = [Stream() for _ in range(1200)]
+        for stream in streams:
+            pulse.written(stream)
+        for _ in range(3):
+            for stream in streams:
+                await stream.next()
+
+    uvloop.run(late())
