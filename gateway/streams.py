@@ -141,14 +141,23 @@ class StreamHub:
         tenant_id = current_identity().tenant_id
         task = self.owner.start(work, name=name)
         self._by_tenant[tenant_id] += 1
-
-        def ended(_: asyncio.Task[T]) -> None:
-            self._by_tenant[tenant_id] -= 1
-            if not self._by_tenant[tenant_id]:
-                del self._by_tenant[tenant_id]
-
-        task.add_done_callback(ended)
+        task.add_done_callback(lambda _: self._count_out(tenant_id))
         return task
+
+    def begin_watching(self) -> None:
+        """Counts in a stream of the current tenant that has no task of its own."""
+        self.watching += 1
+        self._by_tenant[current_identity().tenant_id] += 1
+
+    def end_watching(self) -> None:
+        """Counts it out, in the same request."""
+        self.watching -= 1
+        self._count_out(current_identity().tenant_id)
+
+    def _count_out(self, tenant_id: UUID | None) -> None:
+        self._by_tenant[tenant_id] -= 1
+        if not self._by_tenant[tenant_id]:
+            del self._by_tenant[tenant_id]
 
     def check_room(self) -> None:
         """Refuses a stream too many.

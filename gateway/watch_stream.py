@@ -89,7 +89,7 @@ class WatchStream:
         self._client.on_writable = self._resumed
         self._first = asyncio.get_running_loop().create_future()
         hub.register(self)
-        hub.watching += 1
+        hub.begin_watching()
         if hub.draining.is_set():
             self._draining = True
         try:
@@ -107,7 +107,7 @@ class WatchStream:
                 pass
         finally:
             self._closed = True
-            hub.watching -= 1
+            hub.end_watching()
             hub.unregister(self)
             hub.pulse.remove(self)
             hub.watches.leave(self)

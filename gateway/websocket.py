@@ -120,13 +120,8 @@ class SessionSocket:
         place = await session_place(self._gateway, self._session_id, run_id, seq, only_new=only_new)
         return WatchFeed(self._gateway.hub, *place)
 
-<<<<<<< HEAD
-    async def _run(self, feed: SessionFeed) -> None:
-        hub = self._gateway.hub
-=======
     async def _run(self, feed: WatchFeed) -> None:
-        owner = self._gateway.hub.owner
->>>>>>> db6943e (Watchers of a gateway share few watches over one stream, and cost a task and no call each)
+        hub = self._gateway.hub
         tasks = [
             hub.start(self._send_events(feed), name=f"ws events {self._session_id}"),
             hub.start(self._receive(), name=f"ws input {self._session_id}"),

@@ -195,13 +195,7 @@ async def assemble(
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
-<<<<<<< HEAD
-            SessionServicer(
-                store, contexts, commits, backlog, lambda tenant_id: Watcher(store, tail, tenant_id)
-            ),
-=======
-            SessionServicer(store, contexts, commits, watcher_for),
->>>>>>> db6943e (Watchers of a gateway share few watches over one stream, and cost a task and no call each)
+            SessionServicer(store, contexts, commits, backlog, watcher_for),
             PUBLIC,
         )
         server.reflect(*ELSEWHERE)
