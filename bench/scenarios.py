@@ -98,10 +98,11 @@ class Replies:
 
 @dataclass(frozen=True, slots=True)
 class Watchers:
-    """Clients that follow a session each over SSE while nothing happens, until something does.
+    """Clients that follow sessions over SSE while nothing happens, until something does.
 
     Attributes:
-        watchers: how many, each in a session of its own.
+        watchers: how many.
+        sessions: how many sessions they follow, as many of them each.
         first: how many are opened before memory is first read.
         idle_seconds: how long nothing happens while CPU is measured.
         events_per_second: at which rate sessions get their next event.
@@ -111,9 +112,10 @@ class Watchers:
     name: str
     title: str
     watchers: int
+    sessions: int
     first: int = 100
     idle_seconds: float = 20.0
-    events_per_second: float = 100.0
+    events_per_second: float = 50.0
     deadline_seconds: float = 30.0
     quick: int | None = None
     goals: Sequence[Goal] = ()
@@ -193,11 +195,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         turns=15,
         goals=(LONG,),
     ),
-    Watchers("watchers_1000", "1,000 idle watchers", watchers=1_000),
+    Watchers("watchers_1000", "1,000 idle watchers", watchers=1_000, sessions=1_000),
     Watchers(
         "watchers_5000",
         "5,000 idle watchers",
         watchers=5_000,
+        sessions=1_000,
         goals=(WATCHER_MEMORY, WATCHER_CPU, WATCHER_EVENT),
     ),
 )

@@ -2,10 +2,10 @@
 
     python -m bench.watch_generator JOB
 
-JOB is JSON: `watchers` are requests {"url", "headers"} for streams of events, `posts` as many requests
-{"url", "headers", "body"} of which each brings the watcher of the same number its next event, `per_second` is
-the rate at which they are sent, `deadline_seconds` how long after the last of them events may come, `out` is
-where the records go. It says `ready`, and then does what lines from stdin say, and says when it is done:
+JOB is JSON: `watchers` are requests {"url", "headers"} for streams of events, `posts` are requests {"url",
+"headers", "body"}; of P posts number p brings watchers p, p + P, p + 2 P, ... their next event. `per_second`
+is the rate at which they are sent, `deadline_seconds` how long after the last of them events may come, `out`
+is where the records go. It says `ready`, and then does what lines from stdin say, and says when it is done:
 
     open N     open streams until there are N
     post       send the posts and wait for each watcher's event
@@ -97,12 +97,13 @@ class Posts:
         """Sends all of them; a request is due by the clock, however slow the answers before it are."""
         loop = asyncio.get_running_loop()
         began = time.monotonic()
-        for number, (request, watcher) in enumerate(zip(self._requests, watchers, strict=True)):
+        for number, request in enumerate(self._requests):
             due = began + number / per_second
             if (wait := due - time.monotonic()) > 0:
                 # The loop rounds to milliseconds: it must not be early by half of one.
                 await asyncio.sleep(wait + 0.0005)
-            watcher.due = int(due * 1e9)
+            for watcher in watchers[number :: len(self._requests)]:
+                watcher.due = int(due * 1e9)
             connection = self._idle.pop() if self._idle else None
             if connection is None or not connection.open:
                 made = await loop.create_connection(lambda: _Post(self._answered), request.host, request.port)

@@ -44,7 +44,7 @@ async def measure_watchers(
         await asyncio.sleep(scenario.idle_seconds)
         idle = usage(processes)
         generator.tell("post")
-        seconds = scenario.watchers / scenario.events_per_second + 2 * scenario.deadline_seconds
+        seconds = scenario.sessions / scenario.events_per_second + 2 * scenario.deadline_seconds
         said = _checked(await generator.line(seconds))
         after = usage(processes)
         generator.tell("end")
@@ -65,17 +65,17 @@ async def _job(target: MeshTarget, scenario: Watchers) -> dict[str, Any]:
         async with gate:
             return await target.new_session()
 
-    sessions = await asyncio.gather(*(session() for _ in range(scenario.watchers)))
-    watchers, posts = [], []
+    sessions = await asyncio.gather(*(session() for _ in range(scenario.sessions)))
+    followed, posts = [], []
     for session_id in sessions:
         url, headers = target.watch(session_id)
-        watchers.append({"url": url, "headers": dict(headers)})
+        followed.append({"url": url, "headers": dict(headers)})
         ask = target.ask(session_id, "[[tokens=1]]")
         posts.append(
             {"url": ask.url, "headers": dict(ask.headers), "body": dict(ask.body) | {"stream": False}}
         )
     return {
-        "watchers": watchers,
+        "watchers": [followed[number % len(followed)] for number in range(scenario.watchers)],
         "posts": posts,
         "per_second": scenario.events_per_second,
         "deadline_seconds": scenario.deadline_seconds,

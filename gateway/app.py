@@ -22,6 +22,7 @@ from gateway.login import CookieSeal
 from gateway.routes import chat, login, runs, sessions, system, web
 from gateway.settings import GatewaySettings
 from gateway.streams import StreamHub, StreamMetrics
+from gateway.watches import Watches
 from gateway.websocket import SessionSocket
 from meshkit.auth import Authenticator, MeshAuthenticator
 from meshkit.channel import mesh_check
@@ -53,7 +54,9 @@ def make_gateway(
     return Gateway(
         settings=settings,
         mesh=mesh,
-        hub=StreamHub(settings, StreamMetrics(registry)),
+        hub=StreamHub(
+            settings, StreamMetrics(registry), Watches(mesh.internal, settings.follow_timeout_seconds)
+        ),
         door=Door(settings.max_waiting_streams, DoorMetrics(registry), line_seconds=settings.line_seconds),
         authenticator=authenticator if authenticator is not None else MeshAuthenticator(channel, settings),
         seal=CookieSeal(settings.mesh_token, settings.login_seconds),

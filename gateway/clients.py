@@ -13,6 +13,7 @@ import grpc.aio
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.session.v1 import session_service_pb2 as session_pb
+from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternalServiceStub
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit.errors import HermeshError, NotFoundError, from_rpc_error
@@ -55,6 +56,7 @@ class MeshClients:
 
     Attributes:
         sessions: Stub of the session service's public face.
+        internal: Stub of its face for the mesh.
         agents: Stub of the agent service.
         tools: Stub of the tool service.
     """
@@ -63,6 +65,7 @@ class MeshClients:
         """Uses a channel of `meshkit.channel.open_channel`, which stays the caller's."""
         # The generated stubs are typed for the synchronous channel as well; these are always aio.
         self.sessions: Any = SessionServiceStub(channel)
+        self.internal: Any = SessionInternalServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
         self.tools: Any = ToolServiceStub(channel)
         self._models: list[agent_pb.Model] = []

@@ -13,7 +13,7 @@ import grpc.aio
 import structlog
 
 from gateway.clients import MeshClients, call
-from gateway.cursor import GapError, RunCursor, SessionCursor
+from gateway.cursor import GapError, RunCursor
 from gateway.door import Door, Waiting
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import Event
@@ -36,13 +36,13 @@ _RUN_TRIES = 3
 # How long a stream may take to end by itself after the terminal event.
 _TAIL = 2.0
 
-_passed_on = failpoints.point("gateway.events")
+passed_on = failpoints.point("gateway.events")
 
 # One for all: seeding one a stream would cost more than all else here.
 _jitter = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
 # Codes after which another replica, or the same one later, can go on.
-_PASSING = frozenset(
+PASSING = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.UNKNOWN,
@@ -107,9 +107,9 @@ class _Idle:
 
 
 class _Follower:
-    """Opens stream after stream from the cursor until the log ends; see `RunFeed` and `SessionFeed`."""
+    """Opens stream after stream from the cursor until the log ends; see `RunFeed`."""
 
-    def __init__(self, cursor: RunCursor | SessionCursor, patience: float) -> None:
+    def __init__(self, cursor: RunCursor, patience: float) -> None:
         self.cursor = cursor
         self._patience = patience
         self._backoff = Backoff(0.02, 1.0, rng=_jitter)
@@ -127,7 +127,7 @@ class _Follower:
 
     async def _failed(self, error: HermeshError) -> None:
         """Decides about an error: returns to try again, raises to give up."""
-        if error.code not in _PASSING:
+        if error.code not in PASSING:
             raise error
         if error.retry_after_ms is not None:
             self._pause = error.retry_after_ms / 1000
@@ -183,7 +183,7 @@ class _Follower:
                         self._backoff.reset()
                         if fresh:
                             yield fresh
-                            _passed_on()
+                            passed_on()
                         if cursor.finished:
                             await _read_out(stream)
                             return
@@ -278,7 +278,7 @@ class RunFeed(_Follower):
         if self.cursor.run_id or self._submit is None:
             await super()._failed(error)
             return
-        if error.code not in _PASSING:
+        if error.code not in PASSING:
             raise error
         full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if full and error.reason != "OVERLOADED":
@@ -301,23 +301,3 @@ class RunFeed(_Follower):
             )
             self.cursor = RunCursor(answer.run.run_id)
             self._pause = 0.0
-
-
-class SessionFeed(_Follower):
-    """The events of a session's runs, one run after another, without end."""
-
-    def __init__(self, mesh: MeshClients, session_id: str, cursor: SessionCursor, patience: float) -> None:
-        """Follows from the cursor on."""
-        super().__init__(cursor, patience)
-        self._mesh = mesh
-        self._session_id = session_id
-        self._joins = cursor
-
-    def _open(self) -> tuple[Any, float]:
-        request = session_pb.WatchSessionRequest(
-            session_id=self._session_id,
-            after_run_id=self.cursor.run_id,
-            after_seq=self.cursor.last_seq,
-            only_new=self._joins.joining,
-        )
-        return self._mesh.sessions.WatchSession(request), WATCH_IDLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from gateway.clients import SAFE_METHODS
 from gateway.context import Gateway
 from gateway.settings import GatewaySettings
 from gateway.streams import ABORT_EXTENSION
+from gateway.watch_stream import CLIENT_EXTENSION
 from meshkit import failpoints, tracing
 from meshkit.channel import open_channel
 from meshkit.lifecycle import StopSignals, bind_failure, reachable, remove_ready_file, write_ready_file
@@ -40,11 +41,34 @@ _KEEP_ALIVE_SECONDS = 3700
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a way to cut the connection of a client that stopped reading."""
+    """uvicorn's protocol, which tells whether its client takes what is written, and can cut it off.
+
+    Attributes:
+        on_writable: Called when the client takes again.
+    """
+
+    on_writable: Callable[[], None] | None = None
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
+        self.scope["extensions"] = {
+            ABORT_EXTENSION: self.transport.abort,  # type: ignore[dict-item]
+            CLIENT_EXTENSION: self,  # type: ignore[dict-item]
+        }
+
+    @property
+    def writable(self) -> bool:
+        """Whether a write is sent on without waiting."""
+        return not self.flow.write_paused
+
+    def abort(self) -> None:
+        """Cuts the connection."""
+        self.transport.abort()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
 
 
 class _Server(uvicorn.Server):

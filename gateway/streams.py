@@ -3,7 +3,8 @@
 A pump task reads the feed and writes to the client; the request's own task watches over it: it notices a
 client that left, sends heartbeats, drops a client that stopped reading, and ends the stream on a drain. The
 pump is not the request's task, because a stream of `Run` outlives its client: it stays open as long as the
-work, and so the load stays visible to the balancer.
+work, and so the load stays visible to the balancer. Streams that only watch are leaner, and are in
+`gateway.watch_stream`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import frames
 from gateway.follow import Feed, FeedLost
+from gateway.pulse import Pulse
 from gateway.settings import GatewaySettings
+from gateway.watches import Watches
 from hermesh.common.v1.event_pb2 import Event
 from meshkit.errors import (
     DeadlineError,
@@ -99,12 +102,21 @@ class NativeRenderer:
 
 
 class StreamHub:
-    """Owns the pumps of all event streams of this process, and ends them on a drain."""
+    """Owns the pumps of all event streams of this process, and ends them on a drain.
 
-    def __init__(self, settings: GatewaySettings, metrics: StreamMetrics) -> None:
+    Attributes:
+        watches: Where streams that only watch get their events from.
+        pulse: Their heartbeats.
+        watching: How many of them there are.
+    """
+
+    def __init__(self, settings: GatewaySettings, metrics: StreamMetrics, watches: Watches) -> None:
         """Starts empty; enter it before use."""
         self.settings = settings
         self.metrics = metrics
+        self.watches = watches
+        self.pulse = Pulse(settings.heartbeat_seconds, settings.write_timeout_seconds)
+        self.watching = 0
         self.owner = TaskOwner("streams")
         self._by_tenant: Counter[UUID | None] = Counter()
         # Set at the stop signal: the balancer is told first, and streams end a moment later.
@@ -122,20 +134,30 @@ class StreamHub:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.owner.close()
+        await self.watches.close()
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Starts a task of a stream of the current tenant, which counts until it ends."""
         tenant_id = current_identity().tenant_id
         task = self.owner.start(work, name=name)
         self._by_tenant[tenant_id] += 1
-
-        def ended(_: asyncio.Task[T]) -> None:
-            self._by_tenant[tenant_id] -= 1
-            if not self._by_tenant[tenant_id]:
-                del self._by_tenant[tenant_id]
-
-        task.add_done_callback(ended)
+        task.add_done_callback(lambda _: self._count_out(tenant_id))
         return task
+
+    def begin_watching(self) -> None:
+        """Counts in a stream of the current tenant that has no task of its own."""
+        self.watching += 1
+        self._by_tenant[current_identity().tenant_id] += 1
+
+    def end_watching(self) -> None:
+        """Counts it out, in the same request."""
+        self.watching -= 1
+        self._count_out(current_identity().tenant_id)
+
+    def _count_out(self, tenant_id: UUID | None) -> None:
+        self._by_tenant[tenant_id] -= 1
+        if not self._by_tenant[tenant_id]:
+            del self._by_tenant[tenant_id]
 
     def check_room(self) -> None:
         """Refuses a stream too many.
@@ -144,7 +166,7 @@ class StreamHub:
             ResourceExhaustedError: This gateway serves as many as it may, or as it may to this tenant.
         """
         mine = self._by_tenant[current_identity().tenant_id]
-        if not admits(mine, len(self.owner), self.settings.max_streams):
+        if not admits(mine, len(self.owner) + self.watching, self.settings.max_streams):
             raise ResourceExhaustedError(
                 "OVERLOADED", "this gateway serves as many streams as it can", retry_after_ms=1000
             )

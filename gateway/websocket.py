@@ -16,9 +16,10 @@ from gateway.body import StrictModel, parse_json, validate
 from gateway.clients import call
 from gateway.context import Gateway
 from gateway.cursor import canonical_id
-from gateway.follow import FeedLost, SessionFeed
+from gateway.follow import FeedLost
 from gateway.problems import problem, violation
-from gateway.routes.runs import session_after, session_feed
+from gateway.routes.runs import session_after, session_place
+from gateway.watch_stream import WatchFeed
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError
 
@@ -108,7 +109,7 @@ class SessionSocket:
         """Ends the connection with `reconnect`."""
         self._drain.set()
 
-    async def _place(self) -> SessionFeed:
+    async def _place(self) -> WatchFeed:
         query = self._socket.query_params
         try:
             self._session_id = canonical_id(self._socket.path_params["session_id"])
@@ -116,9 +117,10 @@ class SessionSocket:
             raise NotFoundError("SESSION_NOT_FOUND", "there is no such session") from None
         run_id, seq = session_after(self._socket.headers.get("last-event-id", ""), query.get("after", ""))
         only_new = query.get("only_new", "").lower() in ("1", "true")
-        return await session_feed(self._gateway, self._session_id, run_id, seq, only_new=only_new)
+        place = await session_place(self._gateway, self._session_id, run_id, seq, only_new=only_new)
+        return WatchFeed(self._gateway.hub, *place)
 
-    async def _run(self, feed: SessionFeed) -> None:
+    async def _run(self, feed: WatchFeed) -> None:
         hub = self._gateway.hub
         tasks = [
             hub.start(self._send_events(feed), name=f"ws events {self._session_id}"),
@@ -142,7 +144,7 @@ class SessionSocket:
             except (TimeoutError, RuntimeError, WebSocketDisconnect):
                 pass
 
-    async def _send_events(self, feed: SessionFeed) -> tuple[int, str]:
+    async def _send_events(self, feed: WatchFeed) -> tuple[int, str]:
         try:
             async with aclosing(feed.batches()) as batches:
                 async for batch in batches:

@@ -9,9 +9,11 @@ docs/peers.md.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 import uvloop
 from rich.console import Console
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, _interrupt)
 
     def said(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
@@ -73,13 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Mesh and peers are not left running, however the bench is ended."""
+    raise KeyboardInterrupt
+
+
 def _measure(
     chosen: Sequence[Peer], options: argparse.Namespace, said: Said, console: Console
 ) -> list[Result]:
     programs = {}
     for peer in chosen:
         said(f"{peer.title}: installing, unless it is")
-        programs[peer.name] = install(peer.name)
+        programs[peer.name] = install(peer.files)
     if options.install:
         return []
     results: list[Result] = []

@@ -15,7 +15,7 @@ class Peer:
     """A server that is installed and started as its own pages say.
 
     Attributes:
-        name: of its folder beside this file.
+        name: how the command line names it, and its folder beside this file is named.
         title: how pages name it.
         packages: whose versions pages tell.
         command: program of its environment and arguments; `{port}` is filled in.
@@ -25,6 +25,7 @@ class Peer:
         pages: where its own pages say that it is started so.
         changed: what differs from there, and why.
         targets: what is asked of it.
+        folder: of another peer that is installed and started from the same files.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Peer:
     pages: str
     changed: str
     targets: Sequence[Make]
+    folder: str = ""
+
+    @property
+    def files(self) -> str:
+        """The folder beside this file with what it is installed and started from."""
+        return self.folder or self.name
 
     def named(self) -> list[PeerTarget]:
         """Returns its targets as if it ran nowhere, for their names."""
@@ -47,7 +54,7 @@ PEERS = (
     Peer(
         name="agno",
         title="Agno AgentOS",
-        packages=("agno", "fastapi", "uvicorn", "openai"),
+        packages=("agno", "fastapi", "uvicorn", "uvloop", "openai"),
         command=("python", "app.py"),
         variables={
             "DATABASE_URL": "{postgres_psycopg}",
@@ -63,15 +70,25 @@ PEERS = (
             "128 background runs at once in place of 32, so that 100 streams are not queued; 1,000 "
             "connections to Redis in place of its client's 100, beyond which streams lost their events."
         ),
-        targets=(
-            lambda url, pids: AgnoTarget("Agno background", url, pids, durable=True, background=True),
-            lambda url, pids: AgnoTarget("Agno stream", url, pids, durable=False, background=False),
-        ),
+        targets=(lambda url, pids: AgnoTarget("Agno background", url, pids, durable=True, background=True),),
+    ),
+    Peer(
+        name="agno-stream",
+        title="Agno AgentOS, no stores",
+        folder="agno",
+        packages=("agno", "fastapi", "uvicorn", "uvloop", "openai"),
+        command=("python", "app.py"),
+        variables={"OPENAI_BASE_URL": "{model}", "PORT": "{port}", "AGNO_TELEMETRY": "false"},
+        ready="/health",
+        stores=False,
+        pages="docs.agno.com, «Background Execution» (its default streaming)",
+        changed="no database: the least that it can do.",
+        targets=(lambda url, pids: AgnoTarget("Agno stream", url, pids, durable=False, background=False),),
     ),
     Peer(
         name="aegra",
         title="Aegra",
-        packages=("aegra-api", "langgraph", "langchain-openai", "fastapi", "uvicorn"),
+        packages=("aegra-api", "langgraph", "langchain-openai", "fastapi", "uvicorn", "uvloop"),
         command=("aegra", "serve", "--host", "127.0.0.1", "--port", "{port}"),
         variables={
             "DATABASE_URL": "{postgres}",
@@ -91,7 +108,7 @@ PEERS = (
     Peer(
         name="ogx",
         title="ogx",
-        packages=("ogx", "fastapi", "uvicorn", "openai"),
+        packages=("ogx", "fastapi", "uvicorn", "uvloop", "openai"),
         command=("ogx", "run", "config.yaml", "--insecure", "--port", "{port}"),
         variables={
             "OPENAI_BASE_URL": "{model}",
@@ -114,7 +131,14 @@ PEERS = (
     Peer(
         name="langgraph",
         title="LangGraph API, in memory",
-        packages=("langgraph-api", "langgraph-runtime-inmem", "langgraph", "langchain-openai", "uvicorn"),
+        packages=(
+            "langgraph-api",
+            "langgraph-runtime-inmem",
+            "langgraph",
+            "langchain-openai",
+            "uvicorn",
+            "uvloop",
+        ),
         command=(
             *("langgraph", "dev", "--no-browser", "--no-reload", "--host", "127.0.0.1", "--port", "{port}"),
             *("--n-jobs-per-worker", "128"),

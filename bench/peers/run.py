@@ -61,7 +61,7 @@ async def run_peer(
         about = {
             "peer": peer.peer.name,
             "title": peer.peer.title,
-            "versions": versions(peer.peer.name, peer.peer.packages) | {"Python": peer.python},
+            "versions": versions(peer.peer.files, peer.peer.packages) | {"Python": peer.python},
             "durable": target.durable,
             "mesh_kept": asdict(ours),
         }

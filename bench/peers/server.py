@@ -63,7 +63,7 @@ def running(peer: Peer, programs: Path, model: str) -> Iterator[Running]:
         if not os.environ.get("HERMESH_KEEP_DATA"):
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         work = folder / "app"
-        shutil.copytree(FOLDER / peer.name, work, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(FOLDER / peer.files, work, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "store").mkdir()
         stores = Stores.start(folder, stack) if peer.stores else None
         port = free_ports(1)[0]

@@ -10,7 +10,7 @@ from gateway import models
 from gateway.body import MAX_INPUT_BODY
 from gateway.clients import call
 from gateway.context import Gateway
-from gateway.cursor import RunCursor, SessionCursor, parse_event_id, parse_seq
+from gateway.cursor import RunCursor, parse_event_id, parse_seq
 from gateway.download import HEADERS as DOWNLOAD_HEADERS
 from gateway.download import Download
 from gateway.endpoints import (
@@ -26,13 +26,16 @@ from gateway.endpoints import (
     run_id_of,
     session_id_of,
 )
-from gateway.follow import RunFeed, SessionFeed
+from gateway.follow import RunFeed
 from gateway.problems import violation
 from gateway.routes.sessions import IDEMPOTENCY, PAGE_TOKEN
 from gateway.streams import EventStream
+from gateway.watch_stream import WatchStream
+from gateway.watches import JOINING, Log, Place
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit import failpoints
 from meshkit.errors import OutOfRangeError
+from meshkit.identity import require_tenant
 
 # How long new input may take to be accepted before the caller gets 504.
 ACCEPT_SECONDS = 15.0
@@ -171,8 +174,7 @@ async def run_events(gateway: Gateway, request: Request) -> ASGIApp:
     if models.is_finished(run) and after_seq == run.last_seq:
         # Everything was delivered: 204 is what stops an EventSource from coming back.
         return Response(status_code=204)
-    feed = RunFeed(gateway.mesh, RunCursor(run_id, after_seq), gateway.settings.follow_timeout_seconds)
-    return EventStream(gateway.hub, feed, name=f"watch {run_id}")
+    return WatchStream(gateway.hub, (str(require_tenant()), "run", run_id), (run_id, after_seq))
 
 
 def _after_seq(request: Request, run_id: str) -> int:
@@ -197,8 +199,8 @@ async def session_events(gateway: Gateway, request: Request) -> ASGIApp:
     run_id, seq = session_after(
         request.headers.get("last-event-id", "").strip(), request.query_params.get("after", "")
     )
-    feed = await session_feed(gateway, session_id, run_id, seq, only_new=query_bool(request, "only_new"))
-    return EventStream(gateway.hub, feed, name=f"watch session {session_id}")
+    only_new = query_bool(request, "only_new")
+    return WatchStream(gateway.hub, *await session_place(gateway, session_id, run_id, seq, only_new=only_new))
 
 
 def session_after(last_event_id: str, after: str) -> tuple[str, int]:
@@ -216,10 +218,10 @@ def session_after(last_event_id: str, after: str) -> tuple[str, int]:
     return "", 0
 
 
-async def session_feed(
+async def session_place(
     gateway: Gateway, session_id: str, run_id: str, seq: int, *, only_new: bool
-) -> SessionFeed:
-    """Returns a session's events after a cursor, after it was checked that the session exists.
+) -> tuple[Log, Place]:
+    """Returns a place in a session's log, after it was checked that the session exists.
 
     Args:
         gateway: The services.
@@ -229,8 +231,8 @@ async def session_feed(
         only_new: Without a cursor, start with the next event instead of the session's first.
     """
     await call(gateway.mesh.sessions.GetSession(pb.GetSessionRequest(session_id=session_id)))
-    cursor = SessionCursor(run_id, seq, joining=only_new and not run_id)
-    return SessionFeed(gateway.mesh, session_id, cursor, gateway.settings.follow_timeout_seconds)
+    place = JOINING if only_new and not run_id else (run_id, seq)
+    return (str(require_tenant()), "session", session_id), place
 
 
 endpoints = [

@@ -46,6 +46,7 @@ from services.session.sweeper import Sweeper
 from services.session.tail import Tail
 from services.session.upkeep import keep_up
 from services.session.watch import Watcher
+from services.session.watch_hub import WatchHub
 
 _log = structlog.get_logger("session.app")
 
@@ -72,6 +73,7 @@ class Replica:
     server: Server
     hub: AppendHub
     tail: Tail
+    watches: WatchHub
     sweeper: Sweeper
 
     def notice(self, channel: str, payload: str) -> None:
@@ -185,18 +187,21 @@ async def assemble(
         )
         link = MeshLink(channel)
         hub = AppendHub(store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up)
+
+        def watcher_for(tenant_id: UUID) -> Watcher:
+            return Watcher(store, tail, tenant_id)
+
+        watches = WatchHub(watcher_for, tasks=work)
         await stack.enter_async_context(server)
         server.add(
             public_grpc.add_SessionServiceServicer_to_server,
-            SessionServicer(
-                store, contexts, commits, backlog, lambda tenant_id: Watcher(store, tail, tenant_id)
-            ),
+            SessionServicer(store, contexts, commits, backlog, watcher_for),
             PUBLIC,
         )
         server.reflect(*ELSEWHERE)
         server.add(
             internal_grpc.add_SessionInternalServiceServicer_to_server,
-            SessionInternalServicer(store, contexts, hub, commits, keys),
+            SessionInternalServicer(store, contexts, hub, watches, commits, keys),
             INTERNAL,
         )
 
@@ -214,6 +219,7 @@ async def assemble(
         async def move_streams() -> None:
             hub.drain()
             tail.drain()
+            watches.drain()
 
         server.add_readiness("postgresql", database)
         server.add_readiness("mesh", mesh_check(channel))
@@ -233,7 +239,7 @@ async def assemble(
             loops.start(live.publisher.run(), name="publisher")
             loops.start(tail.follow(), name="follow")
             loops.start(tail.wake_reader(), name="wake")
-        yield Replica(server, hub, tail, sweeper)
+        yield Replica(server, hub, tail, watches, sweeper)
 
 
 @asynccontextmanager

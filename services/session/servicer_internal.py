@@ -16,6 +16,7 @@ from services.session.commits import Commits
 from services.session.domain import BeginOutcome, ClaimOutcome, ToolCallState
 from services.session.store.cached import Contexts
 from services.session.store.port import Store
+from services.session.watch_hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,7 +27,13 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     """Serves the mesh; every method refuses callers from outside."""
 
     def __init__(
-        self, store: Store, contexts: Contexts, hub: AppendHub, commits: Commits, keys: Authenticator
+        self,
+        store: Store,
+        contexts: Contexts,
+        hub: AppendHub,
+        watches: WatchHub,
+        commits: Commits,
+        keys: Authenticator,
     ) -> None:
         """Makes a servicer.
 
@@ -34,12 +41,14 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
             store: What is durable.
             contexts: The store, or a cache before it, for claims.
             hub: The append streams.
+            watches: The watch streams.
             commits: Told of what is committed outside of the append streams.
             keys: Looks API keys up, without a cache: the callers have one.
         """
         self._store = store
         self._contexts = contexts
         self._hub = hub
+        self._watches = watches
         self._commits = commits
         self._keys = keys
 
@@ -83,6 +92,22 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         finally:
             reader.cancel()
             self._hub.close(stream)
+
+    async def Watch(
+        self, request_iterator: AsyncIterator[pb.WatchRequest], context: Context
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """See the proto."""
+        require_mesh()
+        await context.send_initial_metadata(())
+        stream = self._watches.open()
+        reader = self._watches.tasks.start(stream.read(request_iterator), name="watch-read")
+        try:
+            async with aclosing(stream.responses()) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            reader.cancel()
+            self._watches.close(stream)
 
     async def RenewLeases(self, request: pb.RenewLeasesRequest, context: Context) -> pb.RenewLeasesResponse:
         """See the proto."""

@@ -22,8 +22,9 @@ from services.session.tail import Tail
 _PAGE = 200
 _MAX_FRAME_EVENTS = 200
 _MAX_FRAME_BYTES = 512 * 1024
-# A watcher that heard nothing for so long reads PostgreSQL once: no wait here relies on anybody else.
-_IDLE_S = 30.0
+# A watcher that heard nothing for so long reads PostgreSQL once: no wait here relies on anybody else. It is
+# long, because `Tail.look` asks for all of them together each second.
+_IDLE_S = 120.0
 _PATIENCE_S = 15.0
 
 T = TypeVar("T")
@@ -78,8 +79,12 @@ class Watcher:
         self._tail = tail
         self._tenant_id = tenant_id
 
-    async def run(self, run_id: UUID, after_seq: int) -> AsyncGenerator[Batch]:
+    async def run(
+        self, run_id: UUID, after_seq: int, *, opened: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Batch]:
         """Yields a run's events past `after_seq` until its terminal one.
+
+        `opened` is called once it is known that this may be watched.
 
         Raises:
             NotFoundError: No such run.
@@ -87,15 +92,25 @@ class Watcher:
         """
         run = await self._store.get_run(self._tenant_id, run_id)
         await self._check_cursor(run, after_seq)
+        if opened is not None:
+            opened()
         with metrics.watchers.labels("run").track_inprogress():
             async with aclosing(self._follow(run, after_seq)) as batches:
                 async for batch in batches:
                     yield batch
 
     async def session(
-        self, session_id: UUID, after_run_id: UUID | None, after_seq: int, *, only_new: bool
+        self,
+        session_id: UUID,
+        after_run_id: UUID | None,
+        after_seq: int,
+        *,
+        only_new: bool,
+        opened: Callable[[], None] | None = None,
     ) -> AsyncGenerator[Batch]:
         """Yields a session's events run by run, each to its terminal one, without end.
+
+        `opened` is called once it is known that this may be watched.
 
         Raises:
             NotFoundError: No such session, or the cursor's run is not in it.
@@ -106,6 +121,8 @@ class Watcher:
         with metrics.watchers.labels("session").track_inprogress():
             with self._tail.wait_for_runs(session_id) as waiter:
                 ordinal, cursor = await self._start(session_id, after_run_id, after_seq, only_new)
+                if opened is not None:
+                    opened()
                 while True:
                     runs = await _patiently(self._store.runs_from, self._tenant_id, session_id, ordinal, 1)
                     for run in runs:

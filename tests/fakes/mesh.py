@@ -29,6 +29,7 @@ from hermesh.tool.v1 import tool_service_pb2 as tool_pb
 from hermesh.tool.v1 import tool_service_pb2_grpc as tool_grpc
 from meshkit.clock import now_ms
 from meshkit.errors import (
+    AbortedError,
     AlreadyExistsError,
     HermeshError,
     NotFoundError,
@@ -175,6 +176,9 @@ class FakeMesh:
         self.calls: list[str] = []
         self.metadata: list[dict[str, str]] = []
         self.open_runs = 0
+        # Of `Watch`: the open streams (put a status code to break one) and every message that came.
+        self.links: set[asyncio.Queue[Any]] = set()
+        self.watch_requests: list[Any] = []
         self.changed = asyncio.Condition()
         self.address = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -201,7 +205,8 @@ class FakeMesh:
 
     async def note(self, name: str, context: Any) -> None:
         self.calls.append(name)
-        self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+        if context is not None:
+            self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
         async with self.changed:
             self.changed.notify_all()
 
@@ -317,6 +322,22 @@ class FakeMesh:
                 return
             if run.log.finished and after >= len(run.log.events):
                 return
+
+    async def follow_session(
+        self, session: FakeSession, request: Any, cut: tuple[int, Any] | None, context: Any
+    ) -> AsyncIterator[Frame]:
+        """Yields a session's frames from a cursor on; `cut` ends those of each run early."""
+        index, after = 0, 0
+        if request.after_run_id:
+            index = [run.run_id for run in session.runs].index(request.after_run_id)
+            after = request.after_seq
+        while True:
+            while index >= len(session.runs):
+                async with self.changed:
+                    await self.changed.wait()
+            async for frame in self.follow(session.runs[index], after, cut, context):
+                yield frame
+            index, after = index + 1, 0
 
 
 def _tenant(context: Any) -> str:
@@ -457,19 +478,10 @@ class _Sessions(session_grpc.SessionServiceServicer):
         await self.mesh.note("WatchSession", context)
         cut = self.mesh.watch_cuts.pop(0) if self.mesh.watch_cuts else None
         session = self.mesh.sessions[request.session_id]
-        index, after = 0, 0
-        if request.after_run_id:
-            index = [run.run_id for run in session.runs].index(request.after_run_id)
-            after = request.after_seq
-        while True:
-            while index >= len(session.runs):
-                async with self.mesh.changed:
-                    await self.mesh.changed.wait()
-            async for frame in self.mesh.follow(session.runs[index], after, cut, context):
-                yield session_pb.WatchSessionResponse(frame=frame)
-                if frame.HasField("reconnect"):
-                    return
-            index, after = index + 1, 0
+        async for frame in self.mesh.follow_session(session, request, cut, context):
+            yield session_pb.WatchSessionResponse(frame=frame)
+            if frame.HasField("reconnect"):
+                return
 
 
 class _Tools(tool_grpc.ToolServiceServicer):
@@ -501,6 +513,70 @@ class _Internal(internal_grpc.SessionInternalServiceServicer):
             error = self.mesh.unary_error or UnauthenticatedError("API_KEY_INVALID", "unknown key")
             await _abort(context, error)
         return internal_pb.AuthenticateResponse(tenant_id=str(tenant))
+
+    async def Watch(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        await self.mesh.note("Watch", context)
+        outbox: asyncio.Queue[Any] = asyncio.Queue()
+        tasks: dict[int, asyncio.Task[None]] = {}
+
+        async def read() -> None:
+            async for request in requests:
+                self.mesh.watch_requests.append(request)
+                for watch_id in request.stops:
+                    tasks[watch_id].cancel()
+                for start in request.starts:
+                    coroutine = self._watch(start, outbox)
+                    tasks[start.watch_id] = asyncio.get_running_loop().create_task(coroutine)
+            await outbox.put(None)
+
+        reader = asyncio.get_running_loop().create_task(read())
+        self.mesh.links.add(outbox)
+        try:
+            while (frame := await outbox.get()) is not None:
+                if isinstance(frame, grpc.StatusCode):
+                    await context.abort(frame, "cut on command")
+                yield internal_pb.WatchResponse(frames=[frame])
+        finally:
+            self.mesh.links.discard(outbox)
+            for task in (reader, *tasks.values()):
+                task.cancel()
+
+    async def _watch(self, start: Any, outbox: asyncio.Queue[Any]) -> None:
+        mesh = self.mesh
+        kind = start.WhichOneof("target")
+        await mesh.note("WatchRun" if kind == "run" else "WatchSession", None)
+        cut = mesh.watch_cuts.pop(0) if mesh.watch_cuts else None
+        cuts = _Cuts()
+
+        async def put(**content: Any) -> None:
+            await outbox.put(internal_pb.WatchFrame(watch_id=start.watch_id, **content))
+
+        try:
+            if kind == "run":
+                run = mesh.run(start.run.run_id, start.tenant_id)
+                await put(opened=internal_pb.WatchOpened())
+                async for frame in mesh.follow(run, start.run.after_seq, cut, cuts):
+                    await put(frame=frame, size=frame.ByteSize())
+                    if frame.HasField("reconnect"):
+                        return
+                await put(ended=internal_pb.WatchEnded())
+                return
+            session = mesh.session(start.session.session_id, start.tenant_id)
+            await put(opened=internal_pb.WatchOpened())
+            async for frame in mesh.follow_session(session, start.session, cut, cuts):
+                await put(frame=frame, size=frame.ByteSize())
+                if frame.HasField("reconnect"):
+                    return
+        except HermeshError as error:
+            await put(error=to_status(error).SerializeToString())
+
+
+class _Cuts:
+    """Stands in for the context of an RPC: a watch that is cut ends with an error of its own."""
+
+    async def abort(self, code: grpc.StatusCode, message: str) -> None:
+        errors = {grpc.StatusCode.UNAVAILABLE: UnavailableError, grpc.StatusCode.NOT_FOUND: NotFoundError}
+        raise errors.get(code, AbortedError)(message=message)
 
 
 class _Agents(agent_grpc.AgentServiceServicer):

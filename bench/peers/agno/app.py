@@ -1,6 +1,7 @@
-"""An AgentOS with one agent and a durable queue in PostgreSQL and Redis, as Agno's own pages start one.
+"""An AgentOS with one agent, as Agno's own pages start one.
 
-Of its own accord it caps runs at 32 at once; the cap is lifted above what the bench asks for.
+With a database and Redis it has their durable queue. Of its own accord that caps runs at 32 at once; the cap
+is lifted above what the bench asks for. Without, it keeps nothing.
 """
 
 import os
@@ -10,7 +11,8 @@ from agno.db.postgres import PostgresDb
 from agno.models.openai.like import OpenAILike
 from agno.os import AgentOS, QueueConfig
 
-db = PostgresDb(db_url=os.environ["DATABASE_URL"])
+db = PostgresDb(db_url=os.environ["DATABASE_URL"]) if "DATABASE_URL" in os.environ else None
+redis = os.environ.get("REDIS_URL")
 agent = Agent(
     id="bench",
     name="bench",
@@ -24,7 +26,7 @@ agent_os = AgentOS(
     id="bench",
     agents=[agent],
     db=db,
-    queue=QueueConfig(durable=True, redis=os.environ["REDIS_URL"], max_concurrency=128),
+    queue=QueueConfig(durable=True, redis=redis, max_concurrency=128) if redis else None,
     telemetry=False,
 )
 app = agent_os.get_app()

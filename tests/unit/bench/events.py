@@ -25,11 +25,12 @@ class EventServer:
             method, path, _ = line.decode().split()
             head = await reader.readuntil(b"\r\n\r\n")
             if method == "GET":
-                self.streams[path] = writer
+                self.streams.setdefault(path, []).append(writer)
                 writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n: heartbeat\n\n\r\n")
                 continue
             await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))
             writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\n{}")
             if self.answers:
-                self.streams[path].write(b"d\r\n: heartbeat\n\n\r\n")
-                self.streams[path].write(b"b\r\nid: r:1\na\n\n\r\n")
+                for stream in self.streams[path]:
+                    stream.write(b"d\r\n: heartbeat\n\n\r\n")
+                    stream.write(b"b\r\nid: r:1\na\n\n\r\n")

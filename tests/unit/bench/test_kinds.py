@@ -78,7 +78,7 @@ async def test_watchers_are_measured_from_the_first_to_the_last_event():
         target = Watched.__new__(Watched)
         target.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         target.pid, target.filled = os.getpid(), {}
-        scenario = Watchers("x", "x", watchers=6, first=2, idle_seconds=0.1, deadline_seconds=0.5)
+        scenario = Watchers("x", "x", watchers=6, sessions=3, first=2, idle_seconds=0.1, deadline_seconds=0.5)
         run = await measure_watchers(target, scenario, os.getppid(), quiet_seconds=0.0)
         events.answers = False
         with pytest.raises(LoadError, match="6 of 6 watchers"):
@@ -110,5 +110,5 @@ async def test_a_target_whose_log_differs_from_what_it_streamed_is_no_result(ser
 
 
 def test_a_selection_without_replies_needs_no_shared_mesh():
-    only = Watchers("x", "x", watchers=5)
+    only = Watchers("x", "x", watchers=5, sessions=5)
     assert meshes([only]) == [[only]]

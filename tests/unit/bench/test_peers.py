@@ -164,8 +164,8 @@ def test_every_peer_is_pinned_whole_and_is_asked_under_a_name_of_its_own():
     names = [target.name for peer in PEERS for target in peer.named()]
     assert len(set(names)) == len(names)
     for peer in PEERS:
-        assert set(install.versions(peer.name, peer.packages)) == set(peer.packages)
-        lines = (install.FOLDER / peer.name / "requirements.txt").read_text().splitlines()
+        assert set(install.versions(peer.files, peer.packages)) == set(peer.packages)
+        lines = (install.FOLDER / peer.files / "requirements.txt").read_text().splitlines()
         assert all(re.match(r"[a-z0-9._-]+(\[.+\])?==", line) for line in lines if not line.startswith("#"))
 
 

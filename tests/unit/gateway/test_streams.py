@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import grpc
@@ -56,6 +56,13 @@ class Gate:
                 yield "run.completed", {"message_id": "", "finish_reason": "stop"}
                 return
             yield "text.delta", {"text": text}
+
+
+async def until(check: Callable[[], bool]) -> None:
+    """Waits until something that no event announces is so."""
+    async with asyncio.timeout(10):
+        while not check():  # noqa: ASYNC110 -- what is waited for is a plain attribute
+            await asyncio.sleep(0.01)
 
 
 async def start_run(served: Any, **more: Any) -> tuple[str, Any]:
@@ -400,20 +407,134 @@ async def test_an_unknown_run_is_not_looked_for_twice(mesh: FakeMesh) -> None:
     assert mesh.calls == ["WatchRun"]
 
 
-async def test_a_bug_in_the_middle_of_a_stream_ends_it_properly(served: Any) -> None:
+async def test_a_bug_before_a_stream_begins_is_an_internal_error(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, answer = await start_run(served)
     await answer.aread()
     run = next(iter(served.mesh.runs.values()))
 
-    async def broken(*_: Any) -> AsyncIterator[Any]:
+    def broken(*_: Any) -> None:
         raise ValueError("a bug")
-        yield
 
-    served.gateway.mesh.sessions.WatchRun = broken
-    url = f"/v1/runs/{run.run_id}/events"
-    refused = await served.client.get(url)
+    monkeypatch.setattr(served.gateway.hub.watches, "join", broken)
+    refused = await served.client.get(f"/v1/runs/{run.run_id}/events")
     assert refused.status_code == 500
     assert refused.json()["reason"] == "INTERNAL"
+
+
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_properly(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    served.mesh.script = gate.script
+    session = served.mesh.add_session()
+    await served.client.post(f"/v1/sessions/{session.session_id}/runs", json={"input": "a"})
+
+    def broken(*_: Any) -> None:
+        raise ValueError("a bug")
+
+    async with served.client.stream("GET", f"/v1/sessions/{session.session_id}/events") as answer:
+        reader = Reader(answer)
+        await reader.until("run.created")
+        monkeypatch.setattr(served.gateway.hub.watches, "_events", broken)
+        gate.steps.put_nowait("a")
+        text = await reader.until("the end")
+    assert text.endswith('event: reconnect\ndata: {"reason":"internal","after_ms":0}\n\n')
+
+
+async def test_watchers_share_what_is_watched_and_move_together(served: Any) -> None:
+    """All read one watch; its stream breaks, and they go on over another without a gap or a duplicate."""
+    gate = Gate()
+    served.mesh.script = gate.script
+    session = served.mesh.add_session()
+    await served.client.post(f"/v1/sessions/{session.session_id}/runs", json={"input": "a"})
+    url = f"/v1/sessions/{session.session_id}/events"
+    async with AsyncExitStack() as stack:
+        readers = [
+            Reader(await stack.enter_async_context(served.client.stream("GET", url))) for _ in range(5)
+        ]
+        for reader in readers:
+            await reader.until("run.created")
+        for number in range(3):
+            for link in list(served.mesh.links):
+                link.put_nowait(grpc.StatusCode.UNAVAILABLE)
+            gate.steps.put_nowait(f"word-{number}")
+            for reader in readers:
+                await reader.until(f"word-{number}")
+    for reader in readers:
+        assert [event["seq"] for event in parse(reader.text)] == [1, 2, 3, 4]
+    assert served.mesh.calls.count("WatchSession") < len(readers) * 4
+
+
+async def test_a_watcher_that_stops_reading_holds_up_nobody_is_dropped_and_can_come_back(
+    start: Callable[..., Any],
+) -> None:
+    served = await start(write_timeout_seconds=0.5)
+
+    async def flood(run: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        for _ in range(400):
+            yield "text.delta", {"text": "x" * 50_000}
+        yield "run.completed", {"message_id": "", "finish_reason": "stop"}
+
+    served.mesh.script = flood
+    session = served.mesh.add_session()
+    reader, writer = await asyncio.open_connection(*served.host.split(":"), limit=1024)
+    path = f"/v1/sessions/{session.session_id}/events"
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nHost: {served.host}\r\nAuthorization: Bearer {API_KEY}\r\n\r\n".encode()
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    async with served.client.stream("GET", path) as answer:
+        await served.client.post(f"/v1/sessions/{session.session_id}/runs", json={"input": "a"})
+        seqs: list[int] = []
+        async with asyncio.timeout(20):
+            async for line in answer.aiter_lines():
+                if line.startswith("id: "):
+                    seqs.append(int(line.rpartition(":")[2]))
+                    if seqs[-1] == 402:
+                        break
+    assert seqs == list(range(1, 403))
+    hub = served.gateway.hub
+    await until(lambda: hub.metrics.dropped._value.get() == 1)
+
+    async def read_out() -> None:
+        while True:
+            await reader.readexactly(1 << 16)
+
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await read_out()
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    await until(lambda: hub.watching == 0)
+
+
+async def test_a_slow_watcher_gets_all_of_the_log(served: Any) -> None:
+    """It takes a little at a time, and leaves and joins its watch again and again."""
+
+    async def flood(run: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        for _ in range(200):
+            yield "text.delta", {"text": "x" * 50_000}
+        yield "run.completed", {"message_id": "", "finish_reason": "stop"}
+
+    served.mesh.script = flood
+    session = served.mesh.add_session()
+    reader, writer = await asyncio.open_connection(*served.host.split(":"), limit=1024)
+    path = f"/v1/sessions/{session.session_id}/events"
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nHost: {served.host}\r\nAuthorization: Bearer {API_KEY}\r\n\r\n".encode()
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    await served.client.post(f"/v1/sessions/{session.session_id}/runs", json={"input": "a"})
+    body = b""
+    async with asyncio.timeout(30):
+        while b"event: run.completed" not in body:
+            size = int(await reader.readuntil(b"\r\n"), 16)
+            body += (await reader.readexactly(size + 2))[:-2]
+            await asyncio.sleep(0.001)
+    writer.close()
+    assert [event["seq"] for event in parse(body.decode() + "\n\n")] == list(range(1, 203))
 
 
 async def test_an_agent_that_hangs_holds_up_nobody_who_names_a_model(served: Any) -> None:

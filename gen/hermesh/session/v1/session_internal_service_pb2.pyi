@@ -8,7 +8,9 @@ from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
 from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
+from hermesh.common.v1 import event_pb2 as event_pb2
 from hermesh.session.v1 import resources_pb2 as resources_pb2
+from hermesh.session.v1 import session_service_pb2 as session_service_pb2
 import builtins as builtins
 import sys
 import typing as typing
@@ -914,5 +916,205 @@ class GetToolCallResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchRequest(message.Message):
+    """One message of Watch's request stream."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    STARTS_FIELD_NUMBER: builtins.int
+    STOPS_FIELD_NUMBER: builtins.int
+    ACKS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def starts(self) -> containers.RepeatedCompositeFieldContainer[WatchStart]:
+        """Watches to begin."""
+
+    @builtins.property
+    def stops(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ids of watches to end; no more comes of them but what is on its way. Unknown ids are ignored."""
+
+    @builtins.property
+    def acks(self) -> containers.RepeatedCompositeFieldContainer[WatchAck]:
+        """What was taken of watches, so that more may come."""
+
+    def __init__(
+        self,
+        *,
+        starts: abc.Iterable[WatchStart] | None = ...,
+        stops: abc.Iterable[builtins.int] | None = ...,
+        acks: abc.Iterable[WatchAck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["acks", b"acks", "starts", b"starts", "stops", b"stops"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchStart(message.Message):
+    """WatchStart begins one watch."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    WATCH_ID_FIELD_NUMBER: builtins.int
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    watch_id: builtins.int
+    """Chosen by the caller; never used twice on one stream."""
+    tenant_id: builtins.str
+    """The tenant for whom it is watched, a UUID. Another tenant's run or session does not exist for it."""
+    @builtins.property
+    def run(self) -> session_service_pb2.WatchRunRequest:
+        """A run, until its terminal event."""
+
+    @builtins.property
+    def session(self) -> session_service_pb2.WatchSessionRequest:
+        """A session, without end."""
+
+    def __init__(
+        self,
+        *,
+        watch_id: builtins.int = ...,
+        tenant_id: builtins.str = ...,
+        run: session_service_pb2.WatchRunRequest | None = ...,
+        session: session_service_pb2.WatchSessionRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["run", b"run", "session", b"session", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["run", b"run", "session", b"session", "target", b"target", "tenant_id", b"tenant_id", "watch_id", b"watch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = typing.Literal["run", "session"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+@typing.final
+class WatchAck(message.Message):
+    """WatchAck says how much of a watch was taken in all."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    WATCH_ID_FIELD_NUMBER: builtins.int
+    TAKEN_FIELD_NUMBER: builtins.int
+    watch_id: builtins.int
+    """The watch."""
+    taken: builtins.int
+    """The `size` of all its frames that were taken, added up. No new frame is sent while 65,536 or more are
+    on their way: a frame itself may be larger.
+    """
+    def __init__(
+        self,
+        *,
+        watch_id: builtins.int = ...,
+        taken: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["taken", b"taken", "watch_id", b"watch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchResponse(message.Message):
+    """One message of Watch's response stream. One without frames comes each 5 s, whatever else does: the
+    replica lives.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def frames(self) -> containers.RepeatedCompositeFieldContainer[WatchFrame]:
+        """Frames of any watches, those of one watch in their order."""
+
+    def __init__(
+        self,
+        *,
+        frames: abc.Iterable[WatchFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchFrame(message.Message):
+    """WatchFrame is what comes of one watch."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    WATCH_ID_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
+    OPENED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    watch_id: builtins.int
+    """The watch."""
+    size: builtins.int
+    """What the frame counts in WatchAck."""
+    error: builtins.bytes
+    """The watch has ended with this error: a google.rpc.Status."""
+    @builtins.property
+    def frame(self) -> event_pb2.Frame:
+        """Events, or the notice to go on elsewhere, with which the watch ends."""
+
+    @builtins.property
+    def opened(self) -> WatchOpened:
+        """The watch was found to be allowed and stands; it comes first of all."""
+
+    @builtins.property
+    def ended(self) -> WatchEnded:
+        """The log has ended, and the watch with it."""
+
+    def __init__(
+        self,
+        *,
+        watch_id: builtins.int = ...,
+        size: builtins.int = ...,
+        frame: event_pb2.Frame | None = ...,
+        opened: WatchOpened | None = ...,
+        ended: WatchEnded | None = ...,
+        error: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["content", b"content", "ended", b"ended", "error", b"error", "frame", b"frame", "opened", b"opened"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["content", b"content", "ended", b"ended", "error", b"error", "frame", b"frame", "opened", b"opened", "size", b"size", "watch_id", b"watch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = typing.Literal["frame", "opened", "ended", "error"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+@typing.final
+class WatchOpened(message.Message):
+    """WatchOpened says that a watch stands."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchEnded(message.Message):
+    """WatchEnded says that nothing follows."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -80,6 +80,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.stream_stream(
+                '/hermesh.session.v1.SessionInternalService/Watch',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class SessionInternalServiceServicer:
@@ -149,6 +154,14 @@ class SessionInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request_iterator, context):
+        """Follows many runs and sessions over one stream, for all readers of one gateway. What goes wrong with
+        one watch ends that watch, with the error that WatchRun or WatchSession would have ended with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionInternalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +209,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.GetToolCall,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.SerializeToString,
+            ),
+            'Watch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -442,6 +460,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/GetToolCall',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.GetToolCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hermesh.session.v1.SessionInternalService/Watch',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class SessionInternalServiceStub:
     """Records the outcome of an unknown call that its tool could find out."""
     GetToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.GetToolCallRequest, _session_internal_service_pb2.GetToolCallResponse]
     """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
+    Watch: _grpc.StreamStreamMultiCallable[_session_internal_service_pb2.WatchRequest, _session_internal_service_pb2.WatchResponse]
+    """Follows many runs and sessions over one stream, for all readers of one gateway. What goes wrong with
+    one watch ends that watch, with the error that WatchRun or WatchSession would have ended with.
+    """
 
 @_typing.type_check_only
 class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
@@ -75,6 +79,10 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Records the outcome of an unknown call that its tool could find out."""
     GetToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.GetToolCallRequest, _session_internal_service_pb2.GetToolCallResponse]  # type: ignore[assignment]
     """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
+    Watch: _aio.StreamStreamMultiCallable[_session_internal_service_pb2.WatchRequest, _session_internal_service_pb2.WatchResponse]  # type: ignore[assignment]
+    """Follows many runs and sessions over one stream, for all readers of one gateway. What goes wrong with
+    one watch ends that watch, with the error that WatchRun or WatchSession would have ended with.
+    """
 
 class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     """SessionInternalService is for callers with the mesh's own credential; others get MESH_ONLY."""
@@ -150,5 +158,15 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_internal_service_pb2.GetToolCallResponse, _abc.Awaitable[_session_internal_service_pb2.GetToolCallResponse]]:
         """Returns a call as it is now. Errors: TOOL_CALL_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_session_internal_service_pb2.WatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_internal_service_pb2.WatchResponse], _abc.AsyncIterator[_session_internal_service_pb2.WatchResponse]]:
+        """Follows many runs and sessions over one stream, for all readers of one gateway. What goes wrong with
+        one watch ends that watch, with the error that WatchRun or WatchSession would have ended with.
+        """
 
 def add_SessionInternalServiceServicer_to_server(servicer: SessionInternalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
