@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from bench.costs import Costs
-from bench.scale_data import MODEL_SECONDS, SLOTS, Measured, Point
+from bench.scale_data import MODEL_SECONDS, SLOTS, TOKENS, Measured, Point
 from bench.simulated_mesh import NOTHING, Layout, Observed, SimulatedMesh, Work
 
 # What was measured: tokens of a reply, each a portion of its own.
-POINT_WORK = Work(tokens=20, seconds=MODEL_SECONDS, portions=20)
+POINT_WORK = Work(tokens=TOKENS, seconds=MODEL_SECONDS, portions=TOKENS)
 POINT_SPREAD = 1.0
 # What is looked at beyond: 200 tokens at 50 a second.
 WORK = Work(tokens=200, seconds=4.0, portions=8)

@@ -28,7 +28,7 @@ from bench.measure import MODEL, Run, by_kind, measure
 from bench.mesh import Mesh, MeshError
 from bench.process_cpu import ProcessGone, usage
 from bench.report import ReportError
-from bench.scale_data import AGENTS, SLOTS, Measured, Point
+from bench.scale_data import AGENTS, RATE, SLOTS, TOKENS, Measured, Point
 from bench.scenarios import Replies
 from bench.target import Ask, IncompleteReply
 from bench.targets import MeshTarget
@@ -38,8 +38,8 @@ SETTINGS = {
     "HERMESH_LLM_CONNECT_TIMEOUT": "300",
     "HERMESH_MAX_ACTIVE_RUNS": "100000",
 }
-# A second of the model a run; half as many clients again as slots keep every slot taken.
-POINT = Replies("scale", "", clients=0, asks=8, tokens=20, rate=20.0, baseline=False, spread=1.0)
+# About a second of the model a run; half as many clients again as slots keep every slot taken.
+POINT = Replies("scale", "", clients=0, asks=8, tokens=TOKENS, rate=RATE, baseline=False, spread=1.0)
 CLIENTS_A_SLOT = 1.5
 SPREAD_SECONDS = 1.0
 CALIBRATED_WITH = 4
@@ -122,7 +122,7 @@ def _sample(scenario: Replies, run: Run, idle: Mapping[str, float]) -> Sample:
 
 
 def _samples(mesh: Mesh, said: Callable[[str], None]) -> tuple[list[Sample], dict[str, float], float, float]:
-    """What costs are found from: samples, and `idle`, `commit_rate` and `hop` of `Costs`."""
+    """What costs are found from: samples, and `idle`, `commit_rate` and `alone` of `Measured`."""
     said("idle")
     idle = uvloop.run(_idle(mesh))
     said("PostgreSQL's commits")
@@ -133,9 +133,7 @@ def _samples(mesh: Mesh, said: Callable[[str], None]) -> tuple[list[Sample], dic
     for scenario in SAMPLES:
         said(f"{scenario.name} replies")
         samples.append(_sample(scenario, uvloop.run(_measure(mesh, scenario)), idle))
-    busy = sum(samples[0].cpu.values())
-    hop = max(0.0, alone.figures["reply_p50_ms"] / 1000 - ALONE.tokens / ALONE.rate - busy)
-    return samples, idle, rate, hop
+    return samples, idle, rate, alone.figures["reply_p50_ms"] / 1000
 
 
 def _point(mesh: Mesh, agents: int) -> Point:
@@ -169,14 +167,14 @@ def run_measurements(agents: Sequence[int], said: Callable[[str], None]) -> Meas
     said("starting a mesh")
     with Mesh(settings=SETTINGS, replicas=f"agent={CALIBRATED_WITH},session=2") as mesh:
         uvloop.run(_measure(mesh, replace(SAMPLES[0], asks=2)))
-        samples, idle, rate, hop = _samples(mesh, said)
+        samples, idle, rate, alone = _samples(mesh, said)
         points = []
         for number in agents:
             said(f"{number} agents")
             points.append(_point(mesh, number))
             full = points[-1].fullest(found["cores"])
             said(f"{number} agents: {points[-1].rate:.1f} runs/s, fullest: {full}")
-    return Measured(found, samples, idle, rate, hop, points)
+    return Measured(found, samples, idle, rate, alone, points)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,13 +8,15 @@ from typing import Any
 
 import orjson
 
-from bench.calibration import Sample, calibrate
+from bench.calibration import Sample, calibrate, reply_seconds
 from bench.costs import Costs
 
 AGENTS = (1, 2, 4, 8, 16)
 SLOTS = 8
-MODEL_SECONDS = 1.0
-VERSION = 2
+TOKENS = 20
+RATE = 20.0
+MODEL_SECONDS = reply_seconds(TOKENS, RATE)
+VERSION = 3
 _ONE_THREAD = ("gateway", "envoy", "valkey", "model", "generator")
 
 
@@ -63,13 +65,21 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything that was measured in one go; see `bench.costs.Costs` for `idle`, `commit_rate` and `hop`."""
+    """Everything that was measured in one go.
+
+    Attributes:
+        facts: of the machine.
+        samples: what costs are found from.
+        idle, commit_rate: see `bench.costs.Costs`.
+        alone: seconds of a run, the median, when nothing else runs.
+        points: what (a) came to.
+    """
 
     facts: Mapping[str, Any]
     samples: Sequence[Sample]
     idle: Mapping[str, float]
     commit_rate: float
-    hop: float
+    alone: float
     points: Sequence[Point]
 
 
@@ -81,7 +91,7 @@ def encode(measured: Measured) -> bytes:
         "samples": [asdict(sample) for sample in measured.samples],
         "idle": dict(measured.idle),
         "commit_rate": measured.commit_rate,
-        "hop": measured.hop,
+        "alone": measured.alone,
         "points": [asdict(point) for point in measured.points],
     }
     return orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n"
@@ -97,13 +107,13 @@ def decode(data: bytes) -> Measured:
         [Sample(**sample) for sample in found["samples"]],
         found["idle"],
         found["commit_rate"],
-        found["hop"],
+        found["alone"],
         [Point(**point) for point in found["points"]],
     )
 
 
 def costs_of(measured: Measured) -> Costs:
     """Finds the costs that it says."""
-    return calibrate(
-        measured.samples, measured.idle, measured.commit_rate, measured.hop, measured.facts["cores"]
-    )
+    # The first sample has the fewest tokens: what it works is nearly all on a run's way.
+    hop = max(0.0, measured.alone - MODEL_SECONDS - sum(measured.samples[0].cpu.values()))
+    return calibrate(measured.samples, measured.idle, measured.commit_rate, hop, measured.facts["cores"])

@@ -35,7 +35,7 @@ PAGE = ROOT / "docs" / "scaling.md"
 
 _MEASURED_NOTE = (
     f"{SLOTS} slots an agent, {MODEL_SECONDS:g} s of the model a run, half as many clients again as slots: "
-    f"{SLOTS / MODEL_SECONDS:g} runs a second an agent is the most that the slots allow. Model and load "
+    f"{SLOTS / MODEL_SECONDS:.1f} runs a second an agent is the most that the slots allow. Model and load "
     "generator work on the same {cores} cores."
 )
 _COSTS_NOTE = (
