@@ -21,7 +21,7 @@ from prometheus_client import Counter as CounterMetric
 
 from gateway.line import Line, LineFull, Turn
 from meshkit.errors import HermeshError, ResourceExhaustedError
-from meshkit.fairness import admits
+from meshkit.fairness import admits, overloaded
 from meshkit.identity import current_identity
 
 # So many times what was accepted lately is let through. Less saves more, and takes longer to notice that
@@ -175,11 +175,8 @@ class Door:
             self._wait_ms += (min(waited * 1000, 30_000.0) - self._wait_ms) / 8
 
     def _overloaded(self) -> ResourceExhaustedError:
-        # Who was refused would have waited as long as those before; not all come back at once.
-        wait = max(200.0, self._wait_ms) * self._random.uniform(0.5, 1.5)
-        return ResourceExhaustedError(
-            "OVERLOADED", "there is no place for another run now", retry_after_ms=round(wait)
-        )
+        # Who was refused would have waited as long as those before.
+        return overloaded("there is no place for another run now", max(200.0, self._wait_ms), self._random)
 
     def _of(self, tenant_id: UUID | None) -> _Lately:
         now = self._monotonic()

@@ -106,33 +106,79 @@ class _Idle:
         self._timer.cancel()
 
 
-class _Follower:
-    """Opens stream after stream from the cursor until the log ends; see `RunFeed`."""
+async def _read_out(stream: Any) -> None:
+    """Lets a finished stream end by itself: a cancelled one would count as a client that went away."""
+    try:
+        async with asyncio.timeout(_TAIL):
+            while await stream.read() is not grpc.aio.EOF:
+                pass
+    except (TimeoutError, grpc.aio.AioRpcError):
+        pass
 
-    def __init__(self, cursor: RunCursor, patience: float) -> None:
+
+class RunFeed:
+    """The events of one run, to its terminal event."""
+
+    def __init__(
+        self,
+        mesh: MeshClients,
+        cursor: RunCursor,
+        patience: float,
+        submit: RunRequest | None = None,
+        door: Door | None = None,
+    ) -> None:
+        """Follows a run that exists, or with `submit` begins one.
+
+        Args:
+            mesh: The services.
+            cursor: Where to start; without a run's id if `submit` is given.
+            patience: Seconds without any replica before giving up.
+            submit: New input. It must have a request id, which makes a second try harmless.
+            door: Learns what became of it, and says whether it may be queued.
+        """
         self.cursor = cursor
         self._patience = patience
         self._backoff = Backoff(0.02, 1.0, rng=_jitter)
         self._pause: float | None = None
         self._heard_at = 0.0
+        self._mesh = mesh
+        self._submit = submit
+        self._door = door
+        self._waiting: Waiting | None = None
+        self._tries = 0
 
     @property
     def finished(self) -> bool:
         """Whether the log's last event was in the last batch."""
         return self.cursor.finished
 
-    def _open(self) -> tuple[Any, float]:
-        """Returns a stream that starts after the cursor, and how long it may be silent."""
-        raise NotImplementedError
-
-    async def _failed(self, error: HermeshError) -> None:
-        """Decides about an error: returns to try again, raises to give up."""
-        if error.code not in PASSING:
-            raise error
-        if error.retry_after_ms is not None:
-            self._pause = error.retry_after_ms / 1000
-
     async def batches(self) -> AsyncGenerator[list[Event], None]:
+        """See `Feed`."""
+        door = self._door if self._submit is not None else None
+        turn = await door.enter() if door is not None else None
+        try:
+            async with aclosing(self._follow()) as batches:
+                async for batch in batches:
+                    if door is not None and turn is not None:
+                        turn.end()
+                        door.accepted()
+                        door = None
+                    if self._waiting is not None and batch[-1].seq > 1:
+                        self._waiting.begun()
+                        self._waiting = None
+                    yield batch
+        except HermeshError as error:
+            if door is not None and error.reason == "OVERLOADED":
+                door.refused()
+            raise
+        finally:
+            if turn is not None:
+                turn.end()
+            if self._waiting is not None:
+                self._waiting.given_up()
+
+    async def _follow(self) -> AsyncGenerator[list[Event], None]:
+        """Opens stream after stream from the cursor until the log ends."""
         loop = asyncio.get_running_loop()
         self._heard_at = loop.time()
         while True:
@@ -200,70 +246,8 @@ class _Follower:
             finally:
                 idle.stop()
 
-
-async def _read_out(stream: Any) -> None:
-    """Lets a finished stream end by itself: a cancelled one would count as a client that went away."""
-    try:
-        async with asyncio.timeout(_TAIL):
-            while await stream.read() is not grpc.aio.EOF:
-                pass
-    except (TimeoutError, grpc.aio.AioRpcError):
-        pass
-
-
-class RunFeed(_Follower):
-    """The events of one run, to its terminal event."""
-
-    def __init__(
-        self,
-        mesh: MeshClients,
-        cursor: RunCursor,
-        patience: float,
-        submit: RunRequest | None = None,
-        door: Door | None = None,
-    ) -> None:
-        """Follows a run that exists, or with `submit` begins one.
-
-        Args:
-            mesh: The services.
-            cursor: Where to start; without a run's id if `submit` is given.
-            patience: Seconds without any replica before giving up.
-            submit: New input. It must have a request id, which makes a second try harmless.
-            door: Learns what became of it, and says whether it may be queued.
-        """
-        super().__init__(cursor, patience)
-        self._mesh = mesh
-        self._submit = submit
-        self._door = door
-        self._waiting: Waiting | None = None
-        self._tries = 0
-
-    async def batches(self) -> AsyncGenerator[list[Event], None]:
-        """See `Feed`."""
-        door = self._door if self._submit is not None else None
-        turn = await door.enter() if door is not None else None
-        try:
-            async with aclosing(super().batches()) as batches:
-                async for batch in batches:
-                    if door is not None and turn is not None:
-                        turn.end()
-                        door.accepted()
-                        door = None
-                    if self._waiting is not None and batch[-1].seq > 1:
-                        self._waiting.begun()
-                        self._waiting = None
-                    yield batch
-        except HermeshError as error:
-            if door is not None and error.reason == "OVERLOADED":
-                door.refused()
-            raise
-        finally:
-            if turn is not None:
-                turn.end()
-            if self._waiting is not None:
-                self._waiting.given_up()
-
     def _open(self) -> tuple[Any, float]:
+        """Returns a stream that starts after the cursor, and how long it may be silent."""
         cursor = self.cursor
         if not cursor.run_id:
             self._tries += 1
@@ -275,11 +259,13 @@ class RunFeed(_Follower):
         return self._mesh.sessions.WatchRun(request), WATCH_IDLE
 
     async def _failed(self, error: HermeshError) -> None:
-        if self.cursor.run_id or self._submit is None:
-            await super()._failed(error)
-            return
+        """Decides about an error: returns to try again, raises to give up."""
         if error.code not in PASSING:
             raise error
+        if self.cursor.run_id or self._submit is None:
+            if error.retry_after_ms is not None:
+                self._pause = error.retry_after_ms / 1000
+            return
         full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if full and error.reason != "OVERLOADED":
             raise error

@@ -42,18 +42,18 @@ _FULL_SCAN = """
           name: envoy.load_balancing_policies.least_request
           typed_config: {"@type": type.googleapis.com/%s, selection_method: FULL_SCAN}"""
 _FULL_SCAN %= "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest"
-_RING = "\n    ring_hash_lb_config: {minimum_ring_size: 1024}"
+RING = "\n    ring_hash_lb_config: {minimum_ring_size: 1024}"
 # The cluster's lines for each policy.
 _BALANCING = {
     Policy.LEAST_REQUEST: "LEAST_REQUEST",
     Policy.LEAST_REQUEST_FULL_SCAN: "LOAD_BALANCING_POLICY_CONFIG" + _FULL_SCAN,
     Policy.ROUND_ROBIN: "ROUND_ROBIN",
     Policy.RANDOM: "RANDOM",
-    Policy.RING_HASH: "RING_HASH" + _RING,
-    Policy.RING_HASH_BOUNDED: "RING_HASH" + _RING,
+    Policy.RING_HASH: "RING_HASH" + RING,
+    Policy.RING_HASH_BOUNDED: "RING_HASH" + RING,
 }
-# No replica gets more than 1.25 times its share of the requests in flight: the next one on the ring does.
-_BOUND = "\n      consistent_hashing_lb_config: {hash_balance_factor: 125}"
+# No host gets more than 1.25 times its share of the requests in flight: the next one on the ring does.
+BOUND = "\n      consistent_hashing_lb_config: {hash_balance_factor: 125}"
 _HASH = ", hash_policy: [{header: {header_name: x-hermesh-session}}]"
 
 _GRPC = """\
@@ -77,7 +77,7 @@ def _cluster(name: str, endpoints: str, policy: Policy = DEFAULT_POLICY) -> str:
     return Template((TEMPLATES / "cluster.yaml.tmpl").read_text()).substitute(
         name=name,
         balancing=_BALANCING[policy],
-        bound=_BOUND if policy is Policy.RING_HASH_BOUNDED else "",
+        bound=BOUND if policy is Policy.RING_HASH_BOUNDED else "",
         health_check=check,
         protocol="" if http else _GRPC,
         endpoints=endpoints,

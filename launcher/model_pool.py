@@ -8,20 +8,14 @@ from string import Template
 from typing import Literal
 from urllib.parse import urlsplit
 
-from launcher.envoy import TEMPLATES
+from launcher.envoy import BOUND, RING, TEMPLATES
 from launcher.errors import LaunchError
 
 Balance = Literal["agent", "least_request", "session"]
 
-# No backend gets more than 1.25 times the mean: a session whose home has that much goes to the next one.
 _POLICIES: dict[Balance, str] = {
     "least_request": "lb_policy: LEAST_REQUEST",
-    "session": (
-        "lb_policy: RING_HASH\n"
-        "    ring_hash_lb_config: {minimum_ring_size: 1024}\n"
-        "    common_lb_config:\n"
-        "      consistent_hashing_lb_config: {hash_balance_factor: 125}"
-    ),
+    "session": f"lb_policy: RING_HASH{RING}\n    common_lb_config:{BOUND}",
 }
 
 

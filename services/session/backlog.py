@@ -12,8 +12,8 @@ from uuid import UUID
 
 import structlog
 
-from meshkit.errors import HermeshError, ResourceExhaustedError
-from meshkit.fairness import admits
+from meshkit.errors import HermeshError
+from meshkit.fairness import admits, overloaded
 from services.session import metrics
 
 _log = structlog.get_logger("session.backlog")
@@ -52,11 +52,7 @@ class Backlog:
         if admits(self._waiting[tenant_id], self._total, self._limit):
             return
         metrics.refused_input.inc()
-        raise ResourceExhaustedError(
-            "OVERLOADED",
-            "too many runs wait already",
-            retry_after_ms=round(_RETRY_AFTER_MS * self._random.uniform(0.5, 1.5)),
-        )
+        raise overloaded("too many runs wait already", _RETRY_AFTER_MS)
 
     def added(self, tenant_id: UUID) -> None:
         """Counts a run that was queued."""

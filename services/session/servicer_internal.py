@@ -1,7 +1,7 @@
 """SessionInternalService: glue between the mesh's own services and this one."""
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -21,6 +21,21 @@ from services.session.watch_hub import WatchHub
 Context = grpc.aio.ServicerContext[Any, Any]
 
 LEASE_TTL_MS = 10_000
+
+
+@asynccontextmanager
+async def _opened(
+    hub: AppendHub | WatchHub, requests: AsyncIterator[Any], name: str
+) -> AsyncIterator[AsyncGenerator[Any]]:
+    """Opens a stream of a hub, has a task read what comes up it, and yields what goes down."""
+    stream = hub.open()
+    reader = hub.tasks.start(stream.read(requests), name=name)
+    try:
+        async with aclosing(stream.responses()) as responses:
+            yield responses
+    finally:
+        reader.cancel()
+        hub.close(stream)  # type: ignore[arg-type]  # it is the hub's own
 
 
 class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
@@ -83,15 +98,9 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         require_mesh()
         # The writer learns at once that the stream is up, before its first append.
         await context.send_initial_metadata(())
-        stream = self._hub.open()
-        reader = self._hub.tasks.start(stream.read(request_iterator), name="append-read")
-        try:
-            async with aclosing(stream.responses()) as responses:
-                async for response in responses:
-                    yield response
-        finally:
-            reader.cancel()
-            self._hub.close(stream)
+        async with _opened(self._hub, request_iterator, "append-read") as responses:
+            async for response in responses:
+                yield response
 
     async def Watch(
         self, request_iterator: AsyncIterator[pb.WatchRequest], context: Context
@@ -99,15 +108,9 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         """See the proto."""
         require_mesh()
         await context.send_initial_metadata(())
-        stream = self._watches.open()
-        reader = self._watches.tasks.start(stream.read(request_iterator), name="watch-read")
-        try:
-            async with aclosing(stream.responses()) as responses:
-                async for response in responses:
-                    yield response
-        finally:
-            reader.cancel()
-            self._watches.close(stream)
+        async with _opened(self._watches, request_iterator, "watch-read") as responses:
+            async for response in responses:
+                yield response
 
     async def RenewLeases(self, request: pb.RenewLeasesRequest, context: Context) -> pb.RenewLeasesResponse:
         """See the proto."""

@@ -6,13 +6,12 @@ were accepted before, and wait or lost their agent, have places that new ones ca
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from meshkit.errors import ResourceExhaustedError
-from meshkit.fairness import admits
+from meshkit.fairness import admits, overloaded
 from services.agent import metrics
 
 RETRY_AFTER_MS = 500
@@ -124,6 +123,5 @@ class Admission:
 
 
 def full(message: str) -> ResourceExhaustedError:
-    """Return the refusal; those who are refused together do not come back together."""
-    wait = round(RETRY_AFTER_MS * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
-    return ResourceExhaustedError("OVERLOADED", message, retry_after_ms=wait)
+    """Return the refusal."""
+    return overloaded(message, RETRY_AFTER_MS)
