@@ -13,23 +13,19 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import uvloop
 from rich.console import Console
 
-from bench.load import LoadError
-from bench.mesh import Mesh, MeshError
-from bench.process_cpu import ProcessGone
-from bench.report import ReportError
+from bench.command import FAILURES, clock, new_console
+from bench.mesh import Mesh
 from bench.results import Result, encode
 from bench.run import SETTINGS, meshes, run_scenario
 from bench.scenarios import SCENARIOS, Scenario, UnknownScenario, select
 from bench.tables import show, show_goals
-from bench.target import IncompleteReply
 
 RUNS = 3
 QUICK_RUNS = 1
@@ -38,7 +34,7 @@ QUICK_RUNS = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = new_console()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         chosen = select(options.only, quick=options.quick)
@@ -50,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnknownScenario as error:
         print(error, file=sys.stderr)
         return 2
-    except (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError) as error:
+    except FAILURES as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -76,7 +72,7 @@ def _measure(chosen: Sequence[Scenario], options: argparse.Namespace, console: C
 
 def _results(chosen: Sequence[Scenario], runs: int, replicas: str, console: Console) -> list[Result]:
     results = []
-    said = _clock(console)
+    said = clock(console)
     for scenarios in meshes(chosen):
         said("starting a mesh")
         with Mesh(settings=SETTINGS, replicas=replicas) as mesh:
@@ -84,16 +80,6 @@ def _results(chosen: Sequence[Scenario], runs: int, replicas: str, console: Cons
                 results.append(uvloop.run(run_scenario(mesh, scenario, runs, said)))
                 show(console, results[-1])
     return results
-
-
-def _clock(console: Console) -> Callable[[str], None]:
-    """Returns what prints how far it is, with the seconds since the beginning."""
-    began = time.monotonic()
-
-    def said(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
-
-    return said
 
 
 def _write(results: Sequence[Result], console: Console) -> bool:

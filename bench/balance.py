@@ -15,24 +15,22 @@ import asyncio
 import contextlib
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc.aio
 import uvloop
-from rich.console import Console
 
 from bench.arrivals import TOKENS, Arrival, Shape, arrivals
+from bench.command import FAILURES, clock, new_console
 from bench.facts import facts
 from bench.fronts import FRONTS, Front
 from bench.histogram import Times
-from bench.load import LoadError, started
+from bench.load import started
 from bench.measure import MODEL, Run, by_kind
-from bench.mesh import Mesh, MeshError
+from bench.mesh import Mesh
 from bench.model_script import sequence
-from bench.process_cpu import ProcessGone, machine_cpu_seconds, usage
-from bench.report import ReportError
+from bench.process_cpu import machine_cpu_seconds, usage
 from bench.results import Result
 from bench.slowed import Slowed
 from bench.target import IncompleteReply
@@ -201,11 +199,8 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    began = time.monotonic()
-
-    def said(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
+    console = new_console()
+    said = clock(console)
 
     named = {name_of(one): one for one in balancers()}
     unknown = [name for name in options.only if name not in named]
@@ -227,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write or options.render or not options.only:
             for path in publish(results, shape):
                 console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    except (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError) as error:
+    except FAILURES as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
     return 0

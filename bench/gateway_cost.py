@@ -17,10 +17,12 @@ import signal
 import sys
 import tempfile
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import grpc
@@ -55,6 +57,20 @@ class Double:
     """
 
     load: Load
+
+    @classmethod
+    @asynccontextmanager
+    async def serving(cls) -> AsyncIterator[tuple[Self, int]]:
+        """Serves one on a port of loopback while the block runs; yields it and the port."""
+        double = cls()
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers(tuple(double.handlers()))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            yield double, port
+        finally:
+            await server.stop(0)
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Returns the few methods that the gateway asks for here."""
@@ -117,39 +133,46 @@ async def measure(double: Double, load: Load, url: str, pid: int, streams: int) 
 
 async def run(streams: int, seconds: float) -> None:
     """Starts the double and a gateway, and prints a line a load."""
-    server = grpc.aio.server()
-    double = Double()
-    server.add_generic_rpc_handlers(tuple(double.handlers()))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    async with Double.serving() as (double, port), gateway_process(f"127.0.0.1:{port}") as (pid, address):
+        paced = max(1, round(seconds * 50))
+        for load in (
+            Load("50 events/s a stream, one a frame", 1, 0.02, paced),
+            Load("50 events/s a stream, eight a frame", 8, 0.16, max(1, paced // 8)),
+            Load("flood, one a frame", 1, 0, 2_000),
+            Load("flood, eight a frame", 8, 0, 500),
+        ):
+            cost, rate = await measure(double, load, f"http://{address}", pid, streams)
+            print(f"{load.name:38} {cost:7.1f} us CPU an event {rate:10,.0f} events/s")
+
+
+@asynccontextmanager
+async def ended(process: Process) -> AsyncIterator[None]:
+    """Ends a process when the block is left."""
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+@asynccontextmanager
+async def gateway_process(mesh_address: str) -> AsyncIterator[tuple[int, str]]:
+    """Starts a gateway before a mesh; yields its pid and address."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "gateway.json"
         env = os.environ | {
-            "HERMESH_MESH_ADDRESS": f"127.0.0.1:{port}",
+            "HERMESH_MESH_ADDRESS": mesh_address,
             "HERMESH_READY_FILE": str(ready),
             "HERMESH_LISTEN": "127.0.0.1:0",
             "HERMESH_LOG_LEVEL": "warning",
             "HERMESH_DRAIN_DELAY_SECONDS": "0",
         }
         gateway = await asyncio.create_subprocess_exec(sys.executable, "-m", "gateway", env=env)
-        try:
-            url = f"http://{await address(ready)}"
-            paced = max(1, round(seconds * 50))
-            for load in (
-                Load("50 events/s a stream, one a frame", 1, 0.02, paced),
-                Load("50 events/s a stream, eight a frame", 8, 0.16, max(1, paced // 8)),
-                Load("flood, one a frame", 1, 0, 2_000),
-                Load("flood, eight a frame", 8, 0, 500),
-            ):
-                cost, rate = await measure(double, load, url, gateway.pid, streams)
-                print(f"{load.name:38} {cost:7.1f} us CPU an event {rate:10,.0f} events/s")
-        finally:
-            gateway.send_signal(signal.SIGTERM)
-            await gateway.wait()
-    await server.stop(0)
+        async with ended(gateway):
+            yield gateway.pid, await _address(ready)
 
 
-async def address(ready: Path) -> str:
+async def _address(ready: Path) -> str:
     """Waits for a gateway's ready file and returns its address."""
     async with asyncio.timeout(START_SECONDS):
         while True:
@@ -163,14 +186,19 @@ def _read(ready: Path) -> str:
     return str(json.loads(ready.read_text())["address"]) if ready.exists() else ""
 
 
-def main() -> None:
-    """Parses the arguments and measures."""
+def parse(description: str | None) -> argparse.Namespace:
+    """Parses the arguments: `streams` and `seconds`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--streams", type=int, default=32, help="clients at once")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the paced loads")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parses the arguments and measures."""
+    arguments = parse(__doc__)
     uvloop.run(run(arguments.streams, arguments.seconds))
 
 

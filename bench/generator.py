@@ -17,7 +17,7 @@ import gc
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,21 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+async def timed(play: Callable[[int], Awaitable[None]]) -> None:
+    """Says that it is ready, plays when it is told to, and says when that was and what CPU it took.
+
+    `play` is given the beginning, in nanoseconds of the monotonic clock.
+    """
+    gc.collect()
+    gc.disable()
+    say("ready")
+    await asyncio.to_thread(sys.stdin.readline)
+    cpu, began = time.process_time(), time.monotonic_ns()
+    await play(began)
+    ended = time.monotonic_ns()
+    say(orjson.dumps({"began": began, "ended": ended, "cpu": time.process_time() - cpu}).decode())
+
+
 async def run(job: dict[str, Any]) -> None:
     """Plays one job."""
     clients = [
@@ -149,14 +164,7 @@ async def run(job: dict[str, Any]) -> None:
         for asks in job["clients"]
     ]
     await connect_all(clients)
-    gc.collect()
-    gc.disable()
-    say("ready")
-    await asyncio.to_thread(sys.stdin.readline)
-    cpu, began = time.process_time(), time.monotonic_ns()
-    await play(clients, job["spread_seconds"], job["silence_seconds"])
-    ended = time.monotonic_ns()
-    say(orjson.dumps({"began": began, "ended": ended, "cpu": time.process_time() - cpu}).decode())
+    await timed(lambda _: play(clients, job["spread_seconds"], job["silence_seconds"]))
     for client in clients:
         client.close()
     write(Path(job["out"]), [(number, r) for number, client in enumerate(clients) for r in client.records])

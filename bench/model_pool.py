@@ -30,9 +30,9 @@ from typing import Any
 import httpx
 import orjson
 import uvloop
-from rich.console import Console
 from rich.table import Table
 
+from bench.command import new_console
 from bench.facts import ROOT, facts
 from bench.mesh import Mesh, MeshError, wait_until
 from bench.report import ReportError, machine, table, write_section
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--write", action="store_true", help="write bench/results and docs/model-pool.md")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = new_console()
     found = {"facts": facts()} | {name: getattr(options, name) for name in ("sessions", "turns", "clients")}
     shown = Table(title="from each session's second turn on")
     for column in COLUMNS:

@@ -13,7 +13,6 @@ error if there was one.
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
 import time
 from collections import deque
@@ -25,7 +24,7 @@ import orjson
 import uvloop
 
 from bench.connection import Connection, Record, Request
-from bench.generator import say
+from bench.generator import timed
 from launcher.processes import raise_open_files
 
 REFUSED = 429
@@ -141,9 +140,8 @@ class Load:
                         connection.fail("nothing came for too long")
 
 
-async def play(load: Load, arrivals: list[list[Any]]) -> None:
+async def play(load: Load, arrivals: list[list[Any]], began: int) -> None:
     """Sends each request at its time."""
-    began = time.monotonic_ns()
     for seconds, tenant in arrivals:
         due = began + int(seconds * 1e9)
         wait = (due - time.monotonic_ns()) / 1e9
@@ -155,15 +153,12 @@ async def play(load: Load, arrivals: list[list[Any]]) -> None:
 async def run(job: dict[str, Any]) -> None:
     """Plays one job."""
     load = Load(job["tenants"])
-    gc.collect()
-    gc.disable()
-    say("ready")
-    await asyncio.to_thread(sys.stdin.readline)
-    cpu, began = time.process_time(), time.monotonic_ns()
-    await play(load, job["arrivals"])
-    await load.wait(job["silence_seconds"])
-    ended = time.monotonic_ns()
-    say(orjson.dumps({"began": began, "ended": ended, "cpu": time.process_time() - cpu}).decode())
+
+    async def whole(began: int) -> None:
+        await play(load, job["arrivals"], began)
+        await load.wait(job["silence_seconds"])
+
+    await timed(whole)
     rows = [arrival.row() for arrival in load.arrivals]
     Path(job["out"]).with_suffix(".json").write_bytes(orjson.dumps(rows))
 

@@ -27,13 +27,14 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import FAILURES
 from bench.facts import ROOT, facts
-from bench.load import LoadError, load, started
+from bench.load import load, started
 from bench.measure import by_kind
-from bench.mesh import Mesh, MeshError
+from bench.mesh import Mesh
 from bench.model_script import sequence
-from bench.process_cpu import ProcessGone, usage
-from bench.report import ReportError, machine, table, write_section
+from bench.process_cpu import usage
+from bench.report import machine, table, write_section
 from bench.target import Ask, IncompleteReply
 from bench.targets import MeshTarget
 
@@ -365,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["capacity"] = capacity
         if options.write:
             write(found, levels)
-    except (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError) as error:
+    except FAILURES as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
     show(console, levels, options.bound)

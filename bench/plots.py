@@ -112,25 +112,22 @@ def _finish(axes: Any, label: str) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _first_token(named: dict[str, Result]) -> Figure | None:
-    there = [named[name] for name in _CLIENTS if name in named]
+def _distributions(there: Sequence[Result], name: str, height: float, label: str) -> Figure | None:
     if not there:
         return None
     figure, (axes,) = _new()
-    figure.set_size_inches(7, 3.6)
+    figure.set_size_inches(7, height)
     for number, result in enumerate(there):
-        _percentiles(axes, result, "ttft", f"C{number}")
-    _finish(axes, "ms to the first token")
+        _percentiles(axes, result, name, f"C{number}")
+    _finish(axes, label)
     return figure
+
+
+def _first_token(named: dict[str, Result]) -> Figure | None:
+    there = [named[name] for name in _CLIENTS if name in named]
+    return _distributions(there, "ttft", 3.6, "ms to the first token")
 
 
 def _added(named: dict[str, Result]) -> Figure | None:
     there = [result for result in named.values() if "added_p99_ms" in result.spreads(MESH)]
-    if not there:
-        return None
-    figure, (axes,) = _new()
-    figure.set_size_inches(7, 3.2)
-    for number, result in enumerate(there):
-        _percentiles(axes, result, "added", f"C{number}")
-    _finish(axes, "ms later than scheduled")
-    return figure
+    return _distributions(there, "added", 3.2, "ms later than scheduled")

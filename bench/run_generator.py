@@ -12,7 +12,6 @@ the agent `replica` that began it, its `text`, how often its stream was opened a
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import grpc.aio
 import orjson
 import uvloop
 
-from bench.generator import say
+from bench.generator import timed
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.common.v1.event_pb2 import InputMessage
@@ -153,14 +152,7 @@ async def run(job: dict[str, Any]) -> None:
     """Plays one job."""
     generator = Generator(job)
     await generator.connect()
-    gc.collect()
-    gc.disable()
-    say("ready")
-    await asyncio.to_thread(sys.stdin.readline)
-    cpu, began = time.process_time(), time.monotonic_ns()
-    await generator.play(began)
-    facts = {"began": began, "ended": time.monotonic_ns(), "cpu": time.process_time() - cpu}
-    say(orjson.dumps(facts).decode())
+    await timed(generator.play)
     await generator.close()
     Path(job["out"]).with_suffix(".json").write_bytes(orjson.dumps(generator.records))
 

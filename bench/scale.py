@@ -18,19 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import uvloop
-from rich.console import Console
 
 from bench.calibration import Sample
+from bench.command import FAILURES, clock, new_console
 from bench.counters import commit_rate, counts, url_of
 from bench.facts import facts
-from bench.load import LoadError
 from bench.measure import MODEL, Run, by_kind, measure
-from bench.mesh import Mesh, MeshError
-from bench.process_cpu import ProcessGone, usage
-from bench.report import ReportError
+from bench.mesh import Mesh
+from bench.process_cpu import usage
 from bench.scale_data import AGENTS, RATE, SLOTS, TOKENS, Measured, Point
 from bench.scenarios import Replies
-from bench.target import Ask, IncompleteReply
+from bench.target import Ask
 from bench.targets import MeshTarget
 
 SETTINGS = {
@@ -41,7 +39,6 @@ SETTINGS = {
 # About a second of the model a run; half as many clients again as slots keep every slot taken.
 POINT = Replies("scale", "", clients=0, asks=8, tokens=TOKENS, rate=RATE, baseline=False, spread=1.0)
 CLIENTS_A_SLOT = 1.5
-SPREAD_SECONDS = 1.0
 CALIBRATED_WITH = 4
 # What costs are found from: little to write, much, and much at a pace that keeps everything busy.
 SAMPLES = (
@@ -180,11 +177,8 @@ def run_measurements(agents: Sequence[int], said: Callable[[str], None]) -> Meas
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    began = time.monotonic()
-
-    def said(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
+    console = new_console()
+    said = clock(console)
 
     from bench.scale_page import keep, publish, read
 
@@ -196,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said("simulating")
         for path in publish(measured, far=not options.near):
             console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    except (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError) as error:
+    except FAILURES as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
     return 0

@@ -11,8 +11,6 @@ from bench.costs import Cost, Costs
 from bench.simulation import Clock, Done, Flusher, Loop, Station
 
 NOTHING = Cost(0.0, 0.0, 0.0)
-# Event loops of one thread each; PostgreSQL is the only part that works on several cores.
-LOOPS = ("gateway", "envoy", "agent", "session", "valkey")
 OUTSIDE = ("model", "generator")
 IDLE_STEP = 0.05
 

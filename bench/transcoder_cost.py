@@ -9,26 +9,21 @@ gRPC-JSON transcoder calls the double itself. Both write one SSE frame an event.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from uuid import uuid4
 
-import grpc.aio
 import grpc_tools
 import uvloop
 from grpc_tools import protoc
 from rich.console import Console
 from rich.table import Table
 
-from bench.gateway_cost import START_SECONDS, Double, Load, address, client
+from bench.gateway_cost import START_SECONDS, Double, Load, client, ended, gateway_process, parse
 from bench.mesh import free_ports, wait_until
 from bench.process_cpu import cpu_seconds
 from bench.sse_client import post_stream
@@ -144,41 +139,26 @@ async def transcoded(url: str, count: int) -> None:
 
 async def run(streams: int, seconds: float) -> None:
     """Starts the parts, measures both ways under each load and prints a table."""
-    server = grpc.aio.server()
-    double = Double()
-    server.add_generic_rpc_handlers(tuple(double.handlers()))
-    agent_port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     ports = dict(zip(("http", "mesh", "transcoder"), free_ports(3), strict=True))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ready = folder / "gateway.json"
-        env = os.environ | {
-            "HERMESH_MESH_ADDRESS": f"127.0.0.1:{ports['mesh']}",
-            "HERMESH_READY_FILE": str(ready),
-            "HERMESH_LISTEN": "127.0.0.1:0",
-            "HERMESH_LOG_LEVEL": "warning",
-            "HERMESH_DRAIN_DELAY_SECONDS": "0",
-        }
         _descriptors(folder / "agent.pb")
-        gateway = await asyncio.create_subprocess_exec(sys.executable, "-m", "gateway", env=env)
-        gateway_port = int((await address(ready)).rpartition(":")[2])
-        config = folder / "envoy.json"
-        config.write_text(json.dumps(envoy_config(ports, agent_port, gateway_port, folder / "agent.pb")))
-        envoy = await asyncio.create_subprocess_exec(
-            str(BINARY), "-c", str(config), "--concurrency", "1", "--use-dynamic-base-id", "-l", "error",
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            await asyncio.to_thread(
-                wait_until, lambda: all(map(_listens, ports.values())), START_SECONDS, "Envoy"
-            )
-            await _compare(double, ports, gateway.pid, envoy.pid, streams, seconds)
-        finally:
-            for process in (gateway, envoy):
-                process.send_signal(signal.SIGTERM)
-                await process.wait()
-    await server.stop(0)
+        async with (
+            Double.serving() as (double, agent_port),
+            gateway_process(f"127.0.0.1:{ports['mesh']}") as (gateway, address),
+        ):
+            gateway_port = int(address.rpartition(":")[2])
+            config = folder / "envoy.json"
+            config.write_text(json.dumps(envoy_config(ports, agent_port, gateway_port, folder / "agent.pb")))
+            envoy = await asyncio.create_subprocess_exec(
+                str(BINARY), "-c", str(config), "--concurrency", "1", "--use-dynamic-base-id", "-l", "error",
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            async with ended(envoy):
+                await asyncio.to_thread(
+                    wait_until, lambda: all(map(_listens, ports.values())), START_SECONDS, "Envoy"
+                )
+                await _compare(double, ports, gateway, envoy.pid, streams, seconds)
 
 
 async def _compare(
@@ -210,12 +190,7 @@ async def _compare(
 
 def main() -> None:
     """Parses the arguments and measures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--streams", type=int, default=32, help="clients at once")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of the paced load")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     uvloop.run(run(arguments.streams, arguments.seconds))
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from types import FrameType
 
 import uvloop
 from rich.console import Console
 
+from bench.command import FAILURES, clock, new_console
 from bench.facts import ROOT
-from bench.load import LoadError
-from bench.mesh import Mesh, MeshError
+from bench.mesh import Mesh
 from bench.peers.catalog import PEERS, Peer
 from bench.peers.install import InstallError, install
 from bench.peers.kept import Kept, KeptError
@@ -28,46 +27,32 @@ from bench.peers.page import section
 from bench.peers.run import Said, mesh_kept, result_name, run_peer, scenarios
 from bench.peers.server import running
 from bench.peers.show import show
-from bench.process_cpu import ProcessGone
 from bench.publish import RESULTS
-from bench.report import ReportError, write_section
+from bench.report import write_section
 from bench.results import Result, encode, merge
 from bench.run import SETTINGS
-from bench.target import IncompleteReply
 from launcher.errors import LaunchError
 
 RUNS = 3
 NAME = "peers"
 FILE = RESULTS / f"{NAME}.json"
 PAGE = ROOT / "docs" / "peers.md"
-FAILURES = (
-    IncompleteReply,
-    InstallError,
-    KeptError,
-    LaunchError,
-    LoadError,
-    MeshError,
-    ProcessGone,
-    ReportError,
-)
+_FAILURES = (*FAILURES, InstallError, KeptError, LaunchError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    began = time.monotonic()
+    console = new_console()
+    said = clock(console)
     signal.signal(signal.SIGTERM, _interrupt)
-
-    def said(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:5.0f} s  {text}[/dim]", highlight=False)
 
     try:
         chosen = [peer for peer in PEERS if not options.only or peer.name in options.only]
         new = [] if options.render else _measure(chosen, options, said, console)
         if not options.install:
             _publish(new, console)
-    except FAILURES as error:
+    except _FAILURES as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
