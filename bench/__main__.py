@@ -4,8 +4,8 @@ It starts a mesh of its own on the zero-delay model server, puts load on it by a
 that model directly in the same run, so that what the mesh adds can be told. Every reply is checked: whatever
 is not whole, in order and once is no result.
 
-With neither --only, --quick nor --runs all of it is measured and written: the results as JSON and plots, and
-the page docs/performance.md.
+With neither --only, --quick, --runs nor --replicas all of it is measured and written: the results as JSON and
+plots, and the page docs/performance.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType
 import uvloop
 from rich.console import Console
 
-from bench.command import FAILURES, clock, new_console
+from bench.command import FAILURES, clock, new_console, whole
 from bench.mesh import Mesh
 from bench.results import Result, encode
 from bench.run import SETTINGS, meshes, run_scenario
@@ -102,7 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", action="append", default=[], metavar="NAME", help=f"one scenario, may be repeated: {names}"
     )
     parser.add_argument("--quick", action="store_true", help="a few scenarios, short, in about a minute")
-    parser.add_argument("--runs", type=int, metavar="N", help=f"how often each is measured (default {RUNS})")
+    parser.add_argument(
+        "--runs", type=whole(1), metavar="N", help=f"how often each is measured (default {RUNS})"
+    )
     parser.add_argument(
         "--replicas", default="", metavar="LIST", help="of the mesh, such as agent=1,session=1; only printed"
     )
@@ -113,7 +115,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="write a selection into the results and the page, beside the rest",
     )
     parser.add_argument("--render", action="store_true", help="measure nothing; write plots and page again")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.write and options.replicas:
+        parser.error("--write takes no --replicas: the page is about a mesh with its default replicas")
+    return options
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +17,36 @@ from bench.report import ReportError
 from bench.target import IncompleteReply
 
 FAILURES = (IncompleteReply, LoadError, MeshError, ProcessGone, ReportError)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Returns a type for argparse: a whole number of at least `least`."""
+
+    def parsed(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    return parsed
+
+
+def more_than(bound: float) -> Callable[[str], float]:
+    """Returns a type for argparse: a finite number above `bound`."""
+
+    def parsed(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not math.isfinite(value) or value <= bound:
+            raise argparse.ArgumentTypeError(f"must be more than {bound:g}, not {text}")
+        return value
+
+    return parsed
 
 
 def new_console() -> Console:

@@ -27,7 +27,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench.command import FAILURES
+from bench.command import FAILURES, more_than, whole
 from bench.facts import ROOT, facts
 from bench.load import load, started
 from bench.measure import by_kind
@@ -262,9 +262,10 @@ class Bench:
 
 
 def kept(levels: Sequence[Level]) -> float:
-    """Returns the least goodput past the capacity as a part of the best."""
+    """Returns the least goodput past the capacity as a part of the best; 0 where nothing was done in time."""
     past = [level.goodput for level in levels if level.factor > 1]
-    return min(past) / max(level.goodput for level in levels)
+    best = max(level.goodput for level in levels)
+    return min(past) / best if best else 0.0
 
 
 COLUMNS = (
@@ -352,9 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=12.0, help="how long each load lasts")
-    parser.add_argument("--tokens", type=int, default=20, help="tokens a reply")
-    parser.add_argument("--bound", type=float, default=5.0, help="seconds within which a run must be whole")
+    parser.add_argument(
+        "--seconds",
+        type=more_than(SETTLING_SECONDS),
+        default=12.0,
+        help=f"how long each load lasts; its first {SETTLING_SECONDS:g} s are not counted",
+    )
+    parser.add_argument("--tokens", type=whole(1), default=20, help="tokens a reply")
+    parser.add_argument(
+        "--bound", type=more_than(0), default=5.0, help="seconds within which a run must be whole"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
     parser.add_argument("--write", action="store_true", help="write bench/results and docs/overload.md")
     options = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.model_script import sequence
-from bench.overload import FLOOD, POLITE, Level, arrivals, kept, rates, read
+from bench.overload import FLOOD, POLITE, Level, arrivals, kept, main, rates, read
 from bench.target import IncompleteReply
 
 MS = 1_000_000
@@ -75,3 +75,17 @@ def test_what_is_kept_is_the_worst_past_the_capacity_against_the_best() -> None:
         return Level(factor, 0, goodput, 0, 0, 0, zero, 0, 0, 0, 0, 0, 0, 0, {}, 0)
 
     assert kept([level(0.5, 60), level(1, 120), level(2, 108), level(3, 115)]) == pytest.approx(0.9)
+    assert kept([level(1, 0), level(2, 0)]) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--seconds", "2"), ("--seconds", "nan"), ("--tokens", "0"), ("--bound", "-1"), ("--bound", "x")],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(wrong)
+    assert ended.value.code == 2
+    assert f"argument {wrong[0]}: " in capsys.readouterr().err
