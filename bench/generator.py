@@ -4,10 +4,12 @@
 
 JOB is JSON: `clients` is a list of clients, each a list of requests {"url", "headers", "body"} that it sends
 one after the other over one connection; `out` is where the records go; `spread_seconds` is the time over
-which the clients begin, `silence_seconds` how long nothing may come. It says `ready` once everything is
-rendered and connected, begins on a line from stdin, and says one line of JSON when the last answer is there
-(`began` and `ended` in nanoseconds of the monotonic clock, `cpu` in seconds of its own). Then it writes
-`OUT.json`, one record a request, and `OUT.bin`, their bodies.
+which the clients begin, `silence_seconds` how long nothing may come. The first `background` of the clients
+begin again with their first request after their last one, until all others are done.
+
+It says `ready` once everything is rendered and connected, begins on a line from stdin, and says one line of
+JSON when the last answer is there (`began` and `ended` in nanoseconds of the monotonic clock, `cpu` in
+seconds of its own). Then it writes `OUT.json`, one record a request, and `OUT.bin`, their bodies.
 """
 
 from __future__ import annotations
@@ -32,11 +34,18 @@ CHECK_SECONDS = 1.0
 
 
 class Client:
-    """One user: the next request goes out when the answer to the one before is complete."""
+    """One user: the next request goes out when the answer to the one before is complete.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    Attributes:
+        records: of the requests that were sent.
+        finished: done when the last answer is complete.
+        repeats: whether it begins with the first request again after the last one.
+    """
+
+    def __init__(self, requests: Sequence[Request], *, repeats: bool = False) -> None:
         self.records: list[Record] = []
         self.finished = asyncio.get_running_loop().create_future()
+        self.repeats = repeats
         self._requests = deque(requests)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -58,7 +67,15 @@ class Client:
         if self._connection is None or not self._connection.open:
             self._connecting = asyncio.create_task(self._reconnect())
             return
-        self.records.append(self._connection.send(self._requests.popleft()))
+        request = self._requests.popleft()
+        if self.repeats:
+            self._requests.append(request)
+        self.records.append(self._connection.send(request))
+
+    def end(self) -> None:
+        """Sends nothing any more."""
+        self.repeats = False
+        self._requests.clear()
 
     async def _reconnect(self) -> None:
         try:
@@ -98,9 +115,19 @@ async def connect_all(clients: Sequence[Client]) -> None:
             group.create_task(one(client))
 
 
+def end_all(clients: Sequence[Client]) -> None:
+    """Has clients send nothing any more."""
+    for client in clients:
+        client.end()
+
+
 async def play(clients: Sequence[Client], spread_seconds: float, silence_seconds: float) -> None:
     """Has all clients ask, the last `spread_seconds` after the first; returns when all is answered."""
     everything = asyncio.gather(*(client.finished for client in clients))
+    repeating = [client for client in clients if client.repeats]
+    if repeating:
+        others = asyncio.gather(*(client.finished for client in clients if not client.repeats))
+        others.add_done_callback(lambda _: end_all(repeating))
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients):
         loop.call_later(spread_seconds * number / len(clients), client.go)
@@ -159,9 +186,10 @@ async def run(job: dict[str, Any]) -> None:
             [
                 Request.render("POST", ask["url"], ask["headers"], ask["body"], form=ask["form"])
                 for ask in asks
-            ]
+            ],
+            repeats=number < job["background"],
         )
-        for asks in job["clients"]
+        for number, asks in enumerate(job["clients"])
     ]
     await connect_all(clients)
     await timed(lambda _: play(clients, job["spread_seconds"], job["silence_seconds"]))

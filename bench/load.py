@@ -143,15 +143,17 @@ async def started(module: str, job: dict[str, Any]) -> AsyncIterator[Generator]:
 
 
 def load(
-    clients: Sequence[Sequence[Ask]], spread_seconds: float = 0.0
+    clients: Sequence[Sequence[Ask]], spread_seconds: float = 0.0, background: int = 0
 ) -> contextlib.AbstractAsyncContextManager[Generator]:
     """Makes a generator ready in which each client sends its requests one after the other.
 
     Args:
         clients: the requests of each.
         spread_seconds: the time over which they begin; 0 for all at once.
+        background: how many of the first clients go on asking the same until all others are done.
     """
     job = {
+        "background": background,
         "spread_seconds": spread_seconds,
         "clients": [
             [

@@ -9,8 +9,9 @@ from bench.facts import facts
 from bench.long_sessions import measure_long_sessions
 from bench.measure import Run, measure
 from bench.mesh import Mesh
+from bench.neighbours import measure_neighbours
 from bench.results import Result
-from bench.scenarios import LongSessions, Replies, Scenario, Watchers
+from bench.scenarios import LongSessions, Neighbours, Replies, Scenario, Watchers
 from bench.targets import MeshTarget, ModelTarget
 from bench.watchers import measure_watchers
 
@@ -57,12 +58,17 @@ async def run_scenario(mesh: Mesh, scenario: Scenario, runs: int, said: Callable
     async with MeshTarget(mesh) as target:
         said(f"{scenario.title}: warming up")
         await measure(target, WARM_UP, (mesh.model.url, pid))
-        for number in range(runs if isinstance(scenario, LongSessions) else 1):
+        key = mesh.new_tenant("polite") if isinstance(scenario, Neighbours) else ""
+        for number in range(1 if isinstance(scenario, Watchers) else runs):
             said(f"{scenario.title}: run {number + 1}")
             if isinstance(scenario, LongSessions):
-                result.runs.append(await measure_long_sessions(target, scenario, pid))
+                run = await measure_long_sessions(target, scenario, pid)
+            elif isinstance(scenario, Neighbours):
+                async with MeshTarget(mesh, key=key) as polite:
+                    run = await measure_neighbours(target, polite, scenario, pid)
             else:
-                result.runs.append(await measure_watchers(target, scenario, pid))
+                run = await measure_watchers(target, scenario, pid)
+            result.runs.append(run)
     return result
 
 

@@ -13,6 +13,7 @@ class Kind(StrEnum):
     """What a scenario does."""
 
     REPLIES = "replies"
+    NEIGHBOURS = "neighbours"
     WATCHERS = "watchers"
     LONG_SESSIONS = "long_sessions"
 
@@ -97,6 +98,30 @@ class Replies:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Clients of one tenant that ask one question after the other, alone and while another tenant floods.
+
+    Attributes:
+        clients: how many polite clients.
+        asks: questions of each.
+        tokens: of each of their replies.
+        flood: clients of the other tenant, each of which asks again as soon as it has its reply.
+        flood_tokens: of each of those replies.
+    """
+
+    name: str
+    title: str
+    clients: int
+    asks: int
+    flood: int
+    tokens: int = 200
+    flood_tokens: int = 1_000
+    quick: int | None = None
+    goals: Sequence[Goal] = ()
+    kind: Kind = field(default=Kind.NEIGHBOURS, init=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Watchers:
     """Clients that follow sessions over SSE while nothing happens, until something does.
 
@@ -144,7 +169,7 @@ class LongSessions:
     kind: Kind = field(default=Kind.LONG_SESSIONS, init=False)
 
 
-Scenario = Replies | Watchers | LongSessions
+Scenario = Replies | Neighbours | Watchers | LongSessions
 
 TTFT = Goal("ttft_added_ms", 12, "First token at one client, added to the model's, p50", "ms")
 RATE = Goal("tokens_per_second", 12_000, "Tokens a second at 32 clients", "tokens/s", at_least=True)
@@ -154,6 +179,7 @@ PACED_CPU = Goal(
 )
 PACED_ADDED = Goal("added_p99_ms", 25, "Added to each token at 100 streams of 50 tokens/s, p99", "ms")
 PACED_BEHIND = Goal("behind", 0, "Streams of 100 at 50 tokens/s that fell behind", "streams")
+NEIGHBOUR = Goal("beside_p99_ms", 1000, "First token beside another tenant's flood of 64 clients, p99", "ms")
 LONG = Goal("ttft_ratio", 2, "First token in a session of 10,000 messages, times that of 10", "times")
 WATCHER_MEMORY = Goal("gateway_kib_each", 25, "Gateway's memory for each of 5,000 idle watchers", "KiB")
 WATCHER_CPU = Goal("gateway_percent", 5, "Gateway's CPU with 5,000 idle watchers", "% of a core")
@@ -166,6 +192,14 @@ SCENARIOS: tuple[Scenario, ...] = (
     Replies("clients_100", "100 clients", clients=100, asks=3),
     Replies("clients_400", "400 clients", clients=400, asks=1),
     Replies("flood", "flood: 16 long replies", clients=16, asks=1, tokens=4_000),
+    Neighbours(
+        "neighbours",
+        "2 clients beside another tenant's flood of 64",
+        clients=2,
+        asks=25,
+        flood=64,
+        goals=(NEIGHBOUR,),
+    ),
     Replies(
         "paced_100",
         "100 streams of 50 tokens/s",

@@ -66,10 +66,11 @@ class MeshTarget:
     durable = True
     first_token = re.compile(rb'event: text\.delta\ndata: [^\n]*"text": ?"[^"]')
 
-    def __init__(self, mesh: Mesh, *, memory: bool = False) -> None:
+    def __init__(self, mesh: Mesh, *, memory: bool = False, key: str = "") -> None:
+        """Asks by an API key, or by the one that the mesh was started with."""
         self.memory = memory
         self._url = mesh.url
-        self._headers = mesh.headers
+        self._headers = {"Authorization": f"Bearer {key}"} if key else mesh.headers
         self._client: httpx.AsyncClient | None = None
         self._processes = {row.replica: row.pid for row in mesh.status() if row.pid}
         supervisor = supervisor_of(Folder(mesh.data_dir))

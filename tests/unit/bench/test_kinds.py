@@ -10,8 +10,9 @@ from bench.load import LoadError
 from bench.long_sessions import measure_long_sessions
 from bench.measure import measure
 from bench.model_server import ModelServer
+from bench.neighbours import measure_neighbours
 from bench.run import meshes
-from bench.scenarios import LongSessions, Replies, Watchers
+from bench.scenarios import LongSessions, Neighbours, Replies, Watchers
 from bench.target import Ask, IncompleteReply
 from bench.targets import ModelTarget
 from bench.watchers import measure_watchers
@@ -69,6 +70,25 @@ async def test_long_sessions_are_asked_in_turn_with_short_ones(server):
     assert (run.times["short"].count, run.times["long"].count) == (6, 6)
     assert run.figures["ttft_ratio"] > 0
     assert run.figures["long_first_ms"] > 0
+
+
+async def test_polite_clients_are_measured_alone_and_beside_a_flood(server):
+    scenario = Neighbours("x", "x", clients=2, asks=5, tokens=3, flood=3, flood_tokens=40)
+    run = await measure_neighbours(Sessions(server), Sessions(server), scenario, os.getppid())
+    assert (run.times["alone"].count, run.times["beside"].count) == (10, 10)
+    assert run.figures["polite_replies"] == 10
+    assert run.figures["flood_replies"] == run.times["flood"].count >= 3
+    assert run.figures["tokens"] == 10 * 3 + run.times["flood"].count * 40
+
+
+async def test_a_flood_whose_replies_lack_something_is_no_result(server):
+    class Cut(Sessions):
+        async def prepare(self, prompt):
+            return await super().prepare("[[tokens=40 half]]")
+
+    scenario = Neighbours("x", "x", clients=1, asks=1, tokens=3, flood=1, flood_tokens=40)
+    with pytest.raises(IncompleteReply):
+        await measure_neighbours(Cut(server), Sessions(server), scenario, os.getppid())
 
 
 async def test_watchers_are_measured_from_the_first_to_the_last_event():

@@ -56,6 +56,21 @@ async def test_clients_ask_one_after_the_other_over_one_connection(server, targe
     assert replies[0].ended <= replies[1].began
 
 
+async def test_clients_in_the_background_ask_again_until_the_others_are_done(server, target):
+    forever, once = [ask(server, "[[tokens=2]]")], [ask(server, "[[tokens=5]]")] * 20
+    async with load([forever, once], background=1) as generator:
+        await generator.go()
+        replies = await generator.replies()
+    background = [reply for reply in replies if reply.client == 0]
+    others = [reply for reply in replies if reply.client == 1]
+    assert len(others) == 20
+    assert len(background) > 1
+    # None begins when there is nobody left to be beside.
+    assert background[-1].began <= others[-1].ended
+    for reply in background:
+        check(target, reply, "t0 t1 ")
+
+
 async def test_a_reply_that_breaks_off_is_noticed_and_the_client_goes_on(server, target):
     broken, whole = await replies_to(server, "[[tokens=5 half]]", "[[tokens=5]]")
     with pytest.raises(IncompleteReply, match="closed"):
