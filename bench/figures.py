@@ -40,6 +40,7 @@ SHOWN = (
     Figure("flood_p99_ms", "first token of the flood, p99", "ms", 1),
     Figure("polite_replies", "replies of the polite clients beside the flood, all whole", "", 0),
     Figure("flood_replies", "replies of the flood meanwhile, all whole", "", 0),
+    Figure("recalled", "memories recalled, a reply", "", 1),
     Figure("short_p50_ms", "first token in a short session, p50", "ms", 1),
     Figure("long_p50_ms", "first token in a long session, p50", "ms", 1),
     Figure("short_first_ms", "first turn of a short session after it was filled", "ms", 1),

@@ -14,7 +14,7 @@ from bench.load import Reply, Window, load
 from bench.process_cpu import Usage, machine_cpu_seconds, usage
 from bench.reading import added, arrivals, check, first_at, gaps
 from bench.scenarios import Replies
-from bench.target import Ask, Replayed, Target
+from bench.target import Ask, IncompleteReply, Recalling, Replayed, Target
 
 PREPARED_AT_ONCE = 16
 # What a run leaves to do (publishing, releasing) is part of its cost.
@@ -80,6 +80,8 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
     if isinstance(target, Replayed):
         for reply in replies[:: max(1, len(replies) // REPLAYED)]:
             await target.check_kept(reply.body)
+    if scenario.memory and isinstance(target, Recalling):
+        figures["recalled"] = recalled(target, replies)
     if scenario.rate:
         starts = await model_starts(model[0])
         _read_pace(target, scenario, names, replies, starts, figures, times)
@@ -92,6 +94,18 @@ async def measure(target: Target, scenario: Replies, model: tuple[str, int]) -> 
     ours = sum(part.cpu for part in parts.values()) + window.cpu
     figures["others_cores"] = max(0.0, machine - ours) / (window.seconds + SETTLE_SECONDS)
     return Run(target.name, figures, parts, times)
+
+
+def recalled(target: Recalling, replies: Sequence[Reply]) -> float:
+    """Returns how many memories a reply's run got, on average.
+
+    Raises:
+        IncompleteReply: One got none: then it is not known what recalling costs.
+    """
+    found = [target.recalled(reply.body) for reply in replies]
+    if not all(found):
+        raise IncompleteReply(f"{found.count(0)} of {len(found)} runs recalled nothing")
+    return sum(found) / len(found)
 
 
 async def _prepare(target: Target, prompts: Sequence[Sequence[str]]) -> list[list[Ask]]:

@@ -16,6 +16,7 @@ from bench.targets import MeshTarget, ModelTarget
 from bench.watchers import measure_watchers
 
 WARM_UP = Replies("warm_up", "warming up", clients=8, asks=2, tokens=50)
+NOTES = 50
 SETTINGS = {
     "HERMESH_MAX_STREAMS": "8000",
     # 400 clients that ask at the same moment are an overload; here all are served, however long they wait.
@@ -79,6 +80,9 @@ async def _replies(
     model = (mesh.model.url, mesh.model.process.pid)
     alone = ModelTarget(mesh.model)
     async with MeshTarget(mesh, memory=scenario.memory) as target:
+        if scenario.memory:
+            said(f"{scenario.title}: {NOTES} things to remember")
+            await target.learn(NOTES)
         said(f"{scenario.title}: warming up")
         await measure(target, warm_up(scenario), model)
         for number in range(runs):
@@ -92,9 +96,17 @@ async def _replies(
 
 
 def warm_up(scenario: Replies) -> Replies:
-    """Returns a short form of a scenario: as many clients, one short reply each."""
+    """Returns a short form of a scenario: as many clients, one short reply each.
+
+    Nothing has to be recalled: what is said here are the first memories.
+    """
     return replace(
-        scenario, asks=max(1, 5 // scenario.clients), tokens=min(scenario.tokens, 50), rate=0.0, spread=0.0
+        scenario,
+        asks=max(1, 5 // scenario.clients),
+        tokens=min(scenario.tokens, 50),
+        rate=0.0,
+        spread=0.0,
+        memory=False,
     )
 
 

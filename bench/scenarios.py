@@ -55,7 +55,7 @@ class Replies:
         script: directives for the model in place of a reply of `tokens` tokens; `reply` must come then.
         reply: the text expected for `script`.
         spread: seconds over which the clients begin; at once, the tokens of paced streams would be in step.
-        memory: whether long-term memory is read.
+        memory: whether long-term memory is read; something must be found in it.
         baseline: whether the model alone can be asked the same.
         quick: questions of each client in a quick run; None keeps it out of one.
         goals: what its figures are compared with.

@@ -70,3 +70,12 @@ class Replayed(Protocol):
             IncompleteReply: They differ.
         """
         ...
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """A target that reads long-term memory before it answers, and says what it found."""
+
+    def recalled(self, body: bytes) -> int:
+        """Returns how many memories a reply's run got."""
+        ...

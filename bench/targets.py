@@ -17,6 +17,8 @@ from launcher.folder import Folder
 MESH = "hermesh"
 ALONE = "model alone"
 MESSAGES_A_RUN = 250
+# Whose sessions those are that recall: a session of nobody recalls only what it said itself.
+USER = "bench"
 _SHOWN = 600
 
 
@@ -93,8 +95,9 @@ class MeshTarget:
         await self._client.aclose()
 
     async def new_session(self) -> str:
-        """Creates a session and returns its id."""
-        return str((await self._post("/v1/sessions", {}))["session_id"])
+        """Creates a session, of one and the same user where memory is read, and returns its id."""
+        body = {"user": USER} if self.memory else {}
+        return str((await self._post("/v1/sessions", body))["session_id"])
 
     async def prepare(self, prompt: str) -> Ask:
         """Creates a session and returns the question to ask in it."""
@@ -119,6 +122,20 @@ class MeshTarget:
         kept = event_lines(answer.content)
         if kept != streamed:
             raise IncompleteReply(f"of run {run_id} {len(streamed)} events were streamed, {len(kept)} kept")
+
+    async def learn(self, notes: int) -> None:
+        """Has the user say so many things, each in a session of its own; a moment later they are memories."""
+        for number in range(notes):
+            session = await self.new_session()
+            said = f"[[echo]] Note {number}: my garden has {number} old trees and a bench of stone."
+            body = {"input": said, "stream": False, "options": {"memory": True}}
+            await self._post(f"/v1/sessions/{session}/runs", body)
+
+    def recalled(self, body: bytes) -> int:
+        """Returns how many memories a run got."""
+        return sum(
+            len(event["data"]["memories"]) for event in events(body) if event["type"] == "memory.recalled"
+        )
 
     async def fill(self, session_id: str, messages: int) -> None:
         """Has a session gather messages, many as the input of each run; it ends with a few more at most."""

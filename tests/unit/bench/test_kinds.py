@@ -117,6 +117,28 @@ async def test_paced_replies_are_compared_with_the_model_s_schedule(server):
     assert run.figures["tokens"] == 60
 
 
+async def test_memories_that_are_asked_for_must_be_recalled(server):
+    class Recalls(Sessions):
+        found = (5, 4)
+
+        def __init__(self, server):
+            super().__init__(server)
+            self.next = iter(self.found)
+
+        def recalled(self, body):
+            assert b"t1 " in body
+            return next(self.next)
+
+    class Forgetful(Recalls):
+        found = (5, 0)
+
+    scenario = Replies("x", "x", clients=1, asks=2, tokens=3, memory=True)
+    run = await measure(Recalls(server), scenario, (server.base_url, os.getppid()))
+    assert run.figures["recalled"] == 4.5
+    with pytest.raises(IncompleteReply, match="1 of 2 runs recalled nothing"):
+        await measure(Forgetful(server), scenario, (server.base_url, os.getppid()))
+
+
 async def test_a_target_whose_log_differs_from_what_it_streamed_is_no_result(server):
     class Forgets(Sessions):
         async def check_kept(self, body):

@@ -167,6 +167,7 @@ def test_warming_up_is_as_wide_and_short():
     warm = warm_up(Replies("x", "x", clients=32, asks=6, tokens=4_000, rate=50))
     assert (warm.clients, warm.asks, warm.tokens, warm.rate) == (32, 1, 50, 0.0)
     assert warm_up(Replies("x", "x", clients=1, asks=40)).asks == 5
+    assert not warm_up(Replies("x", "x", clients=1, asks=40, memory=True)).memory
 
 
 def test_a_script_s_reply_is_expected_as_it_is():
