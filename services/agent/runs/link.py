@@ -1,8 +1,8 @@
 """The one append stream of an agent process: many runs' writes out, their results in.
 
-Under load text is paced: the more runs there are, the longer a run's text gathers before it is sent, so that
-the cost of a replica follows its messages a second and not its tokens. Text that comes faster than anyone
-reads gathers at any time. A turn's first text and everything that is not text is never held back.
+The text of more than a few runs is paced: all write on one beat, which is slower the more of them there are,
+so that the cost of a replica follows its messages a second and not its tokens. Text that comes faster than
+anyone reads gathers at any time. A turn's first text and everything that is not text is never held back.
 
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
@@ -37,6 +37,9 @@ RETRY_DELAY = 0.1
 WATCH_SECONDS = 1.0
 # The longest that text gathers, seconds: a reader still sees it flow.
 MAX_PACE = 0.05
+# From so many runs on text gathers, and for so long at least: what it saves is messages, and nobody sees it.
+FEW_RUNS = 4
+MIN_PACE = 0.008
 MAX_MESSAGE = 4 * 1024 * 1024
 # So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
@@ -225,16 +228,18 @@ class AppendLink:
             self._asked_at[writer.run_id] = self._monotonic()
         self._reattach.clear()
         size = 0
-        pace = min(MAX_PACE, len(self._writers) / self._rate) if self._rate else 0.0
+        pace = self._pace()
         now = self._monotonic()
         while self._ready and size < MAX_MESSAGE:
             _, writer = self._ready.popitem()
             if not writer.ready:
                 continue
             if not writer.urgent:
-                hold = MAX_PACE if writer.fast and self._rate else pace
-                if max(writer.sent_at + hold, writer.hold_until) > now:
-                    self._beats[writer.fast].hold(writer, max(hold, writer.hold_until - now))
+                fast = writer.fast and self._rate > 0
+                hold = MAX_PACE if fast else pace
+                waits = writer.sent_at + hold > now if fast else hold > 0
+                if waits or writer.hold_until > now:
+                    self._beats[fast].hold(writer, max(hold, writer.hold_until - now))
                     continue
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.
@@ -244,6 +249,13 @@ class AppendLink:
                 continue
             size += writer.take(message.appends.add())
         return message
+
+    def _pace(self) -> float:
+        """The seconds between two beats; 0 = text goes out when it comes."""
+        runs = len(self._writers)
+        if not self._rate or runs < FEW_RUNS:
+            return 0.0
+        return min(MAX_PACE, max(MIN_PACE, runs / self._rate))
 
     def _beat_over(self, writers: dict[str, RunWriter]) -> None:
         for writer in writers.values():

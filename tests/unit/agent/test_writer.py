@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hermesh.session.v1.session_internal_service_pb2 import StepCommit
 from meshkit.tasks import TaskOwner
-from services.agent.runs.link import AppendLink
+from services.agent.runs.link import FEW_RUNS, AppendLink
 from services.agent.runs.subscription import Subscription
 from services.agent.runs.writer import HIGH_WATER, RunWriter, WriterStopped
 from tests.unit.agent.fakes import FakeStore
@@ -309,6 +309,7 @@ async def test_a_stream_that_its_peer_cancelled_is_opened_anew():
 
 async def test_under_load_text_gathers_but_a_first_word_and_an_end_do_not_wait(monkeypatch):
     monkeypatch.setattr("services.agent.runs.link.MAX_PACE", 1000.0)
+    monkeypatch.setattr("services.agent.runs.link.FEW_RUNS", 1)
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.link._rate = 0.001
@@ -327,7 +328,38 @@ async def test_under_load_text_gathers_but_a_first_word_and_an_end_do_not_wait(m
         assert run.types() == ["run.created", "step.started", "text.delta", "text.delta", "usage"]
 
 
-async def test_text_that_gathered_goes_out_by_itself():
+async def test_many_runs_write_on_one_beat(monkeypatch):
+    """However their tokens come, what they write between two beats is one message."""
+    monkeypatch.setattr("services.agent.runs.link.MIN_PACE", 0.05)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        several = [setup.writer() for _ in range(FEW_RUNS)]
+        for writer, _ in several:
+            writer.text("text.delta", "a")
+            await writer.flush()
+        before = setup.store.messages
+        for writer, _ in several:
+            writer.text("text.delta", "b")
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await setup.store.until(lambda: all(run.text() == "ab" for _, run in several))
+        assert setup.store.messages == before + 1
+
+
+async def test_few_runs_write_when_they_have_something(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.MIN_PACE", 1000.0)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        for text in "ab":
+            writer.text("text.delta", text)
+            async with asyncio.timeout(5):
+                await setup.store.until(lambda text=text: run.text().endswith(text))
+        assert setup.store.messages == 2
+
+
+async def test_text_that_gathered_goes_out_by_itself(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.FEW_RUNS", 1)
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.link._rate = 50
