@@ -27,7 +27,7 @@ def test_the_next_run_goes_to_an_agent_that_has_the_fewest(
 
 
 def test_where_several_have_as_few_each_has_the_same_chance() -> None:
-    chance = random.Random(1)  # noqa: S311 -- a simulation's
+    chance = random.Random(1)
     first = Counter(Fewest(4, chance).take() for _ in range(4000))
     assert set(first) == {0, 1, 2, 3}
     assert min(first.values()) > 800
