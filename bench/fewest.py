@@ -1,4 +1,4 @@
-"""The agent with the fewest runs under way, one of those by chance: as Envoy's full scan chooses, without the scan."""
+"""The agent with the fewest runs under way, one by chance of several: Envoy's full scan without the scan."""
 
 from __future__ import annotations
 
