@@ -85,9 +85,9 @@ class AgentSettings(MeshSettings):
         4000.0,
         ge=0,
         description=(
-            "Writes a second that one agent replica aims at: with many runs their text gathers for up to "
-            "50 ms between two writes, as it does in any run that writes faster than anyone reads. "
-            "0 = text is never held back."
+            "Writes a second that one agent replica aims at: with many runs their text gathers and goes out "
+            "together, on beats up to 50 ms apart, as it does in any run that writes faster than anyone "
+            "reads. 0 = text is never held back."
         ),
     )
     reconcile_tries: int = Field(

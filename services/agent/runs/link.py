@@ -1,8 +1,9 @@
 """The one append stream of an agent process: many runs' writes out, their results in.
 
-Under load text is paced: the more runs there are, the longer a run's text gathers before it is sent, so that
-the cost of a replica follows its messages a second and not its tokens. Text that comes faster than anyone
-reads gathers at any time. A turn's first text and everything that is not text is never held back.
+Under load text is paced: it goes out on beats that all runs share, the slower the more runs there are, so
+that the cost of a replica, and of the session service's, follows its messages a second and not its tokens.
+Text that comes faster than anyone reads gathers at any time. A turn's first text and everything that is not
+text is never held back.
 
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
@@ -62,17 +63,34 @@ class StreamEnded(Exception):
 
 
 class _Beat:
-    """Writers whose text gathers until the next beat, which all of them share."""
+    """Writers whose text gathers until the next beat, which all of them share.
 
-    def __init__(self, over: Callable[[dict[str, RunWriter]], None]) -> None:
+    Args:
+        monotonic: the clock of `at`.
+        over: gets those that waited.
+
+    Attributes:
+        waiting: writers by run.
+        at: when the last beat was.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], over: Callable[[dict[str, RunWriter]], None]) -> None:
         self.waiting: dict[str, RunWriter] = {}
+        self.at = float("-inf")
+        self._monotonic = monotonic
         self._over = over
         self._timer: asyncio.TimerHandle | None = None
 
     def hold(self, writer: RunWriter, seconds: float) -> None:
+        """Let a writer wait for the next beat, which comes within so many seconds."""
         self.waiting[writer.run_id] = writer
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._fire)
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
+            self._timer.cancel()
+        # The loop's timers know milliseconds: less than one would be none.
+        self._timer = loop.call_later(max(seconds, 0.001), self._fire)
 
     def close(self) -> None:
         if self._timer is not None:
@@ -80,6 +98,7 @@ class _Beat:
 
     def _fire(self) -> None:
         self._timer = None
+        self.at = self._monotonic()
         waiting, self.waiting = self.waiting, {}
         self._over(waiting)
 
@@ -109,7 +128,7 @@ class AppendLink:
         self._monotonic = monotonic
         self._rate = rate
         # Runs that write faster than anyone reads have a slower beat of their own.
-        self._beats = {fast: _Beat(self._beat_over) for fast in (False, True)}
+        self._beats = {fast: _Beat(monotonic, self._beat_over) for fast in (False, True)}
         self._writers: dict[str, RunWriter] = {}
         self._ready: dict[str, RunWriter] = {}
         self._reattach: dict[str, RunWriter] = {}
@@ -227,15 +246,19 @@ class AppendLink:
         size = 0
         pace = min(MAX_PACE, len(self._writers) / self._rate) if self._rate else 0.0
         now = self._monotonic()
+        last_beat = self._beats[False].at
         while self._ready and size < MAX_MESSAGE:
             _, writer = self._ready.popitem()
             if not writer.ready:
                 continue
             if not writer.urgent:
-                hold = MAX_PACE if writer.fast and self._rate else pace
-                if max(writer.sent_at + hold, writer.hold_until) > now:
-                    self._beats[writer.fast].hold(writer, max(hold, writer.hold_until - now))
+                wait = self._wait(writer, max(last_beat, writer.sent_at) + pace, now)
+                if wait > 0:
+                    self._beats[writer.fast].hold(writer, wait)
                     continue
+                if not writer.fast:
+                    # Text that found no beat to wait for is one: what comes right after it gathers.
+                    self._beats[False].at = now
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.
                 writer.detach()
@@ -245,9 +268,20 @@ class AppendLink:
             size += writer.take(message.appends.add())
         return message
 
+    def _wait(self, writer: RunWriter, next_beat: float, now: float) -> float:
+        """Return for how many seconds a writer's text shall gather from now on, at least; none if <= 0."""
+        if writer.fast and self._rate:
+            # From now on: a beat that all of them share follows none's last write.
+            wait = MAX_PACE if writer.sent_at + MAX_PACE > now else 0.0
+        else:
+            wait = next_beat - now
+        return max(wait, writer.hold_until - now)
+
     def _beat_over(self, writers: dict[str, RunWriter]) -> None:
+        now = self._monotonic()
         for writer in writers.values():
-            writer.urgent = True
+            # One that waits for its turn's first text goes on waiting.
+            writer.urgent = writer.urgent or writer.hold_until <= now
         self._ready.update(writers)
         self._wake.set()
 

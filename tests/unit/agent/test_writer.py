@@ -359,3 +359,24 @@ async def test_a_turns_opening_goes_out_by_itself_when_no_word_comes():
         writer, run = setup.writer()
         writer.event("run.started", {}, patient=True)
         await setup.store.until(lambda: "run.started" in run.types())
+
+
+async def test_runs_share_a_beat(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.MAX_PACE", 1000.0)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        setup.link._rate = 0.001
+        runs = []
+        for _ in range(3):
+            writer, run = setup.writer()
+            writer.text("text.delta", "a")
+            await writer.flush()
+            writer.text("text.delta", "b")
+            await asyncio.sleep(0)
+            runs.append(run)
+        assert [run.text() for run in runs] == ["a", "a", "a"]
+        setup.store.hold = True
+        setup.link._beats[False]._fire()
+        await setup.store.until(lambda: setup.store.held)
+        [(_, message)] = setup.store.held
+        assert {append.run_id for append in message.appends} == {run.run_id for run in runs}
