@@ -2,8 +2,8 @@
 
 The text of more than a few runs is paced: it goes out on beats that all share, the slower the more runs there
 are, so that the cost of a replica, and of the session service's, follows its messages a second and not its
-tokens. Text that comes faster than anyone reads gathers at any time. A turn's first text and everything that is
-not text is never held back.
+tokens. Text that comes faster than anyone reads gathers at any time. A turn's first text and everything that
+is not text is never held back.
 
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hermesh.session.v1.session_internal_service_pb2 import StepCommit
 from meshkit.tasks import TaskOwner
-from services.agent.runs.link import FEW_RUNS, AppendLink
+from services.agent.runs.link import AppendLink
 from services.agent.runs.subscription import Subscription
 from services.agent.runs.writer import HIGH_WATER, RunWriter, WriterStopped
 from tests.unit.agent.fakes import FakeStore
