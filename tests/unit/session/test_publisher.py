@@ -165,3 +165,28 @@ async def test_appends_of_one_run_are_one_publication(streams: FakeStreams, stor
         publisher.offer(append(30, fence=2))
         await until(lambda: streams.streams.get(RUN) == list(range(2, 31)))
     assert streams.calls == [2]
+
+
+async def test_what_comes_during_a_publication_gathers_unless_it_fills_a_batch(
+    streams: FakeStreams, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.session.publisher._APART_S", 1000.0)
+    monkeypatch.setattr("services.session.publisher._BATCH", 3)
+    streams.fences[SESSION] = 1
+    async with running(streams, store) as publisher:
+        publish = streams.publish
+        meanwhile = [3, 1]  # runs
+
+        async def slow(items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
+            if meanwhile:
+                for _ in range(meanwhile.pop(0)):
+                    publisher.offer(RunAppend(SESSION, uuid7(), 1, 2, [text("x")]))
+            return await publish(items, reseed=reseed)
+
+        monkeypatch.setattr(streams, "publish", slow)
+        publisher.offer(append(1))
+        await until(lambda: len(streams.calls) == 2)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert streams.calls == [1, 3]
+        assert len(publisher._queue) == 1
