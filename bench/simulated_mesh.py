@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bench.costs import Cost, Costs
+from bench.fewest import Fewest
 from bench.simulation import Clock, Done, Flusher, Loop, Station
 
 NOTHING = Cost(0.0, 0.0, 0.0)
@@ -124,7 +125,7 @@ class SimulatedMesh:
             "slots": [Station(clock, layout.slots) for _ in range(layout.agents)],
         }
         self._flushers = [Flusher(clock, self._writer(number)) for number in range(layout.sessions)]
-        self._load = [0] * layout.agents
+        self._fewest = Fewest(layout.agents, self._chance)
         self._transactions = 0.0
 
     def _loop(self, kind: str) -> Loop:
@@ -173,15 +174,13 @@ class SimulatedMesh:
             self._pick("generator"),
             self._pick("model"),
         )
-        first, second = chance.randrange(layout.agents), chance.randrange(layout.agents)
 
         def choose() -> None:
-            number = first if self._load[first] <= self._load[second] else second
-            self._load[number] += 1
+            number = self._fewest.take()
             agent, slots = self.loops["agent"][number], self.stations["slots"][number]
 
             def over() -> None:
-                self._load[number] -= 1
+                self._fewest.over(number)
                 self._ended.append((arrived, self.clock.now))
                 if ended is not None:
                     ended()

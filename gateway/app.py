@@ -76,7 +76,7 @@ def api_endpoints() -> list[Endpoint]:
 
 
 def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> ASGIApp:
-    """Makes the ASGI application. The caller enters `gateway.hub` around its serving."""
+    """Makes the ASGI application. The caller enters `gateway.mesh` and `gateway.hub` around its serving."""
     served = [*api_endpoints(), *web.docs_endpoints(*_documents()), *web.page_endpoints()]
 
     async def websocket(scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
+from gateway.bundle import RunCalls
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceStub
 from hermesh.session.v1 import session_service_pb2 as session_pb
@@ -59,6 +61,7 @@ class MeshClients:
         internal: Stub of its face for the mesh.
         agents: Stub of the agent service.
         tools: Stub of the tool service.
+        runs: Begins runs; enter the clients before it is used, and leave them when all have their end.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -68,10 +71,19 @@ class MeshClients:
         self.internal: Any = SessionInternalServiceStub(channel)
         self.agents: Any = AgentServiceStub(channel)
         self.tools: Any = ToolServiceStub(channel)
+        self.runs = RunCalls(self.agents)
         self._models: list[agent_pb.Model] = []
         self._models_until = 0.0
         self._models_error: HermeshError | None = None
         self._models_lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.runs.close()
 
     async def models(self) -> list[agent_pb.Model]:
         """Returns the models that runs may ask for, the default first; remembered for some seconds.

@@ -19,7 +19,7 @@ from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1 import session_service_pb2 as session_pb
 from meshkit import failpoints
-from meshkit.channel import SESSION_KEY, stream_call
+from meshkit.channel import stream_call
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.tasks import Backoff
 
@@ -252,9 +252,7 @@ class RunFeed:
         if not cursor.run_id:
             self._tries += 1
             assert self._submit is not None
-            # Only a proxy that keeps a session with an agent reads it.
-            metadata = ((SESSION_KEY, self._submit.session_id),)
-            return self._mesh.agents.Run(self._submit, metadata=metadata), RUN_IDLE
+            return self._mesh.runs.run(self._submit), RUN_IDLE
         request = session_pb.WatchRunRequest(run_id=cursor.run_id, after_seq=cursor.last_seq)
         return self._mesh.sessions.WatchRun(request), WATCH_IDLE
 

@@ -23,7 +23,14 @@ from gateway.streams import ABORT_EXTENSION
 from gateway.watch_stream import CLIENT_EXTENSION
 from meshkit import failpoints, tracing
 from meshkit.channel import open_channel
-from meshkit.lifecycle import StopSignals, bind_failure, reachable, remove_ready_file, write_ready_file
+from meshkit.lifecycle import (
+    StopSignals,
+    bind_failure,
+    freeze_heap,
+    reachable,
+    remove_ready_file,
+    write_ready_file,
+)
 from meshkit.probes import ProbeServer
 from meshkit.settings import parse_address
 from meshkit.tasks import TaskOwner
@@ -179,6 +186,7 @@ async def serve(settings: GatewaySettings) -> None:
                 async with (
                     ProbeServer(settings.metrics_listen, gateway.readiness) as probes,
                     TaskOwner("gateway-server") as tasks,
+                    gateway.mesh,
                     gateway.hub,
                 ):
                     tasks.start(watch_loop(), name="loop-lag")
@@ -189,6 +197,7 @@ async def serve(settings: GatewaySettings) -> None:
                             write_ready_file(settings, "gateway", address, probes.address)
                             probes.set_ready()
                             _log.info("serving", address=address, metrics=probes.address)
+                            freeze_heap()
                             await signals.stop.wait()
                             probes.set_ready("draining")
                             await _drain(gateway, signals)

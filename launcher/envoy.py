@@ -32,7 +32,7 @@ class Policy(StrEnum):
     RING_HASH_BOUNDED = "ring_hash_bounded"
 
 
-DEFAULT_POLICY = Policy.LEAST_REQUEST
+DEFAULT_POLICY = Policy.LEAST_REQUEST_FULL_SCAN
 
 # The cluster's older field for it cannot say so.
 _FULL_SCAN = """

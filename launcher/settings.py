@@ -40,9 +40,9 @@ class LauncherSettings(BaseSettings):
     agent_lb: Policy = Field(
         DEFAULT_POLICY,
         description=(
-            "How Envoy chooses the agent of a run: least_request (of two), least_request_full_scan (of all), "
-            "round_robin, random, ring_hash (by session), ring_hash_bounded (by session, none above 1.25 "
-            "times its share)."
+            "How Envoy chooses the agent of a run: least_request_full_scan (the fewest under way of all), "
+            "least_request (of two), round_robin, random, ring_hash (by session), ring_hash_bounded (by "
+            "session, none above 1.25 times its share)."
         ),
     )
     database_url: SecretStr = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -140,6 +141,16 @@ def reachable(host: str, port: int) -> str:
         with contextlib.suppress(OSError):
             host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def freeze_heap() -> None:
+    """Takes what a started process holds out of what the garbage collector walks: it stays for good.
+
+    A full collection of all modules and classes takes 20 ms and more, in which no token moves. Call it once,
+    when the process serves.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def write_ready_file(

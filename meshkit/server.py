@@ -24,6 +24,7 @@ from meshkit.lifecycle import (
     StopSignals,
     bind_failure,
     check_free,
+    freeze_heap,
     reachable,
     remove_ready_file,
     run,
@@ -239,6 +240,7 @@ class Server:
         """
         if not self._started:
             await self.start()
+        freeze_heap()
         await self.signals.stop.wait()
         await self.drain()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 import grpc.aio
@@ -20,19 +20,19 @@ from hermesh.agent.v1.agent_service_pb2 import (
     RunResponse,
 )
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceServicer
-from hermesh.common.v1.event_pb2 import Frame, Reconnect
+from hermesh.common.v1.event_pb2 import Frame
 from meshkit.errors import NotFoundError
 from meshkit.identity import require_mesh, require_tenant
 from services.agent.clients.session import Claim, NotClaimed, SessionClient, Submitted
 from services.agent.clients.tools import ToolClient
 from services.agent.model.catalog import ModelCatalog
+from services.agent.runs.bundle import BundledSubscription, Bundles, reconnect
 from services.agent.runs.subscription import Subscription
 from services.agent.runs.supervisor import Supervisor
 from services.agent.settings import AgentSettings
 
 BEAT_SECONDS = 2.0
 FRAME_BEAT_SECONDS = 10.0
-RECONNECT_MS = {"slow_reader": 0, "drain": 0, "moved": 100, "not_claimed": 0}
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -61,6 +61,7 @@ class AgentServicer(AgentServiceServicer):
         self._session = session
         self._catalog = catalog
         self._tools = tools
+        self._bundles = Bundles()
 
     async def Run(self, request: RunRequest, context: Context) -> AsyncIterator[RunResponse]:
         """Submit input and stream the run; the run does not end with this call."""
@@ -68,7 +69,11 @@ class AgentServicer(AgentServiceServicer):
         if request.options.model:
             await self._catalog.resolve(request.options.model)
         await self._check_tools(request)
-        subscription = Subscription()
+        bundle = None
+        if request.bundle:
+            require_mesh()
+            bundle = self._bundles.bundle(request.bundle)
+        subscription = Subscription() if bundle is None else BundledSubscription(bundle)
         try:
             submitted = await self._supervisor.kept(self._submit(request, tenant_id, subscription))
             yield RunResponse(frame=Frame(events=[submitted.created]))
@@ -76,6 +81,11 @@ class AgentServicer(AgentServiceServicer):
                 yield _reconnect("not_claimed")
                 return
             with _beats(subscription):
+                if isinstance(subscription, BundledSubscription):
+                    async with aclosing(subscription.responses()) as responses:
+                        async for response in responses:
+                            yield response
+                    return
                 while (events := await subscription.next()) is not None:
                     yield RunResponse(frame=Frame(events=events))
             if subscription.reconnect:
@@ -164,4 +174,4 @@ def _beats(subscription: Subscription) -> Iterator[None]:
 
 
 def _reconnect(reason: str) -> RunResponse:
-    return RunResponse(frame=Frame(reconnect=Reconnect(reason=reason, after_ms=RECONNECT_MS.get(reason, 0))))
+    return RunResponse(frame=Frame(reconnect=reconnect(reason)))

@@ -82,12 +82,13 @@ class AgentSettings(MeshSettings):
         description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
     )
     max_appends_per_second: float = Field(
-        4000.0,
+        6000.0,
         ge=0,
         description=(
-            "Writes a second that one agent replica aims at: with many runs their text gathers and goes out "
-            "together, on beats up to 50 ms apart, as it does in any run that writes faster than anyone "
-            "reads. 0 = text is never held back."
+            "Writes a second that one agent replica aims at: its runs divided by it are the seconds between "
+            "two beats on which the text of all of them goes out, from 8 to 50 ms; with fewer than four runs "
+            "there is no beat. Text that comes faster than anyone reads goes out each 50 ms. 0 = text is "
+            "never held back."
         ),
     )
     reconcile_tries: int = Field(

@@ -1,9 +1,9 @@
 """The one append stream of an agent process: many runs' writes out, their results in.
 
-Under load text is paced: it goes out on beats that all runs share, the slower the more runs there are, so
-that the cost of a replica, and of the session service's, follows its messages a second and not its tokens.
-Text that comes faster than anyone reads gathers at any time. A turn's first text and everything that is not
-text is never held back.
+The text of more than a few runs is paced: it goes out on beats that all share, the slower the more runs there
+are, so that the cost of a replica, and of the session service's, follows its messages a second and not its
+tokens. Text that comes faster than anyone reads gathers at any time. A turn's first text and everything that
+is not text is never held back.
 
 When the stream breaks, every run that wrote on it is attached to the next stream under a new fence before
 it writes again; the stream itself is opened anew after 0, 50, 100, 200 ms with jitter.
@@ -38,6 +38,9 @@ RETRY_DELAY = 0.1
 WATCH_SECONDS = 1.0
 # The longest that text gathers, seconds: a reader still sees it flow.
 MAX_PACE = 0.05
+# From so many runs on text gathers, and for so long at least: what it saves is messages, and nobody sees it.
+FEW_RUNS = 4
+MIN_PACE = 0.008
 MAX_MESSAGE = 4 * 1024 * 1024
 # So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
@@ -162,8 +165,8 @@ class AppendLink:
         self._asked_at.pop(writer.run_id, None)
 
     def schedule(self, writer: RunWriter) -> None:
-        """Send what a writer has ready, together with whatever else is."""
-        if self._writers.get(writer.run_id) is writer:
+        """Send what a writer has ready, together with whatever else is: now, or on a beat if it can wait."""
+        if self._writers.get(writer.run_id) is writer and (writer.urgent or not self._gathers(writer)):
             self._ready[writer.run_id] = writer
             self._wake.set()
 
@@ -244,21 +247,10 @@ class AppendLink:
             self._asked_at[writer.run_id] = self._monotonic()
         self._reattach.clear()
         size = 0
-        pace = min(MAX_PACE, len(self._writers) / self._rate) if self._rate else 0.0
-        now = self._monotonic()
-        last_beat = self._beats[False].at
         while self._ready and size < MAX_MESSAGE:
             _, writer = self._ready.popitem()
             if not writer.ready:
                 continue
-            if not writer.urgent:
-                wait = self._wait(writer, max(last_beat, writer.sent_at) + pace, now)
-                if wait > 0:
-                    self._beats[writer.fast].hold(writer, wait)
-                    continue
-                if not writer.fast:
-                    # Text that found no beat to wait for is one: what comes right after it gathers.
-                    self._beats[False].at = now
             if writer.attachment is Attachment.ATTACHED and not writer.lease_held:
                 # Not renewed in time: it may be another's. A new fence says whether it is still ours.
                 writer.detach()
@@ -268,21 +260,44 @@ class AppendLink:
             size += writer.take(message.appends.add())
         return message
 
-    def _wait(self, writer: RunWriter, next_beat: float, now: float) -> float:
-        """Return for how many seconds a writer's text shall gather from now on, at least; none if <= 0."""
-        if writer.fast and self._rate:
+    # gathering
+
+    def _gathers(self, writer: RunWriter) -> bool:
+        """Let a writer's text wait for a beat if it is to; returns whether it does."""
+        fast = writer.fast and self._rate > 0
+        beat = self._beats[fast]
+        if writer.run_id in beat.waiting:
+            return True
+        now = self._monotonic()
+        if fast:
             # From now on: a beat that all of them share follows none's last write.
             wait = MAX_PACE if writer.sent_at + MAX_PACE > now else 0.0
         else:
-            wait = next_beat - now
-        return max(wait, writer.hold_until - now)
+            wait = max(beat.at, writer.sent_at) + self._pace() - now
+        wait = max(wait, writer.hold_until - now)
+        if wait > 0:
+            beat.hold(writer, wait)
+            return True
+        if not fast:
+            # Text that found no beat to wait for is one: what comes right after it gathers.
+            beat.at = now
+        return False
+
+    def _pace(self) -> float:
+        """The seconds between two beats; 0 = text goes out when it comes."""
+        runs = len(self._writers)
+        if not self._rate or runs < FEW_RUNS:
+            return 0.0
+        return min(MAX_PACE, max(MIN_PACE, runs / self._rate))
 
     def _beat_over(self, writers: dict[str, RunWriter]) -> None:
         now = self._monotonic()
-        for writer in writers.values():
-            # One that waits for its turn's first text goes on waiting.
-            writer.urgent = writer.urgent or writer.hold_until <= now
-        self._ready.update(writers)
+        for run_id, writer in writers.items():
+            if writer.hold_until > now and not writer.urgent:
+                # It waits for its turn's first text.
+                self._beats[False].hold(writer, writer.hold_until - now)
+            else:
+                self._ready[run_id] = writer
         self._wake.set()
 
     # receiving

@@ -33,6 +33,11 @@ class Subscription:
         """Whether nothing more will be queued."""
         return self._closed
 
+    @property
+    def queued(self) -> int:
+        """How many events wait to be taken."""
+        return len(self._queue)
+
     def push(self, events: Sequence[Event]) -> None:
         """Queue stored events, or cut the caller off when it is too far behind."""
         if self._closed:
@@ -46,19 +51,41 @@ class Subscription:
             return
         self._queue.extend(events)
         self._bytes += size
-        self._changed.set()
+        self._pushed()
+
+    def _pushed(self) -> None:
+        self.wake()
 
     def close(self, reconnect: str = "") -> None:
         """End the stream after what is queued; `reconnect` says why when the log goes on without it."""
         if not self._closed:
             self._closed = True
             self.reconnect = reconnect
-            self._changed.set()
+            self.wake()
 
     def beat(self) -> None:
         """Let whoever waits in `next` have an empty answer, as a sign of life for its caller."""
         self._beat = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let whoever waits look again."""
         self._changed.set()
+
+    async def changed(self) -> None:
+        """Wait until there is something to look at, which may turn out to be nothing."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def take(self) -> list[Event]:
+        """Return everything queued."""
+        events, self._queue, self._bytes = self._queue, [], 0
+        return events
+
+    def take_beat(self) -> bool:
+        """Whether a sign of life is due; it is from now on no more."""
+        beat, self._beat = self._beat, False
+        return beat
 
     async def next(self) -> list[Event] | None:
         """Return everything queued, waiting for some; [] on a beat, None at the end."""
@@ -67,8 +94,6 @@ class Subscription:
                 return None
             if self._beat:
                 break
-            self._changed.clear()
-            await self._changed.wait()
+            await self.changed()
         self._beat = False
-        events, self._queue, self._bytes = self._queue, [], 0
-        return events
+        return self.take()

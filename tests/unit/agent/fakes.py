@@ -129,6 +129,7 @@ class FakeStore:
         self.streams: list[FakeCall] = []
         self.script: list[str] = []
         self.appends = 0
+        self.messages = 0
         self.hold = False
         self.held: list[tuple[FakeCall, AppendRequest]] = []
         self.released: list[str] = []
@@ -159,6 +160,7 @@ class FakeStore:
             else:
                 result.lost = True
             response.reattached.append(result)
+        self.messages += bool(request.appends)
         for append in request.appends:
             self.appends += 1
             action = self.script.pop(0) if self.script else "commit"

@@ -107,6 +107,39 @@ async def test_run_streams_the_stored_events_from_the_first_to_the_last(agent, m
     assert mesh.submits[0].claim_owner == "agent-test"
 
 
+async def test_streams_of_a_gateway_are_bundled(agent, mesh):
+    """One stream brings what the model says in both runs; each ends by itself."""
+
+    async def read():
+        call = agent.Run(
+            asked("hi [[tokens=40 rate=100]]", bundle="the-gateways"), metadata=agent.metadata, timeout=20
+        )
+        return [response async for response in call]
+
+    both = await asyncio.gather(read(), read())
+    got = {run_id: [] for run_id in mesh.store.runs}
+    for responses in both:
+        assert responses[-1].last_seq > 1
+        for response in responses:
+            for frame in (response.frame, *response.others):
+                for event in frame.events:
+                    got[event.run_id].append(event)
+    assert any(response.others for responses in both for response in responses)
+    for run_id, row in mesh.store.runs.items():
+        assert sorted(got[run_id], key=lambda event: event.seq) == row.events
+
+
+async def test_a_bundle_is_for_the_mesh_only(agent, mesh):
+    """Whoever knew a gateway's name for it could read what is not theirs."""
+    async with grpc.aio.insecure_channel(agent.server.address) as channel:
+        metadata = (("authorization", "Bearer hm_x"),)
+        call = AgentServiceStub(channel).Run(asked("hi", bundle="the-gateways"), metadata=metadata)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert from_rpc_error(caught.value).reason == "MESH_ONLY"
+    assert not mesh.submits
+
+
 async def test_an_exchange_is_remembered_under_the_runs_id(agent, mesh):
     await read(agent, asked("hi [[tokens=1]]"))
     await mesh.store.until(lambda: bool(mesh.remembered))

@@ -309,6 +309,7 @@ async def test_a_stream_that_its_peer_cancelled_is_opened_anew():
 
 async def test_under_load_text_gathers_but_a_first_word_and_an_end_do_not_wait(monkeypatch):
     monkeypatch.setattr("services.agent.runs.link.MAX_PACE", 1000.0)
+    monkeypatch.setattr("services.agent.runs.link.FEW_RUNS", 1)
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.link._rate = 0.001
@@ -327,7 +328,20 @@ async def test_under_load_text_gathers_but_a_first_word_and_an_end_do_not_wait(m
         assert run.types() == ["run.created", "step.started", "text.delta", "text.delta", "usage"]
 
 
-async def test_text_that_gathered_goes_out_by_itself():
+async def test_few_runs_write_when_they_have_something(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.MIN_PACE", 1000.0)
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        for text in "ab":
+            writer.text("text.delta", text)
+            async with asyncio.timeout(5):
+                await setup.store.until(lambda text=text: run.text().endswith(text))
+        assert setup.store.messages == 2
+
+
+async def test_text_that_gathered_goes_out_by_itself(monkeypatch):
+    monkeypatch.setattr("services.agent.runs.link.FEW_RUNS", 1)
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.link._rate = 50
@@ -363,6 +377,7 @@ async def test_a_turns_opening_goes_out_by_itself_when_no_word_comes():
 
 async def test_runs_share_a_beat(monkeypatch):
     monkeypatch.setattr("services.agent.runs.link.MAX_PACE", 1000.0)
+    monkeypatch.setattr("services.agent.runs.link.FEW_RUNS", 1)
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.link._rate = 0.001

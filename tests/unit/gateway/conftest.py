@@ -55,6 +55,7 @@ async def start(mesh: FakeMesh) -> AsyncIterator[Callable[..., Any]]:
             registry = CollectorRegistry()
             channel = await stack.enter_async_context(open_channel(chosen, safe=SAFE_METHODS))
             gateway = make_gateway(chosen, channel, registry=registry)
+            await stack.enter_async_context(gateway.mesh)
             await stack.enter_async_context(gateway.hub)
             sock = bind("127.0.0.1:0")
             await stack.enter_async_context(serving(make_app(gateway, registry=registry), sock, 1.0))

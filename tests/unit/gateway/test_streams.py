@@ -114,9 +114,10 @@ def test_however_streams_break_the_client_gets_the_log_once(
                     input=[InputMessage(role="user", content="one two three")],
                     request_id="r",
                 )
-                feed = RunFeed(MeshClients(channel), RunCursor(), 5.0, submit)
-                with use_identity(Identity(TENANT, mesh=False)):
-                    got = [event async for batch in feed.batches() for event in batch]
+                async with MeshClients(channel) as clients:
+                    feed = RunFeed(clients, RunCursor(), 5.0, submit)
+                    with use_identity(Identity(TENANT, mesh=False)):
+                        got = [event async for batch in feed.batches() for event in batch]
             assert len(mesh.runs) == 1
             assert got == session.runs[0].log.events
 

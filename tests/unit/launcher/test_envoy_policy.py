@@ -33,7 +33,7 @@ def agent_routes(config: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("policy", "name", "more"),
     [
-        (None, "LEAST_REQUEST", set()),
+        (None, "LOAD_BALANCING_POLICY_CONFIG", {"load_balancing_policy"}),
         (Policy.LEAST_REQUEST, "LEAST_REQUEST", set()),
         (Policy.LEAST_REQUEST_FULL_SCAN, "LOAD_BALANCING_POLICY_CONFIG", {"load_balancing_policy"}),
         (Policy.ROUND_ROBIN, "ROUND_ROBIN", set()),
@@ -50,7 +50,7 @@ def test_a_policy_is_for_the_agents_alone(
     agent = clusters.pop("agent")
     assert agent["lb_policy"] == name
     assert {key for key in agent if key in ("load_balancing_policy", "ring_hash_lb_config")} == more
-    assert {cluster["lb_policy"] for cluster in clusters.values()} == {"LEAST_REQUEST"}
+    assert {cluster["lb_policy"] for cluster in clusters.values()} == {"LOAD_BALANCING_POLICY_CONFIG"}
     bounded = "consistent_hashing_lb_config" in agent["common_lb_config"]
     assert bounded == (policy is Policy.RING_HASH_BOUNDED)
     hashed = policy in (Policy.RING_HASH, Policy.RING_HASH_BOUNDED)
@@ -71,6 +71,6 @@ def test_envoy_accepts_every_policy(tmp_path: Path, policy: Policy) -> None:
 
 
 def test_the_policy_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LauncherSettings().agent_lb is Policy.LEAST_REQUEST
+    assert LauncherSettings().agent_lb is Policy.LEAST_REQUEST_FULL_SCAN
     monkeypatch.setenv("HERMESH_AGENT_LB", "ring_hash_bounded")
     assert LauncherSettings().agent_lb is Policy.RING_HASH_BOUNDED

@@ -27,7 +27,7 @@ from hermesh.common.v1 import event_pb2 as hermesh_dot_common_dot_v1_dot_event__
 from hermesh.session.v1 import resources_pb2 as hermesh_dot_session_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hermesh/agent/v1/agent_service.proto\x12\x10hermesh.agent.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1dhermesh/common/v1/event.proto\x1a\"hermesh/session/v1/resources.proto\"\xfc\x01\n\nRunRequest\x12\x1c\n\nsession_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12;\n\x05input\x18\x02 \x03(\x0b\x32\x1f.hermesh.common.v1.InputMessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12/\n\x07options\x18\x03 \x01(\x0b\x32\x1e.hermesh.session.v1.RunOptions\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x44\n\x0b\x63oncurrency\x18\x05 \x01(\x0e\x32%.hermesh.session.v1.ConcurrencyPolicyB\x08\xbaH\x05\x82\x01\x02\x10\x01\"6\n\x0bRunResponse\x12\'\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x18.hermesh.common.v1.Frame\"*\n\x0e\x45xecuteRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"N\n\x0f\x45xecuteResponse\x12\x10\n\x08last_seq\x18\x01 \x01(\x05\x12\x17\n\x0f\x61lready_claimed\x18\x02 \x01(\x08\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.hermesh.agent.v1.Model\":\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08owned_by\x18\x02 \x01(\t\x12\x11\n\ttool_mode\x18\x03 \x01(\t2\xff\x01\n\x0c\x41gentService\x12\x44\n\x03Run\x12\x1c.hermesh.agent.v1.RunRequest\x1a\x1d.hermesh.agent.v1.RunResponse0\x01\x12P\n\x07\x45xecute\x12 .hermesh.agent.v1.ExecuteRequest\x1a!.hermesh.agent.v1.ExecuteResponse0\x01\x12W\n\nListModels\x12#.hermesh.agent.v1.ListModelsRequest\x1a$.hermesh.agent.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hermesh/agent/v1/agent_service.proto\x12\x10hermesh.agent.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1dhermesh/common/v1/event.proto\x1a\"hermesh/session/v1/resources.proto\"\x95\x02\n\nRunRequest\x12\x1c\n\nsession_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12;\n\x05input\x18\x02 \x03(\x0b\x32\x1f.hermesh.common.v1.InputMessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12/\n\x07options\x18\x03 \x01(\x0b\x32\x1e.hermesh.session.v1.RunOptions\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x44\n\x0b\x63oncurrency\x18\x05 \x01(\x0e\x32%.hermesh.session.v1.ConcurrencyPolicyB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x06\x62undle\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@\"r\n\x0bRunResponse\x12\'\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x18.hermesh.common.v1.Frame\x12(\n\x06others\x18\x02 \x03(\x0b\x32\x18.hermesh.common.v1.Frame\x12\x10\n\x08last_seq\x18\x03 \x01(\x05\"*\n\x0e\x45xecuteRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"N\n\x0f\x45xecuteResponse\x12\x10\n\x08last_seq\x18\x01 \x01(\x05\x12\x17\n\x0f\x61lready_claimed\x18\x02 \x01(\x08\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.hermesh.agent.v1.Model\":\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08owned_by\x18\x02 \x01(\t\x12\x11\n\ttool_mode\x18\x03 \x01(\t2\xff\x01\n\x0c\x41gentService\x12\x44\n\x03Run\x12\x1c.hermesh.agent.v1.RunRequest\x1a\x1d.hermesh.agent.v1.RunResponse0\x01\x12P\n\x07\x45xecute\x12 .hermesh.agent.v1.ExecuteRequest\x1a!.hermesh.agent.v1.ExecuteResponse0\x01\x12W\n\nListModels\x12#.hermesh.agent.v1.ListModelsRequest\x1a$.hermesh.agent.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,22 +42,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_RUNREQUEST'].fields_by_name['concurrency']._loaded_options = None
   _globals['_RUNREQUEST'].fields_by_name['concurrency']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_RUNREQUEST'].fields_by_name['bundle']._loaded_options = None
+  _globals['_RUNREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\004r\002\030@'
   _globals['_EXECUTEREQUEST'].fields_by_name['run_id']._loaded_options = None
   _globals['_EXECUTEREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_RUNREQUEST']._serialized_start=155
-  _globals['_RUNREQUEST']._serialized_end=407
-  _globals['_RUNRESPONSE']._serialized_start=409
-  _globals['_RUNRESPONSE']._serialized_end=463
-  _globals['_EXECUTEREQUEST']._serialized_start=465
-  _globals['_EXECUTEREQUEST']._serialized_end=507
-  _globals['_EXECUTERESPONSE']._serialized_start=509
-  _globals['_EXECUTERESPONSE']._serialized_end=587
-  _globals['_LISTMODELSREQUEST']._serialized_start=589
-  _globals['_LISTMODELSREQUEST']._serialized_end=608
-  _globals['_LISTMODELSRESPONSE']._serialized_start=610
-  _globals['_LISTMODELSRESPONSE']._serialized_end=671
-  _globals['_MODEL']._serialized_start=673
-  _globals['_MODEL']._serialized_end=731
-  _globals['_AGENTSERVICE']._serialized_start=734
-  _globals['_AGENTSERVICE']._serialized_end=989
+  _globals['_RUNREQUEST']._serialized_end=432
+  _globals['_RUNRESPONSE']._serialized_start=434
+  _globals['_RUNRESPONSE']._serialized_end=548
+  _globals['_EXECUTEREQUEST']._serialized_start=550
+  _globals['_EXECUTEREQUEST']._serialized_end=592
+  _globals['_EXECUTERESPONSE']._serialized_start=594
+  _globals['_EXECUTERESPONSE']._serialized_end=672
+  _globals['_LISTMODELSREQUEST']._serialized_start=674
+  _globals['_LISTMODELSREQUEST']._serialized_end=693
+  _globals['_LISTMODELSRESPONSE']._serialized_start=695
+  _globals['_LISTMODELSRESPONSE']._serialized_end=756
+  _globals['_MODEL']._serialized_start=758
+  _globals['_MODEL']._serialized_end=816
+  _globals['_AGENTSERVICE']._serialized_start=819
+  _globals['_AGENTSERVICE']._serialized_end=1074
 # @@protoc_insertion_point(module_scope)

@@ -31,12 +31,17 @@ class RunRequest(message.Message):
     OPTIONS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     CONCURRENCY_FIELD_NUMBER: builtins.int
+    BUNDLE_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """The session."""
     request_id: builtins.str
     """The caller's idempotency key; a repeated one streams the first run's events."""
     concurrency: resources_pb2.ConcurrencyPolicy.ValueType
     """What to do when the session is busy."""
+    bundle: builtins.str
+    """For the mesh only: streams with the same name, which is their caller's secret, form a bundle. One of
+    them may carry the events of all, which under load saves a message for each.
+    """
     @builtins.property
     def input(self) -> containers.RepeatedCompositeFieldContainer[event_pb2.InputMessage]:
         """What the caller adds to the conversation; at least one message, at most 1 MiB in all."""
@@ -53,10 +58,11 @@ class RunRequest(message.Message):
         options: resources_pb2.RunOptions | None = ...,
         request_id: builtins.str = ...,
         concurrency: resources_pb2.ConcurrencyPolicy.ValueType = ...,
+        bundle: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["concurrency", b"concurrency", "input", b"input", "options", b"options", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bundle", b"bundle", "concurrency", b"concurrency", "input", b"input", "options", b"options", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -67,18 +73,30 @@ class RunResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: builtins.int
+    OTHERS_FIELD_NUMBER: builtins.int
+    LAST_SEQ_FIELD_NUMBER: builtins.int
+    last_seq: builtins.int
+    """Set in the last message of a stream of a bundle: the last seq that was sent. Those that this stream did
+    not bring come over another one, where they may still be under way.
+    """
     @builtins.property
     def frame(self) -> event_pb2.Frame:
         """The events, or the notice to reconnect; empty as a sign of life."""
+
+    @builtins.property
+    def others(self) -> containers.RepeatedCompositeFieldContainer[event_pb2.Frame]:
+        """Events of the other streams of the bundle, a frame a run."""
 
     def __init__(
         self,
         *,
         frame: event_pb2.Frame | None = ...,
+        others: abc.Iterable[event_pb2.Frame] | None = ...,
+        last_seq: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["frame", b"frame"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["frame", b"frame", "last_seq", b"last_seq", "others", b"others"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
