@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
+from asyncpg.pgproto.pgproto import UUID as _FastUUID
 
 from meshkit.errors import (
     HermeshError,
@@ -81,6 +83,15 @@ async def open_pool(
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         raise StartupError(connect_failure(url, error)) from error
     return pool
+
+
+def fast_uuid(text: str) -> UUID:
+    """Returns an id in the driver's own form, which hashes, compares and is sent without a line of Python.
+
+    Raises:
+        ValueError: The text is not a UUID.
+    """
+    return cast(UUID, _FastUUID(text))
 
 
 async def _reset(connection: Any) -> None:

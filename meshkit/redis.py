@@ -6,9 +6,10 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import hiredis
 import redis.asyncio
 import redis.asyncio.retry
 import redis.backoff
@@ -27,6 +28,40 @@ TIMEOUT = 0.25
 _MAX_CONNECTIONS = 64
 
 REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
+
+
+class _FastPacking:
+    """Encodes commands in C: redis-py's asyncio connections do it in Python, argument by argument."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        """Returns a command as it goes over the wire.
+
+        Raises:
+            DataError: An argument is neither text, bytes nor a number.
+        """
+        name = args[0]
+        if isinstance(name, str) and " " in name:
+            # "SCRIPT LOAD" is two words there.
+            args = (*name.split(), *args[1:])
+        try:
+            return [hiredis.pack_command(args)]
+        except TypeError as error:
+            raise redis.exceptions.DataError(str(error)) from error
+
+
+class _Connection(_FastPacking, redis.asyncio.Connection):
+    pass
+
+
+class _SSLConnection(_FastPacking, redis.asyncio.SSLConnection):
+    pass
+
+
+class _UnixConnection(_FastPacking, redis.asyncio.UnixDomainSocketConnection):
+    pass
+
+
+_CONNECTIONS = {"redis": _Connection, "rediss": _SSLConnection, "unix": _UnixConnection}
 
 
 def open_redis(
@@ -62,6 +97,7 @@ def open_redis(
             decode_responses=False,
             maint_notifications_config=redis.maint_notifications.MaintNotificationsConfig(enabled=False),
         )
+        client.connection_pool.connection_class = _CONNECTIONS[scheme]
     except ValueError as error:
         raise StartupError("HERMESH_REDIS_URL must be redis://host:port, rediss:// or unix://path") from error
     return client

@@ -11,6 +11,7 @@ import structlog
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from meshkit import failpoints
 from meshkit.errors import HermeshError, UnavailableError
+from meshkit.postgres import fast_uuid
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import convert, metrics
 from services.session.domain import AppendOutcome, Grant, LeaseRef, RunAppend, StepCommit
@@ -308,7 +309,7 @@ class AppendStream:
         lease = self.held.get(run_text)
         if lease is None or lease.fence != append.fence:
             try:
-                lease = LeaseRef(UUID(append.session_id), UUID(run_text), append.fence)
+                lease = LeaseRef(fast_uuid(append.session_id), fast_uuid(run_text), append.fence)
             except ValueError:
                 self._invalid(append, "session_id and run_id must be UUIDs")
                 return
@@ -337,8 +338,9 @@ class AppendStream:
             append.first_seq,
             convert.events_of(append),
             commit,
+            size,
         )
-        self._hub.flusher.submit(Pending(write, run_text, size, self))
+        self._hub.flusher.submit(Pending(write, run_text, self))
 
     def _invalid(self, append: internal.RunAppend, detail: str) -> None:
         self._outstanding += 1
@@ -354,7 +356,7 @@ class AppendStream:
     def settled(self, pending: Pending, outcome: AppendOutcome, next_seq: int, detail: str) -> None:
         """Takes the outcome of a write and passes it down."""
         append = pending.append
-        self._outstanding_bytes -= pending.size
+        self._outstanding_bytes -= append.size
         if outcome is AppendOutcome.FENCED or (
             outcome is AppendOutcome.COMMITTED
             and append.commit is not None

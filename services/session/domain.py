@@ -321,9 +321,13 @@ class StepCommit:
     usage: Usage | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# These two are made for every few tokens. They are not frozen, because that doubles what making one costs.
+@dataclass(slots=True)
 class RunAppend:
-    """One write of one run: events from `first_seq` on, and what commits with them."""
+    """One write of one run: events from `first_seq` on, and what commits with them.
+
+    `size` is about how many bytes it holds, where a queue's bound needs it.
+    """
 
     session_id: UUID
     run_id: UUID
@@ -331,9 +335,10 @@ class RunAppend:
     first_seq: int
     events: Sequence[NewEvent]
     commit: StepCommit | None = None
+    size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AppendResult:
     """What became of a RunAppend; `next_seq` is PostgreSQL's word where it was asked, else 0."""
 

@@ -6,7 +6,7 @@ the load asks for, and a lone append is written at once.
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -48,14 +48,13 @@ class Sink(Protocol):
 
 
 class Pending:
-    """One write on its way: `size` bytes on the wire, `run_text` the run's id as the writer sent it."""
+    """One write on its way: `run_text` is the run's id as the writer sent it."""
 
-    __slots__ = ("append", "run_text", "sink", "size")
+    __slots__ = ("append", "run_text", "sink")
 
-    def __init__(self, append: RunAppend, run_text: str, size: int, sink: Sink) -> None:
+    def __init__(self, append: RunAppend, run_text: str, sink: Sink) -> None:
         self.append = append
         self.run_text = run_text
-        self.size = size
         self.sink = sink
 
 
@@ -124,7 +123,7 @@ class Flusher:
                 continue
             sessions.add(session_id)
             batch.append(pending)
-            size += pending.size
+            size += pending.append.size
         plain.extendleft(reversed(later))
         return batch
 
@@ -147,8 +146,16 @@ class Flusher:
             return
         metrics.flush_seconds.observe(time.perf_counter() - started)
         metrics.flush_appends.observe(len(batch))
+        # Counted once a flush: to count takes as long as to settle.
+        events = 0
+        outcomes: Counter[int] = Counter()
         for pending, result in zip(batch, results, strict=True):
-            self._settle(pending, result)
+            if result.outcome is AppendOutcome.COMMITTED:
+                events += len(pending.append.events)
+            outcomes[int(self._settle(pending, result))] += 1
+        metrics.events.inc(events)
+        for outcome, count in outcomes.items():
+            _COUNT[AppendOutcome(outcome)].inc(count)
 
     async def _step(self, pending: Pending) -> None:
         try:
@@ -166,23 +173,25 @@ class Flusher:
             self._settle_all([pending], AppendOutcome.RETRY)
         else:
             metrics.step_seconds.observe(time.perf_counter() - started)
-            self._settle(pending, result)
+            if result.outcome is AppendOutcome.COMMITTED:
+                metrics.events.inc(len(pending.append.events))
+            _COUNT[self._settle(pending, result)].inc()
 
-    def _settle(self, pending: Pending, result: AppendResult) -> None:
+    def _settle(self, pending: Pending, result: AppendResult) -> AppendOutcome:
+        """Tells those concerned what became of a write; returns it."""
         append = pending.append
         outcome = result.outcome
         next_seq = result.next_seq
         after = append.first_seq + len(append.events)
         if outcome is AppendOutcome.COMMITTED:
             next_seq = next_seq or after
-            metrics.events.inc(len(append.events))
             self._on_commit(append)
         elif outcome is AppendOutcome.GAP and next_seq >= after:
             # The fence was current, so the writer is the only one there is: what stands at these seqs is
             # this very write, committed earlier by a try whose answer was lost.
             outcome = AppendOutcome.COMMITTED
-        _COUNT[outcome].inc()
         pending.sink.settled(pending, outcome, next_seq, result.detail)
+        return outcome
 
     def _refuse(self, pending: Pending, error: HermeshError) -> None:
         _log.error("a write cannot be stored", run_id=pending.run_text, reason=error.reason, error=str(error))

@@ -1,7 +1,7 @@
 """Commits on their way to Redis: behind the acknowledgement, in bulk, and never in anybody's way."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,9 +22,9 @@ _BATCH = 64
 # Before a batch is taken more of it may gather: several appends of one run become one publication. It is
 # behind the acknowledgement, and watchers on other replicas do not notice a few milliseconds.
 _GATHER_S = 0.004
-# Publications are at least so far apart, unless a batch is full: under load it is their number that costs,
-# here and in Redis.
-_APART_S = 0.02
+# So far apart publications begin while they keep up: under load it is their number that costs, here and in
+# Redis. Watchers on this replica do not wait for them.
+_APART_S = 0.04
 # The fence of an event that was committed without a lease: PostgreSQL is asked for the session's.
 _ASK = 0
 
@@ -39,15 +39,18 @@ class Reply(StrEnum):
     BROKEN = "BROKEN"  # something else was at its keys; it is dropped
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Publication:
-    """Committed events of one run in a row."""
+    """Committed events of one run in a row.
+
+    Not frozen, because one is made of nearly every append, and freezing doubles what that costs.
+    """
 
     session_id: UUID
     run_id: UUID
     fence: int
     first_seq: int
-    events: Sequence[NewEvent | Event]
+    events: Sequence[NewEvent]
 
 
 class Streams(Protocol):
@@ -90,22 +93,21 @@ class RedisPublisher:
         """Makes a publisher that starts with `run`."""
         self._streams = streams
         self._store = store
-        self._queue: deque[tuple[Publication, int]] = deque()
+        self._queue: deque[tuple[RunAppend, int]] = deque()
         self._size = 0
         self._wake = asyncio.Event()
 
     def offer(self, append: RunAppend) -> None:
         """Takes a committed append."""
-        size = sum(len(event.data) for event in append.events)
-        self._offer(
-            Publication(append.session_id, append.run_id, append.fence, append.first_seq, append.events), size
-        )
+        self._offer(append, append.size)
 
     def offer_event(self, run: Run, event: Event) -> None:
         """Takes an event that was committed without a lease."""
-        self._offer(Publication(run.session_id, run.run_id, _ASK, event.seq, [event]), len(event.data))
+        new = NewEvent(event.type, event.time_ms, event.data)
+        append = RunAppend(run.session_id, run.run_id, _ASK, event.seq, [new])
+        self._offer(append, len(event.data))
 
-    def _offer(self, item: Publication, size: int) -> None:
+    def _offer(self, append: RunAppend, size: int) -> None:
         if self._streams.refuses and self._queue:
             # One waits as the breaker's trial; the others would only be late.
             metrics.publishes.labels("dropped").inc()
@@ -113,7 +115,7 @@ class RedisPublisher:
         if len(self._queue) >= _MAX_QUEUED or self._size >= _MAX_QUEUED_BYTES:
             metrics.publishes.labels("dropped").inc()
             return
-        self._queue.append((item, size))
+        self._queue.append((append, size))
         self._size += size
         self._wake.set()
 
@@ -121,14 +123,16 @@ class RedisPublisher:
         """Publishes until cancelled."""
         loop = asyncio.get_running_loop()
         last = float("-inf")
+        all_taken = True
         while True:
             if not self._queue:
                 self._wake.clear()
                 await self._wake.wait()
-            if len(self._queue) < _BATCH:
+            if all_taken:
                 await asyncio.sleep(max(_GATHER_S, last + _APART_S - loop.time()))
             last = loop.time()
             batch = self._take()
+            all_taken = not self._queue
             try:
                 await self._publish(batch)
             except HermeshError as error:
@@ -140,17 +144,22 @@ class RedisPublisher:
     def _take(self) -> list[Publication]:
         """Takes what is queued, at most one publication a run unless its fence or place jumps."""
         batch: list[Publication] = []
-        places: dict[UUID, int] = {}
+        of_run: dict[UUID, Publication] = {}
         while self._queue and len(batch) < _BATCH:
-            item, size = self._queue.popleft()
+            append, size = self._queue.popleft()
             self._size -= size
-            place = places.get(item.run_id)
-            if place is not None:
-                former = batch[place]
-                if former.fence == item.fence and former.first_seq + len(former.events) == item.first_seq:
-                    batch[place] = replace(former, events=[*former.events, *item.events])
-                    continue
-            places[item.run_id] = len(batch)
+            item = of_run.get(append.run_id)
+            if (
+                item is not None
+                and item.fence == append.fence
+                and item.first_seq + len(item.events) == append.first_seq
+            ):
+                item.events = [*item.events, *append.events]
+                continue
+            item = Publication(
+                append.session_id, append.run_id, append.fence, append.first_seq, append.events
+            )
+            of_run[append.run_id] = item
             batch.append(item)
         return batch
 
@@ -159,8 +168,10 @@ class RedisPublisher:
         missing = [item for item in batch if item.fence == _ASK]
         gaps = []
         if known:
-            for item, reply in zip(known, await self._streams.publish(known), strict=True):
-                metrics.publishes.labels(reply.value).inc()
+            replies = await self._streams.publish(known)
+            for reply, count in Counter(replies).items():
+                metrics.publishes.labels(reply.value).inc(count)
+            for item, reply in zip(known, replies, strict=True):
                 if reply is Reply.MISSING:
                     missing.append(item)
                 elif reply is Reply.GAP:

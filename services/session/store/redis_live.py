@@ -104,6 +104,8 @@ def stream_key(session_id: UUID, run_id: UUID) -> str:
     return f"hermesh:{{{session_id}}}:run:{run_id}:events"
 
 
+_REPLIES = {reply.value.encode(): reply for reply in Reply}
+
 _PUBLISH_SCRIPT = Script(_PUBLISH)
 _SEED_SCRIPT = Script(_SEED)
 
@@ -150,10 +152,8 @@ class RedisStreams:
             keys += (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
             arguments += (item.fence, item.first_seq, len(item.events))
             arguments += [f"{event.type} {event.time_ms} {event.data}" for event in item.events]
-        replies = [
-            Reply(reply.decode())
-            for reply in await run_script(self._client, self._breaker, _PUBLISH_SCRIPT, keys, arguments)
-        ]
+        answer = await run_script(self._client, self._breaker, _PUBLISH_SCRIPT, keys, arguments)
+        replies = [_REPLIES[reply] for reply in answer]
         for item, reply in zip(items, replies, strict=True):
             if reply is Reply.BROKEN:
                 # Something that is not ours is at these keys; without them readers use PostgreSQL.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -15,6 +16,7 @@ from meshkit.errors import (
 )
 from meshkit.postgres import (
     connect_failure,
+    fast_uuid,
     is_retryable,
     load_sql,
     map_pg_error,
@@ -149,3 +151,13 @@ async def test_a_url_that_is_none_is_one_line(url: str) -> None:
 )
 def test_a_failed_connection_says_why(error: Exception, words: str) -> None:
     assert words in connect_failure("postgresql:///d?host=/tmp", error)
+
+
+def test_the_drivers_ids_are_ids_like_others() -> None:
+    text = "0198f3a2-0000-7000-8000-0123456789ab"
+    fast, plain = fast_uuid(text), UUID(text)
+    assert isinstance(fast, UUID)
+    assert (fast, hash(fast), str(fast)) == (plain, hash(plain), text)
+    for wrong in ("", "0198f3a2", text + "0", text[:-1] + "g", "\0" * 36, "é" * 18):
+        with pytest.raises(ValueError, match="invalid UUID"):
+            fast_uuid(wrong)

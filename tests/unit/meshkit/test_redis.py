@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+import redis.asyncio
 import redis.exceptions
 
 from meshkit.errors import StartupError
@@ -154,3 +155,19 @@ def test_a_success_forgets_earlier_failures() -> None:
         breaker.failure()
         breaker.success()
     assert not breaker.is_open
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://h", "unix:///s"])
+def test_commands_are_packed_as_redis_py_packs_them(url: str) -> None:
+    client = open_redis(url)
+    assert client is not None
+    connection = client.connection_pool.make_connection()
+    for command in (
+        ("GET", b"k\x00"),
+        ("SCRIPT LOAD", "return 'ü'"),
+        ("EVALSHA", "a", 1, "k", 2.5, "x" * 9000),
+    ):
+        packed = b"".join(connection.pack_command(*command))
+        assert packed == b"".join(redis.asyncio.connection.Connection().pack_command(*command))
+    with pytest.raises(redis.exceptions.DataError):
+        connection.pack_command("GET", object())

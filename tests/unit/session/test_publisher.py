@@ -167,7 +167,7 @@ async def test_appends_of_one_run_are_one_publication(streams: FakeStreams, stor
     assert streams.calls == [2]
 
 
-async def test_what_comes_during_a_publication_gathers_unless_it_fills_a_batch(
+async def test_what_comes_during_a_publication_gathers_and_what_it_left_does_not(
     streams: FakeStreams, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.session.publisher._APART_S", 1000.0)
@@ -175,18 +175,17 @@ async def test_what_comes_during_a_publication_gathers_unless_it_fills_a_batch(
     streams.fences[SESSION] = 1
     async with running(streams, store) as publisher:
         publish = streams.publish
-        meanwhile = [3, 1]  # runs
 
         async def slow(items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
-            if meanwhile:
-                for _ in range(meanwhile.pop(0)):
-                    publisher.offer(RunAppend(SESSION, uuid7(), 1, 2, [text("x")]))
+            if len(items) == 2:
+                publisher.offer(append(2))
             return await publish(items, reseed=reseed)
 
         monkeypatch.setattr(streams, "publish", slow)
-        publisher.offer(append(1))
+        for _ in range(5):
+            publisher.offer(RunAppend(SESSION, uuid7(), 1, 2, [text("x")]))
         await until(lambda: len(streams.calls) == 2)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert streams.calls == [1, 3]
+        assert streams.calls == [3, 2]
         assert len(publisher._queue) == 1
