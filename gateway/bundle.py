@@ -89,12 +89,15 @@ class RunCall:
         return passed
 
     def cancel(self) -> bool:
-        """Leaves the stream; one that carries others' events goes on without its reader until it ends."""
+        """Leaves the stream. One that carries others' events goes on without its reader until it ends.
+
+        So does one that has said its last: cancelled, it would count as a client that went away.
+        """
         if self._left:
             return False
         self._left = True
         silent = asyncio.get_running_loop().time() - self._heard_at > _SILENCE
-        if not self._carries or silent:
+        if silent or not (self._carries or self._last_seq):
             self._call.cancel()
         self._end(asyncio.CancelledError())
         return True

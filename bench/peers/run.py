@@ -19,8 +19,10 @@ from bench.scenarios import SCENARIOS, Replies
 from bench.target import IncompleteReply
 from bench.targets import MeshTarget
 
-# Of the bench's own scenarios, as many questions as the slowest peer answers in half a minute.
+# Of the bench's own scenarios, as many questions and tokens as the slowest peer answers in half a minute.
 _ASKS = {"clients_1": (20, 200), "clients_32": (3, 200), "paced_100": (1, 200)}
+# Replies of four seconds that began over longer would not all run at once.
+_SPREAD = 1.0
 _SHOWN = 400
 Said = Callable[[str], None]
 
@@ -28,7 +30,7 @@ Said = Callable[[str], None]
 def scenarios(names: Sequence[str] = ()) -> list[Replies]:
     """Returns the scenarios for peers, or those named."""
     return [
-        replace(one, asks=_ASKS[one.name][0], tokens=_ASKS[one.name][1])
+        replace(one, asks=_ASKS[one.name][0], tokens=_ASKS[one.name][1], spread=min(one.spread, _SPREAD))
         for one in SCENARIOS
         if isinstance(one, Replies) and one.name in _ASKS and (not names or one.name in names)
     ]

@@ -232,6 +232,18 @@ def test_a_stream_that_carries_nothing_is_cancelled_with_its_reader() -> None:
     using(body)
 
 
+def test_a_stream_that_has_said_its_last_ends_by_itself() -> None:
+    async def body(agents: Agents, runs: RunCalls) -> None:
+        call = runs.run(RunRequest())
+        agents.calls[0].put(own("a", 1, 2, last=2))
+        assert await read_all(call) == ([1, 2], "")
+        call.cancel()
+        assert not agents.calls[0].cancelled
+        agents.calls[0].put(grpc.aio.EOF)
+
+    using(body)
+
+
 def test_strays_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway_bundle, "PATIENCE", 0.01)
 
