@@ -65,7 +65,6 @@ class RunCall:
         self._carries = False
         self._read_all = False
         self._left = False
-        self._heard_at = 0.0
 
     async def read(self) -> Any:
         """Returns the next response, or EOF.
@@ -96,28 +95,24 @@ class RunCall:
         if self._left:
             return False
         self._left = True
-        silent = asyncio.get_running_loop().time() - self._heard_at > _SILENCE
-        if silent or not (self._carries or self._last_seq):
+        if not (self._carries or self._last_seq):
             self._call.cancel()
         self._end(asyncio.CancelledError())
         return True
 
     async def serve(self) -> None:
         """Reads the stream to its end."""
-        loop = asyncio.get_running_loop()
-        self._heard_at = loop.time()
         try:
             while True:
-                async with asyncio.timeout(_SILENCE if self._left else None):
+                async with asyncio.timeout(_SILENCE):
                     response = await self._call.read()
                 if response is grpc.aio.EOF:
                     break
-                self._heard_at = loop.time()
                 self._take(response)
         except grpc.aio.AioRpcError as error:
             self._end(error)
         except TimeoutError:
-            _log.warning("a stream without a reader was silent for too long", seconds=_SILENCE)
+            _log.warning("a stream was silent for too long", run_id=self.run_id, seconds=_SILENCE)
         except asyncio.CancelledError as error:
             # grpc.aio raises it for a call that the other side cancelled, too.
             task = asyncio.current_task()

@@ -221,6 +221,22 @@ def test_a_stream_without_a_reader_goes_on_while_it_carries_for_others() -> None
     using(body)
 
 
+def test_a_stream_without_a_reader_that_falls_silent_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last read began while it still had a reader."""
+    monkeypatch.setattr(gateway_bundle, "_SILENCE", 0.05)
+
+    async def body(agents: Agents, runs: RunCalls) -> None:
+        call = runs.run(RunRequest())
+        agents.calls[0].put(own("a", 1), carried(("b", (2,))))
+        await call.read()
+        call.cancel()
+        assert not agents.calls[0].cancelled
+        while not agents.calls[0].cancelled:  # noqa: ASYNC110 -- no event tells of it
+            await asyncio.sleep(0.01)
+
+    using(body)
+
+
 def test_a_stream_that_carries_nothing_is_cancelled_with_its_reader() -> None:
     async def body(agents: Agents, runs: RunCalls) -> None:
         call = runs.run(RunRequest())
