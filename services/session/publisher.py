@@ -93,21 +93,18 @@ class RedisPublisher:
         """Makes a publisher that starts with `run`."""
         self._streams = streams
         self._store = store
-        self._queue: deque[tuple[RunAppend, int]] = deque()
+        self._queue: deque[RunAppend] = deque()
         self._size = 0
         self._wake = asyncio.Event()
-
-    def offer(self, append: RunAppend) -> None:
-        """Takes a committed append."""
-        self._offer(append, append.size)
 
     def offer_event(self, run: Run, event: Event) -> None:
         """Takes an event that was committed without a lease."""
         new = NewEvent(event.type, event.time_ms, event.data)
-        append = RunAppend(run.session_id, run.run_id, _ASK, event.seq, [new])
-        self._offer(append, len(event.data))
+        size = len(event.data)
+        self.offer(RunAppend(run.session_id, run.run_id, _ASK, event.seq, [new], size=size))
 
-    def _offer(self, append: RunAppend, size: int) -> None:
+    def offer(self, append: RunAppend) -> None:
+        """Takes a committed append."""
         if self._streams.refuses and self._queue:
             # One waits as the breaker's trial; the others would only be late.
             metrics.publishes.labels("dropped").inc()
@@ -115,8 +112,8 @@ class RedisPublisher:
         if len(self._queue) >= _MAX_QUEUED or self._size >= _MAX_QUEUED_BYTES:
             metrics.publishes.labels("dropped").inc()
             return
-        self._queue.append((append, size))
-        self._size += size
+        self._queue.append(append)
+        self._size += append.size
         self._wake.set()
 
     async def run(self) -> None:
@@ -146,8 +143,8 @@ class RedisPublisher:
         batch: list[Publication] = []
         of_run: dict[UUID, Publication] = {}
         while self._queue and len(batch) < _BATCH:
-            append, size = self._queue.popleft()
-            self._size -= size
+            append = self._queue.popleft()
+            self._size -= append.size
             item = of_run.get(append.run_id)
             if (
                 item is not None
