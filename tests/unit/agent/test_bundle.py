@@ -42,15 +42,21 @@ class Stream:
             return await self.step
 
 
+async def two():
+    """Two streams of a bundle that have begun and have nothing to say; the first carries."""
+    bundle = Bundle()
+    a, b = Stream(bundle, "a"), Stream(bundle, "b")
+    assert await a.silent()
+    assert await b.silent()
+    return a, b
+
+
 def seqs(frame):
     return [(event.run_id, event.seq) for event in frame.events]
 
 
 async def test_one_stream_carries_what_all_have():
-    bundle = Bundle()
-    a, b = Stream(bundle, "a"), Stream(bundle, "b")
-    assert await a.silent()
-    assert await b.silent()
+    a, b = await two()
     b.push(2, 3)
     a.push(2)
     response = await a.waited()
@@ -60,10 +66,7 @@ async def test_one_stream_carries_what_all_have():
 
 
 async def test_a_stream_that_ends_says_how_much_was_sent_and_the_next_one_carries():
-    bundle = Bundle()
-    a, b = Stream(bundle, "a"), Stream(bundle, "b")
-    assert await a.silent()
-    assert await b.silent()
+    a, b = await two()
     a.push(2)
     assert seqs((await a.waited()).frame) == [("a", 2)]
     a.push(3)
@@ -78,10 +81,7 @@ async def test_a_stream_that_ends_says_how_much_was_sent_and_the_next_one_carrie
 
 
 async def test_what_others_carried_counts_as_sent():
-    bundle = Bundle()
-    a, b = Stream(bundle, "a"), Stream(bundle, "b")
-    assert await a.silent()
-    assert await b.silent()
+    a, b = await two()
     b.push(2, 3)
     await a.waited()
     b.subscription.close("drain")
@@ -98,10 +98,7 @@ async def test_a_stream_that_sent_nothing_more_ends_after_its_first_event():
 
 async def test_when_the_carrier_breaks_the_others_are_sent_to_the_log():
     """Nobody knows how much of what it carried arrived."""
-    bundle = Bundle()
-    a, b = Stream(bundle, "a"), Stream(bundle, "b")
-    assert await a.silent()
-    assert await b.silent()
+    a, b = await two()
     b.push(2)
     assert (await a.waited()).others
     await a.responses.aclose()
@@ -109,10 +106,7 @@ async def test_when_the_carrier_breaks_the_others_are_sent_to_the_log():
 
 
 async def test_when_another_breaks_nobody_notices():
-    bundle = Bundle()
-    a, b = Stream(bundle, "a"), Stream(bundle, "b")
-    assert await a.silent()
-    assert await b.silent()
+    a, b = await two()
     b.step.cancel()
     with suppress(asyncio.CancelledError):
         await b.step
