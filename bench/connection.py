@@ -77,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._record: Record | None = None
         self._complete = False
+        self._keep = False
 
     @property
     def open(self) -> bool:
@@ -128,7 +129,7 @@ class Connection(asyncio.Protocol):
             self._noted(record)
         if self._complete:
             self._complete = False
-            if not self._parser.should_keep_alive() and self._transport is not None:
+            if not self._keep and self._transport is not None:
                 self._transport.close()
                 self._transport = None
             self._finish("")
@@ -168,3 +169,5 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The answer is whole; what follows waits until its last bytes have their mark."""
         self._complete = True
+        # The parser knows only until this returns.
+        self._keep = self._parser.should_keep_alive()

@@ -39,13 +39,13 @@ class Client:
     Attributes:
         records: of the requests that were sent.
         finished: done when the last answer is complete.
-        repeats: whether it begins with the first request again after the last one.
     """
 
-    def __init__(self, requests: Sequence[Request], *, repeats: bool = False) -> None:
+    def __init__(self, requests: Sequence[Request], *, beside: Sequence[Client] = ()) -> None:
+        """Begins with the first request again after the last one until all of those `beside` it are done."""
         self.records: list[Record] = []
         self.finished = asyncio.get_running_loop().create_future()
-        self.repeats = repeats
+        self._beside = beside
         self._requests = deque(requests)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -60,6 +60,8 @@ class Client:
 
     def go(self) -> None:
         """Sends the next request, or ends."""
+        if self._beside and all(client.finished.done() for client in self._beside):
+            self._requests.clear()
         if not self._requests:
             if not self.finished.done():
                 self.finished.set_result(None)
@@ -68,14 +70,9 @@ class Client:
             self._connecting = asyncio.create_task(self._reconnect())
             return
         request = self._requests.popleft()
-        if self.repeats:
+        if self._beside:
             self._requests.append(request)
         self.records.append(self._connection.send(request))
-
-    def end(self) -> None:
-        """Sends nothing any more."""
-        self.repeats = False
-        self._requests.clear()
 
     async def _reconnect(self) -> None:
         try:
@@ -115,19 +112,9 @@ async def connect_all(clients: Sequence[Client]) -> None:
             group.create_task(one(client))
 
 
-def end_all(clients: Sequence[Client]) -> None:
-    """Has clients send nothing any more."""
-    for client in clients:
-        client.end()
-
-
 async def play(clients: Sequence[Client], spread_seconds: float, silence_seconds: float) -> None:
     """Has all clients ask, the last `spread_seconds` after the first; returns when all is answered."""
     everything = asyncio.gather(*(client.finished for client in clients))
-    repeating = [client for client in clients if client.repeats]
-    if repeating:
-        others = asyncio.gather(*(client.finished for client in clients if not client.repeats))
-        others.add_done_callback(lambda _: end_all(repeating))
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients):
         loop.call_later(spread_seconds * number / len(clients), client.go)
@@ -181,16 +168,13 @@ async def timed(play: Callable[[int], Awaitable[None]]) -> None:
 
 async def run(job: dict[str, Any]) -> None:
     """Plays one job."""
-    clients = [
-        Client(
-            [
-                Request.render("POST", ask["url"], ask["headers"], ask["body"], form=ask["form"])
-                for ask in asks
-            ],
-            repeats=number < job["background"],
-        )
-        for number, asks in enumerate(job["clients"])
+    requests = [
+        [Request.render("POST", ask["url"], ask["headers"], ask["body"], form=ask["form"]) for ask in asks]
+        for asks in job["clients"]
     ]
+    background = job["background"]
+    others = [Client(asks) for asks in requests[background:]]
+    clients = [*(Client(asks, beside=others) for asks in requests[:background]), *others]
     await connect_all(clients)
     await timed(lambda _: play(clients, job["spread_seconds"], job["silence_seconds"]))
     for client in clients:

@@ -46,6 +46,7 @@ class Stats:
     aborted: int = 0
     tokens: int = 0
     connections: int = 0
+    accepted: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters by name."""
@@ -141,6 +142,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._state.connections.add(self)
         self._state.stats.connections += 1
+        self._state.stats.accepted += 1
         self._state.notify()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -99,9 +99,9 @@ class Posts:
         began = time.monotonic()
         for number, request in enumerate(self._requests):
             due = began + number / per_second
-            if (wait := due - time.monotonic()) > 0:
-                # The loop rounds to milliseconds: it must not be early by half of one.
-                await asyncio.sleep(wait + 0.0005)
+            # The loop's clock is of milliseconds: it may wake up before it is time.
+            while (wait := due - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
             for watcher in watchers[number :: len(self._requests)]:
                 watcher.due = int(due * 1e9)
             connection = self._idle.pop() if self._idle else None

@@ -50,6 +50,7 @@ async def test_clients_ask_one_after_the_other_over_one_connection(server, targe
         replies = await generator.replies()
     assert [reply.client for reply in replies] == [0, 0, 0, 1, 1, 1]
     assert server.state.stats.requests == 6
+    assert server.state.stats.accepted == 2
     for reply in replies:
         check(target, reply, EXPECTED)
         assert window.began <= reply.began < arrivals(target, reply, 5)[0] <= reply.ended <= window.ended
