@@ -100,7 +100,7 @@ class Posts:
         for number, request in enumerate(self._requests):
             due = began + number / per_second
             # The loop's clock is of milliseconds: it may wake up before it is time.
-            while (wait := due - time.monotonic()) > 0:
+            while (wait := due - time.monotonic()) > 0:  # noqa: ASYNC110 -- there is no event, only the time
                 await asyncio.sleep(wait)
             for watcher in watchers[number :: len(self._requests)]:
                 watcher.due = int(due * 1e9)

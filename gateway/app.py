@@ -75,8 +75,11 @@ def api_endpoints() -> list[Endpoint]:
     ]
 
 
-def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> ASGIApp:
-    """Makes the ASGI application. The caller enters `gateway.mesh` and `gateway.hub` around its serving."""
+def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> Edge:
+    """Makes the ASGI application.
+
+    The caller enters `gateway.mesh` and `gateway.hub` around its serving, and runs `refusals.report` beside.
+    """
     served = [*api_endpoints(), *web.docs_endpoints(*_documents()), *web.page_endpoints()]
 
     async def websocket(scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,6 +20,7 @@ from gateway.problems import (
     openai_response,
     problem_response,
 )
+from gateway.refusals import Refusals
 from meshkit import tracing
 from meshkit.context import REQUEST_ID_KEY, TRACEPARENT_KEY, accept_request_id, request_id_var
 from meshkit.errors import HermeshError, InternalError
@@ -29,6 +30,7 @@ _log = structlog.get_logger("gateway.http")
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _STARTED = "hermesh.started"
 _ROUTE = "hermesh.route"
+_REFUSED = "hermesh.refused"
 _REQUEST_ID = REQUEST_ID_KEY.encode()
 _TRACEPARENT = TRACEPARENT_KEY.encode()
 _TRACESTATE = tracing.TRACESTATE_KEY.encode()
@@ -50,6 +52,17 @@ class HttpMetrics:
             buckets=_BUCKETS,
             registry=registry,
         )
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Counts a request whose response began after so many seconds."""
+        # A label's child is looked up at a cost; there are few of them.
+        children = self._answered.get((method, route, status))
+        if children is None:
+            children = (self.requests.labels(method, route, str(status)), self.seconds.labels(route))
+            self._answered[method, route, status] = children
+        children[0].inc()
+        children[1].observe(seconds)
 
 
 class PathApp:
@@ -81,6 +94,7 @@ class PathApp:
         except HermeshError as error:
             if scope.get(_STARTED):
                 raise
+            scope[_REFUSED] = error.reason == "OVERLOADED"
             render = openai_response if form == "openai" else problem_response
             await render(error)(scope, receive, send)
 
@@ -103,12 +117,17 @@ async def no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Edge:
-    """The outermost ASGI application."""
+    """The outermost ASGI application.
+
+    Attributes:
+        refusals: What was refused for want of a place; whoever serves this runs its `report`.
+    """
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         """Wraps the router."""
         self._app = app
         self._metrics = metrics
+        self.refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request or a WebSocket."""
@@ -154,10 +173,13 @@ class Edge:
             return
         route = scope.get(_ROUTE, "none")
         status = exchange.status
-        self._metrics.requests.labels(method, route, str(status)).inc()
         started = exchange.started_at or time.monotonic()
-        self._metrics.seconds.labels(route).observe(started - exchange.began)
-        log = _log.warning if status >= 500 else _log.info
+        self._metrics.answered(method, route, status, started - exchange.began)
+        if scope.get(_REFUSED):
+            self.refusals.add(route)
+            log = _log.debug
+        else:
+            log = _log.warning if status >= 500 else _log.info
         log(
             "request",
             method=method,

@@ -190,6 +190,7 @@ async def serve(settings: GatewaySettings) -> None:
                     gateway.hub,
                 ):
                     tasks.start(watch_loop(), name="loop-lag")
+                    tasks.start(app.refusals.report(), name="refusals")
                     with StopSignals() as signals:
                         async with serving(app, sock, settings.drain_seconds):
                             bound: Any = sock.getsockname()

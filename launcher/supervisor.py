@@ -32,6 +32,7 @@ from launcher.processes import identify, raise_open_files
 from launcher.restart import Restart, parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import State
+from meshkit.lifecycle import schedule_in_batches
 from meshkit.settings import load
 
 SETUP_SECONDS = 60.0
@@ -459,6 +460,8 @@ async def _main() -> None:
 def main() -> None:
     """Supervises the mesh of the data folder that the environment names."""
     raise_open_files()
+    # For Envoy and the stores too, which inherit it.
+    schedule_in_batches()
     try:
         asyncio.run(_main())
     except LaunchError as error:

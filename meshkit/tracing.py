@@ -50,7 +50,9 @@ class TraceContext:
 
 
 _current: ContextVar[TraceContext | None] = ContextVar("hermesh_trace", default=None)
-_random = random.SystemRandom()
+# Span ids need no secrecy, but must differ between processes forked from one.
+_random = random.Random()  # noqa: S311
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def parse_traceparent(text: str | None, state: str = "") -> TraceContext | None:
@@ -86,7 +88,6 @@ def current_traceparent() -> str:
 
 
 def _child(parent: TraceContext | None) -> TraceContext:
-    # A random id needs no secrecy, but must differ between processes forked from one: SystemRandom does.
     span_id = f"{_random.getrandbits(64) or 1:016x}"
     if parent is None:
         return TraceContext(f"{_random.getrandbits(128) or 1:032x}", span_id)

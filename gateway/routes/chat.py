@@ -139,13 +139,14 @@ class ChatRenderer:
 
 async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/chat/completions."""
+    # Before the body is read: a refusal should cost little.
+    gateway.hub.check_room()
+    gateway.door.check()
     body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
     chat = parse_chat(
         parse_json(body), request.headers.get(SESSION_HEADER), request.headers.get(CONCURRENCY_HEADER)
     )
     check_input(chat.messages)
-    gateway.hub.check_room()
-    gateway.door.check()
     try:
         chat.options.model = await gateway.mesh.check_model(chat.model)
     except NotFoundError as error:

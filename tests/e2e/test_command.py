@@ -35,6 +35,12 @@ def test_status_lists_every_part_and_all_are_healthy(embedded: Mesh) -> None:
         os.kill(row.pid, 0)
 
 
+def test_no_part_interrupts_another(embedded: Mesh) -> None:
+    policies = {row.replica: os.sched_getscheduler(row.pid) for row in embedded.status() if row.pid}
+    assert policies == dict.fromkeys(policies, os.SCHED_BATCH)
+    assert {"postgresql-1", "envoy-1", "gateway-1", "agent-1"} <= policies.keys()
+
+
 def test_a_question_gets_a_correct_answer_from_the_real_model(embedded: Mesh) -> None:
     printed = embedded.command("run", "--json", "What is the capital of France?")
     events = [json.loads(line) for line in printed.splitlines()]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.model_script import sequence
-from bench.overload import FLOOD, POLITE, Level, arrivals, kept, main, rates, read
+from bench.overload import FLOOD, POLITE, Level, arrivals, cells, kept, main, most_memory, rates, read
 from bench.target import IncompleteReply
 
 MS = 1_000_000
@@ -74,13 +74,35 @@ def test_what_is_kept_is_the_worst_past_the_capacity_against_the_best() -> None:
         zero = (0.0, 0.0, 0.0)
         return Level(factor, 0, goodput, 0, 0, 0, zero, 0, 0, 0, 0, 0, 0, 0, {}, 0)
 
-    assert kept([level(0.5, 60), level(1, 120), level(2, 108), level(3, 115)]) == pytest.approx(0.9)
-    assert kept([level(1, 0), level(2, 0)]) == 0
+    assert kept([[level(0.5, 60)], [level(1, 120)], [level(2, 108)], [level(3, 115)]]) == pytest.approx(0.9)
+    assert kept([[level(1, 0)], [level(2, 0)]]) == 0
+    # The median round of each load counts.
+    rounds = [
+        [level(1, goodput) for goodput in (100, 500, 1)],
+        [level(2, goodput) for goodput in (5, 80, 80)],
+    ]
+    assert kept(rounds) == pytest.approx(0.8)
+    assert cells(rounds[0])[2] == "1 / 100 / 500"
+
+
+def test_the_most_memory_is_that_of_any_round() -> None:
+    def level(**memory: int) -> Level:
+        zero = (0.0, 0.0, 0.0)
+        return Level(1, 0, 0, 0, 0, 0, zero, 0, 0, 0, 0, 0, 0, 0, memory, 0)
+
+    assert most_memory([level(agent=3, envoy=5), level(agent=4)]) == {"agent": 4, "envoy": 5}
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--seconds", "2"), ("--seconds", "nan"), ("--tokens", "0"), ("--bound", "-1"), ("--bound", "x")],
+    [
+        ("--rounds", "0"),
+        ("--seconds", "2"),
+        ("--seconds", "nan"),
+        ("--tokens", "0"),
+        ("--bound", "-1"),
+        ("--bound", "x"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
     wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]

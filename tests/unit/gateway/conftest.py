@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from gateway.app import make_app, make_gateway
 from gateway.clients import SAFE_METHODS
 from gateway.context import Gateway
+from gateway.edge import Edge
 from gateway.server import bind, serving
 from gateway.settings import GatewaySettings
 from meshkit.channel import open_channel
@@ -30,6 +31,7 @@ class Stack:
     """A served gateway."""
 
     gateway: Gateway
+    app: Edge
     mesh: FakeMesh
     url: str
     client: httpx.AsyncClient
@@ -58,12 +60,13 @@ async def start(mesh: FakeMesh) -> AsyncIterator[Callable[..., Any]]:
             await stack.enter_async_context(gateway.mesh)
             await stack.enter_async_context(gateway.hub)
             sock = bind("127.0.0.1:0")
-            await stack.enter_async_context(serving(make_app(gateway, registry=registry), sock, 1.0))
+            app = make_app(gateway, registry=registry)
+            await stack.enter_async_context(serving(app, sock, 1.0))
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"
             client = await stack.enter_async_context(
                 httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=10)
             )
-            return Stack(gateway, mesh, url, client)
+            return Stack(gateway, app, mesh, url, client)
 
         yield make
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from gateway.clients import SAFE_METHODS, MeshClients
 from gateway.cursor import RunCursor
@@ -376,10 +377,17 @@ async def test_more_streams_than_there_is_room_for_are_refused(start: Callable[.
     gate = Gate()
     served.mesh.script = gate.script
     _, answer = await start_run(served)
-    _, refused = await start_run(served)
-    assert refused.status_code == 429
+    with capture_logs() as lines:
+        _, refused = await start_run(served)
+        # Refused before its body is read, wrong as it is.
+        chat = await served.client.post("/v1/chat/completions", content=b"no JSON")
+        served.app.refusals.say()
+    assert refused.status_code == chat.status_code == 429
     assert json.loads(await refused.aread())["reason"] == "OVERLOADED"
     assert refused.headers["retry-after"] == "1"
+    assert chat.json()["error"]["code"] == "overloaded"
+    said = [(line["log_level"], line["event"], line.get("count")) for line in lines if line["status"] == 429]
+    assert said == [("debug", "request", None)] * 2 + [("info", "requests refused", 1)] * 2
     gate.steps.put_nowait("end")
     await Reader(answer).until("run.completed")
 

@@ -303,3 +303,26 @@ def test_failing_writes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         fail("first\nsecond")
     assert end.value.code == 1
     assert capsys.readouterr().err == "hermesh: first second\n"
+
+
+POLICY = """
+import os
+from meshkit import lifecycle
+
+async def main():
+    print(os.sched_getscheduler(0))
+
+os.sched_setscheduler(0, int(os.environ["BEFORE"]), os.sched_param(0))
+lifecycle.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "then"), [(os.SCHED_OTHER, os.SCHED_BATCH), (os.SCHED_IDLE, os.SCHED_IDLE)]
+)
+def test_a_process_interrupts_no_other_unless_a_policy_was_chosen_for_it(before: int, then: int) -> None:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}", "BEFORE": str(before)}
+    done = subprocess.run(
+        [sys.executable, "-c", POLICY], env=env, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert int(done.stdout) == then
