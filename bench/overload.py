@@ -5,8 +5,8 @@
 It starts a mesh of its own on the zero-delay model server and finds its capacity: the runs a second that 32
 clients get done, one question after the other. Then it sends an open load, requests at random times whatever
 became of those before, at 0.5, 1, 2 and 3 times that: two tenants ask for a twentieth of the capacity each, a
-third one for the rest. Goodput counts the runs that were whole within the bound. The loads take turns for a few
-rounds and the median of each counts, because a machine's own speed changes by more than what is looked for.
+third one for the rest. Goodput counts the runs that were whole within the bound. The loads take turns for
+some rounds and the median of each counts: a machine's own speed changes by more than what is looked for.
 Every run that was accepted must come to its end with all of its tokens, or there is no result.
 """
 
@@ -186,18 +186,23 @@ class Bench:
 
     async def run(self) -> tuple[float, list[list[Level]]]:
         """Returns the capacity and, for each load, what each of its rounds came to."""
-        for tenant, count in SESSIONS.items():
-            self._asks[tenant] = await self._sessions(tenant, count)
+        await self._renew()
         await self._calibrate(1.5)
         capacity = await self._calibrate(CALIBRATION_SECONDS)
         self._console.print(f"capacity: {capacity:.0f} runs/s of {self._options.tokens} tokens")
         levels: list[list[Level]] = [[] for _ in FACTORS]
         for turn in range(self._options.rounds):
             for number, factor in enumerate(FACTORS):
+                await self._renew()
                 level = await self._level(turn * len(FACTORS) + number, factor, capacity)
                 levels[number].append(level)
                 show(self._console, [[level]], self._options.bound)
         return capacity, levels
+
+    async def _renew(self) -> None:
+        """Begins with new sessions: turns cost more the more came before them."""
+        for tenant, count in SESSIONS.items():
+            self._asks[tenant] = await self._sessions(tenant, count)
 
     async def _sessions(self, tenant: str, count: int) -> list[Ask]:
         headers = {"Authorization": f"Bearer {self._keys[tenant]}"}
