@@ -1,4 +1,4 @@
-"""More than there is room for: some are refused and lose nothing, all that were accepted come to their end."""
+"""More than there is room for: some are refused and lose nothing, all that were accepted come to an end."""
 
 import asyncio
 import json

@@ -159,6 +159,16 @@ async def test_with_all_agents_full_the_input_is_queued_at_once(served: Any) -> 
     assert served.mesh.calls.count("Run") == 1
 
 
+async def test_a_run_whose_acceptance_was_not_heard_of_is_not_refused(start: Callable[..., Any]) -> None:
+    served = await start(max_waiting_streams=0)
+    full = ResourceExhaustedError("OVERLOADED", "full", retry_after_ms=1000)
+    served.mesh.run_cuts = [(0, grpc.StatusCode.UNAVAILABLE), (-1, full)]
+    _, answer = await start_run(served)
+    assert answer.status_code == 200
+    assert parse((await answer.aread()).decode())[-1]["type"] == "run.completed"
+    assert len(served.mesh.runs) == 1
+
+
 async def test_when_nobody_goes_on_the_client_is_told_to_come_back(start: Callable[..., Any]) -> None:
     served = await start(follow_timeout_seconds=0.2)
     gate = Gate()
@@ -379,7 +389,7 @@ async def test_more_streams_than_there_is_room_for_are_refused(start: Callable[.
     _, answer = await start_run(served)
     with capture_logs() as lines:
         _, refused = await start_run(served)
-        # Refused before its body is read, wrong as it is.
+        # Refused before its body is looked at, wrong as it is.
         chat = await served.client.post("/v1/chat/completions", content=b"no JSON")
         served.app.refusals.say()
     assert refused.status_code == chat.status_code == 429
