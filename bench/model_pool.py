@@ -1,6 +1,6 @@
 """Two model servers behind the mesh: what keeping a session on one of them is worth.
 
-    python -m bench.model_pool [--sessions 8] [--turns 5] [--clients 4] [--write]
+    python -m bench.model_pool [--rounds 3] [--sessions 8] [--turns 5] [--clients 4] [--write]
 
 For each way to balance it starts two of the embedded llama.cpp servers and a mesh over both. A few clients
 ask in several sessions, turn after turn, so that the history grows; each server keeps as many prompts as it
@@ -32,7 +32,7 @@ import orjson
 import uvloop
 from rich.table import Table
 
-from bench.command import new_console
+from bench.command import new_console, whole
 from bench.facts import ROOT, facts
 from bench.mesh import Mesh, MeshError, wait_until
 from bench.report import ReportError, machine, table, write_section
@@ -198,30 +198,54 @@ COLUMNS = (
 )
 
 
-def cells(one: Outcome) -> list[str]:
-    """Returns an outcome as a table's row."""
+def spread(values: Sequence[float], shown: str = ".0f") -> str:
+    """Returns the least, the median and the most."""
+    return " / ".join(format(value, shown) for value in (min(values), statistics.median(values), max(values)))
+
+
+def cells(rounds: Sequence[Outcome]) -> list[str]:
+    """Returns what the rounds of one way came to as a table's row."""
     return [
-        one.balance,
-        f"{one.turns}",
-        f"{one.prompt:,}",
-        f"{one.cached:,} ({one.share:.0%})",
-        f"{one.first_p50_ms:.0f}",
-        f"{one.first_p90_ms:.0f}",
-        f"{one.seconds:.0f}",
+        rounds[0].balance,
+        f"{sum(one.turns for one in rounds)}",
+        f"{sum(one.prompt for one in rounds):,}",
+        spread([one.share for one in rounds], ".0%"),
+        spread([one.first_p50_ms for one in rounds]),
+        spread([one.first_p90_ms for one in rounds]),
+        spread([one.seconds for one in rounds]),
     ]
 
 
-def write(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Writes the results and the page. Raises ReportError."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    document = dict(found) | {"outcomes": [asdict(one) for one in outcomes]}
-    RESULTS.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+def section(found: Mapping[str, Any], outcomes: Sequence[Sequence[Outcome]]) -> str:
+    """Returns the page's section."""
     about = (
         f"{SERVERS} servers of {SLOTS} slots each, {found['sessions']} sessions of {found['turns']} turns, "
-        f"{found['clients']} clients at once; from each session's second turn on."
+        f"{found['clients']} clients at once; from each session's second turn on. "
+        f"Least, median and most of {len(outcomes[0])} rounds."
     )
-    section = "\n\n".join([about, table(COLUMNS, [cells(one) for one in outcomes]), machine(found["facts"])])
-    write_section(PAGE, SECTION, section)
+    return "\n\n".join(
+        [about, table(COLUMNS, [cells(rounds) for rounds in outcomes]), machine(found["facts"])]
+    )
+
+
+def write(found: Mapping[str, Any], outcomes: Sequence[Sequence[Outcome]]) -> None:
+    """Writes the results and the page. Raises ReportError."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    document = dict(found) | {"outcomes": [[asdict(one) for one in rounds] for rounds in outcomes]}
+    RESULTS.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_section(PAGE, SECTION, section(found, outcomes))
+
+
+def measure(balance: str, options: argparse.Namespace) -> Outcome:
+    """Measures one way once, on new servers: nothing of what came before is in their caches."""
+    key = secrets.token_urlsafe(16)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hermesh-pool-")))
+        urls = [stack.enter_context(model_server(folder, number, key)) for number in range(SERVERS)]
+        mesh = stack.enter_context(Mesh(settings=settings(urls, key, balance), scripted_model=False))
+        began = time.monotonic()
+        turns = uvloop.run(converse(mesh, options.sessions, options.turns, options.clients))
+        return summed(balance, turns, time.monotonic() - began)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,9 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.model_pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sessions", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=whole(1), default=3, help="how often each way is measured, in turn")
+    parser.add_argument("--sessions", type=whole(1), default=8)
+    parser.add_argument("--turns", type=whole(2), default=5)
+    parser.add_argument("--clients", type=whole(1), default=4)
     parser.add_argument("--write", action="store_true", help="write bench/results and docs/model-pool.md")
     options = parser.parse_args(arguments)
     console = new_console()
@@ -239,19 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = Table(title="from each session's second turn on")
     for column in COLUMNS:
         shown.add_column(column, justify="right")
-    outcomes = []
-    key = secrets.token_urlsafe(16)
+    outcomes: list[list[Outcome]] = [[] for _ in BALANCES]
     try:
-        for balance in BALANCES:
-            # New servers each time: nothing of the way before is in their caches.
-            with ExitStack() as stack:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hermesh-pool-")))
-                urls = [stack.enter_context(model_server(folder, number, key)) for number in range(SERVERS)]
-                mesh = stack.enter_context(Mesh(settings=settings(urls, key, balance), scripted_model=False))
-                began = time.monotonic()
-                turns = uvloop.run(converse(mesh, options.sessions, options.turns, options.clients))
-                outcomes.append(summed(balance, turns, time.monotonic() - began))
-            shown.add_row(*cells(outcomes[-1]))
+        for _ in range(options.rounds):
+            for rounds, balance in zip(outcomes, BALANCES, strict=True):
+                rounds.append(measure(balance, options))
+        for rounds in outcomes:
+            shown.add_row(*cells(rounds))
         if options.write:
             write(found, outcomes)
     except (BadAnswer, MeshError, ReportError) as error:

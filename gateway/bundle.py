@@ -66,6 +66,11 @@ class RunCall:
         self._read_all = False
         self._left = False
 
+    @property
+    def over(self) -> bool:
+        """Whether whoever reads it gets nothing more, beside what waits."""
+        return self._over is not None
+
     async def read(self) -> Any:
         """Returns the next response, or EOF.
 
@@ -254,7 +259,14 @@ class RunCalls:
         return call
 
     def begun(self, call: RunCall) -> list[Frame]:
-        """A call's run is known; returns what came for it before."""
+        """A call's run is known; returns what came for it before.
+
+        Where two calls are about the same run, because the second one repeats the first one's key, what other
+        streams carry goes to the first while somebody reads it: the second is told to read the log.
+        """
+        known = self._calls.get(call.run_id)
+        if known is not None and not known.over:
+            return []
         self._calls[call.run_id] = call
         return [frame for strays in self._strays for frame in strays.pop(call.run_id, ())]
 

@@ -88,17 +88,15 @@ class RunCursor:
 class SessionCursor:
     """A reader's place in a session's log: one run after another, each from seq 1 to its terminal event."""
 
-    __slots__ = ("_done", "_run", "_witnessed", "joining")
+    __slots__ = ("_done", "_run", "_witnessed")
 
-    def __init__(self, run_id: str = "", after_seq: int = 0, *, joining: bool = False) -> None:
+    def __init__(self, run_id: str = "", after_seq: int = 0) -> None:
         """Starts after `run_id:after_seq`; without a run from the session's start.
 
         Args:
             run_id: The run of the last event the reader has.
             after_seq: Its seq.
-            joining: Start with whatever event comes first, even in the middle of a run.
         """
-        self.joining = joining
         self._run = RunCursor(run_id, after_seq)
         # Whether events of this run came by. If not, its terminal event may be the one that the reader
         # already has, which only the log knows.
@@ -127,14 +125,11 @@ class SessionCursor:
             GapError: An event is missing, or a run began before the last one ended. The cursor has not moved.
         """
         fresh: list[E] = []
-        before = self._run, self._run.last_seq, self._run.finished, self._witnessed, self.joining
+        before = self._run, self._run.last_seq, self._run.finished, self._witnessed
         begun: list[str] = []
         try:
             for run_id, group in groupby(events, key=lambda event: event.run_id):
                 batch = list(group)
-                if self.joining:
-                    self.joining = False
-                    self._run = RunCursor(run_id, batch[0].seq - 1)
                 if run_id != self._run.run_id:
                     if run_id in self._done or run_id in begun:
                         continue
@@ -146,7 +141,7 @@ class SessionCursor:
                 self._witnessed = True
                 fresh += admitted
         except GapError:
-            self._run, self._run.last_seq, self._run.finished, self._witnessed, self.joining = before
+            self._run, self._run.last_seq, self._run.finished, self._witnessed = before
             raise
         self._done.extend(begun)
         return fresh

@@ -267,7 +267,8 @@ class RunFeed:
         full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if full and error.reason != "OVERLOADED":
             raise error
-        if full and self._door is not None:
+        # An earlier try may have been accepted, and its answer lost: only the session service knows.
+        if full and self._door is not None and self._tries == 1:
             self._waiting = self._door.wait(error)
         if full or self._tries >= _RUN_TRIES:
             # No agent takes it now. Accepted by the session service it waits for one, and is followed there.

@@ -29,6 +29,7 @@ from meshkit.lifecycle import (
     freeze_heap,
     reachable,
     remove_ready_file,
+    scheduling,
     write_ready_file,
 )
 from meshkit.probes import ProbeServer
@@ -197,7 +198,12 @@ async def serve(settings: GatewaySettings) -> None:
                             address = reachable(str(bound[0]), int(bound[1]))
                             write_ready_file(settings, "gateway", address, probes.address)
                             probes.set_ready()
-                            _log.info("serving", address=address, metrics=probes.address)
+                            _log.info(
+                                "serving",
+                                address=address,
+                                metrics=probes.address,
+                                scheduling=scheduling(),
+                            )
                             freeze_heap()
                             await signals.stop.wait()
                             probes.set_ready("draining")

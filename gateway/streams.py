@@ -107,7 +107,7 @@ class StreamHub:
     Attributes:
         watches: Where streams that only watch get their events from.
         pulse: Their heartbeats.
-        watching: How many of them there are.
+        open: How many streams there are, of any kind.
     """
 
     def __init__(self, settings: GatewaySettings, metrics: StreamMetrics, watches: Watches) -> None:
@@ -116,7 +116,7 @@ class StreamHub:
         self.metrics = metrics
         self.watches = watches
         self.pulse = Pulse(settings.heartbeat_seconds, settings.write_timeout_seconds)
-        self.watching = 0
+        self.open = 0
         self.owner = TaskOwner("streams")
         self._by_tenant: Counter[UUID | None] = Counter()
         # Set at the stop signal: the balancer is told first, and streams end a moment later.
@@ -140,21 +140,24 @@ class StreamHub:
         """Starts a task of a stream of the current tenant, which counts until it ends."""
         tenant_id = current_identity().tenant_id
         task = self.owner.start(work, name=name)
-        self._by_tenant[tenant_id] += 1
+        self._count_in(tenant_id)
         task.add_done_callback(lambda _: self._count_out(tenant_id))
         return task
 
     def begin_watching(self) -> None:
-        """Counts in a stream of the current tenant that has no task of its own."""
-        self.watching += 1
-        self._by_tenant[current_identity().tenant_id] += 1
+        """Counts in a stream of the current tenant that `start` does not count."""
+        self._count_in(current_identity().tenant_id)
 
     def end_watching(self) -> None:
         """Counts it out, in the same request."""
-        self.watching -= 1
         self._count_out(current_identity().tenant_id)
 
+    def _count_in(self, tenant_id: UUID | None) -> None:
+        self.open += 1
+        self._by_tenant[tenant_id] += 1
+
     def _count_out(self, tenant_id: UUID | None) -> None:
+        self.open -= 1
         self._by_tenant[tenant_id] -= 1
         if not self._by_tenant[tenant_id]:
             del self._by_tenant[tenant_id]
@@ -166,7 +169,7 @@ class StreamHub:
             ResourceExhaustedError: This gateway serves as many as it may, or as it may to this tenant.
         """
         mine = self._by_tenant[current_identity().tenant_id]
-        if not admits(mine, len(self.owner) + self.watching, self.settings.max_streams):
+        if not admits(mine, self.open, self.settings.max_streams):
             raise ResourceExhaustedError(
                 "OVERLOADED", "this gateway serves as many streams as it can", retry_after_ms=1000
             )

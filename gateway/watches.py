@@ -40,7 +40,6 @@ _log = structlog.get_logger("gateway.watches")
 # next event comes.
 Place = tuple[str, int]
 START: Place = ("", 0)
-JOINING: Place = ("", -1)
 # (tenant, "run" or "session", its id)
 Log = tuple[str, str, str]
 
@@ -120,9 +119,7 @@ class Line:
     def __init__(self, log: Log, place: Place) -> None:
         self.log = log
         self.cursor: RunCursor | SessionCursor = (
-            RunCursor(log[2], place[1])
-            if log[1] == "run"
-            else SessionCursor(place[0], max(0, place[1]), joining=place == JOINING)
+            RunCursor(log[2], place[1]) if log[1] == "run" else SessionCursor(*place)
         )
         self.members: set[Member] = set()
         self.held: deque[pb.WatchFrame] | None = None
@@ -137,10 +134,7 @@ class Line:
     @property
     def place(self) -> Place:
         """The last event that the members have."""
-        cursor = self.cursor
-        if isinstance(cursor, SessionCursor) and cursor.joining:
-            return JOINING
-        return cursor.run_id, cursor.last_seq
+        return self.cursor.run_id, self.cursor.last_seq
 
     def start(self) -> pb.WatchStart:
         """Returns the message that begins the watch, or begins it again."""
@@ -149,9 +143,7 @@ class Line:
         if kind == "run":
             run = session_pb.WatchRunRequest(run_id=name, after_seq=seq)
             return pb.WatchStart(watch_id=self.watch_id, tenant_id=tenant_id, run=run)
-        session = session_pb.WatchSessionRequest(
-            session_id=name, after_run_id=run_id, after_seq=max(0, seq), only_new=seq < 0
-        )
+        session = session_pb.WatchSessionRequest(session_id=name, after_run_id=run_id, after_seq=seq)
         return pb.WatchStart(watch_id=self.watch_id, tenant_id=tenant_id, session=session)
 
 

@@ -90,20 +90,30 @@ class SessionSocket:
             await gateway.identify(socket, "WS")
             gateway.hub.check_room()
             feed = await self._place()
+            # Of many that came together none was counted before.
+            gateway.hub.check_room()
         except HermeshError as error:
             # Accepted first: a browser is told nothing about a handshake that was refused.
             await socket.accept()
             await self._send(orjson.dumps({"type": "error", "data": problem(error)}).decode())
             await socket.close(OWN + problem(error)["status"], error.reason.lower())
             return
-        await socket.accept()
-        gateway.hub.register(self)
-        if gateway.hub.draining.is_set():
+        gateway.hub.begin_watching()
+        try:
+            await socket.accept()
+            await self._serve(feed)
+        finally:
+            gateway.hub.end_watching()
+
+    async def _serve(self, feed: WatchFeed) -> None:
+        hub = self._gateway.hub
+        hub.register(self)
+        if hub.draining.is_set():
             self.drain()
         try:
             await self._run(feed)
         finally:
-            gateway.hub.unregister(self)
+            hub.unregister(self)
 
     def drain(self) -> None:
         """Ends the connection with `reconnect`."""
@@ -121,11 +131,11 @@ class SessionSocket:
         return WatchFeed(self._gateway.hub, *place)
 
     async def _run(self, feed: WatchFeed) -> None:
-        hub = self._gateway.hub
+        owner = self._gateway.hub.owner
         tasks = [
-            hub.start(self._send_events(feed), name=f"ws events {self._session_id}"),
-            hub.start(self._receive(), name=f"ws input {self._session_id}"),
-            hub.start(self._leave(), name=f"ws drain {self._session_id}"),
+            owner.start(self._send_events(feed), name=f"ws events {self._session_id}"),
+            owner.start(self._receive(), name=f"ws input {self._session_id}"),
+            owner.start(self._leave(), name=f"ws drain {self._session_id}"),
         ]
         code, reason = GOING_AWAY, ""
         try:

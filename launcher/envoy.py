@@ -35,18 +35,18 @@ class Policy(StrEnum):
 DEFAULT_POLICY = Policy.LEAST_REQUEST_FULL_SCAN
 
 # The cluster's older field for it cannot say so.
-_FULL_SCAN = """
+FULL_SCAN = """LOAD_BALANCING_POLICY_CONFIG
     load_balancing_policy:
       policies:
       - typed_extension_config:
           name: envoy.load_balancing_policies.least_request
           typed_config: {"@type": type.googleapis.com/%s, selection_method: FULL_SCAN}"""
-_FULL_SCAN %= "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest"
+FULL_SCAN %= "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest"
 RING = "\n    ring_hash_lb_config: {minimum_ring_size: 1024}"
 # The cluster's lines for each policy.
 _BALANCING = {
     Policy.LEAST_REQUEST: "LEAST_REQUEST",
-    Policy.LEAST_REQUEST_FULL_SCAN: "LOAD_BALANCING_POLICY_CONFIG" + _FULL_SCAN,
+    Policy.LEAST_REQUEST_FULL_SCAN: FULL_SCAN,
     Policy.ROUND_ROBIN: "ROUND_ROBIN",
     Policy.RANDOM: "RANDOM",
     Policy.RING_HASH: "RING_HASH" + RING,

@@ -8,13 +8,13 @@ from string import Template
 from typing import Literal
 from urllib.parse import urlsplit
 
-from launcher.envoy import BOUND, RING, TEMPLATES
+from launcher.envoy import BOUND, FULL_SCAN, RING, TEMPLATES
 from launcher.errors import LaunchError
 
 Balance = Literal["agent", "least_request", "session"]
 
 _POLICIES: dict[Balance, str] = {
-    "least_request": "lb_policy: LEAST_REQUEST",
+    "least_request": f"lb_policy: {FULL_SCAN}",
     "session": f"lb_policy: RING_HASH{RING}\n    common_lb_config:{BOUND}",
 }
 

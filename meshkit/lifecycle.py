@@ -55,9 +55,15 @@ def schedule_in_batches() -> None:
     """
     if os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
-    # It saves work; where a sandbox forbids it everything works as well.
+    # It saves work; where a sandbox forbids it everything works as well, and `scheduling` tells.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def scheduling() -> str:
+    """Returns the name of this process's scheduling policy, for the log."""
+    policy = os.sched_getscheduler(0)
+    return {os.SCHED_OTHER: "other", os.SCHED_BATCH: "batch", os.SCHED_IDLE: "idle"}.get(policy, f"{policy}")
 
 
 def fail(text: str) -> None:

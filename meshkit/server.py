@@ -28,6 +28,7 @@ from meshkit.lifecycle import (
     reachable,
     remove_ready_file,
     run,
+    scheduling,
     write_ready_file,
 )
 from meshkit.probes import Check, ProbeServer, Readiness
@@ -230,7 +231,12 @@ class Server:
         if self._probes is not None:
             self._probes.set_ready()
         write_ready_file(self._settings, self._service, self.address, self.metrics_address)
-        _log.info("serving", address=self.address, metrics_address=self.metrics_address)
+        _log.info(
+            "serving",
+            address=self.address,
+            metrics_address=self.metrics_address,
+            scheduling=scheduling(),
+        )
 
     async def serve(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains and returns.

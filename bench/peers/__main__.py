@@ -115,7 +115,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", default=[], choices=names, help="one peer, may be repeated"
     )
-    parser.add_argument("--scenario", action="append", default=[], help="one scenario, may be repeated")
+    parser.add_argument(
+        "--scenario",
+        action="append",
+        default=[],
+        choices=[scenario.name for scenario in scenarios()],
+        help="one scenario, may be repeated",
+    )
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help="how often each is measured")
     parser.add_argument("--install", action="store_true", help="only install the peers")
     parser.add_argument("--render", action="store_true", help="measure nothing; write the page again")

@@ -164,7 +164,9 @@ def _how(results: Sequence[Result]) -> str:
         pinned = ", ".join(f"{name} {version}" for name, version in found.facts["versions"].items())
         rows.append((peer.title, pinned, f"`{' '.join(peer.command)}`", peer.pages, peer.changed))
     ours = (
-        f"Of the mesh: {packages(results[-1].facts)}; one replica of each service, as `hermesh up` starts it."
+        f"Of the mesh: {packages(results[-1].facts)}; two agents, two session replicas and one of each other "
+        "service, as `hermesh up` starts them. As in `make bench` only limits are raised, so that nothing is "
+        "refused. Its processes schedule themselves in batches (docs/adr/0019), those of the peers as usual."
     )
     return f"{table(('', 'versions', 'command', 'as written in', 'set beside that'), rows)}\n\n{ours}"
 

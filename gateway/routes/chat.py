@@ -139,10 +139,10 @@ class ChatRenderer:
 
 async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/chat/completions."""
-    # Before the body is read: a refusal should cost little.
+    body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
+    # Before the body is looked at, a refusal should cost little; unread it would cost the connection.
     gateway.hub.check_room()
     gateway.door.check()
-    body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
     chat = parse_chat(
         parse_json(body), request.headers.get(SESSION_HEADER), request.headers.get(CONCURRENCY_HEADER)
     )

@@ -31,7 +31,7 @@ from gateway.problems import violation
 from gateway.routes.sessions import IDEMPOTENCY, PAGE_TOKEN
 from gateway.streams import EventStream
 from gateway.watch_stream import WatchStream
-from gateway.watches import JOINING, Log, Place
+from gateway.watches import START, Log, Place
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit import failpoints
 from meshkit.errors import OutOfRangeError
@@ -40,6 +40,8 @@ from meshkit.identity import require_tenant
 # How long new input may take to be accepted before the caller gets 504.
 ACCEPT_SECONDS = 15.0
 EVENTS = "text/event-stream"
+# Runs of a session looked at in one go for the one at work.
+_PAGE = 50
 LAST_EVENT_ID = Param(
     "Last-Event-ID", "header", "The id of the last event received, `<run_id>:<seq>`; goes before the query."
 )
@@ -230,9 +232,35 @@ async def session_place(
         seq: Its seq.
         only_new: Without a cursor, start with the next event instead of the session's first.
     """
+    log = (str(require_tenant()), "session", session_id)
+    if only_new and not run_id:
+        return log, await _now(gateway, session_id)
     await call(gateway.mesh.sessions.GetSession(pb.GetSessionRequest(session_id=session_id)))
-    place = JOINING if only_new and not run_id else (run_id, seq)
-    return (str(require_tenant()), "session", session_id), place
+    return log, (run_id, seq)
+
+
+async def _now(gateway: Gateway, session_id: str) -> Place:
+    """Returns the place after the last event that a session has.
+
+    It is found once: a watch that begins again, on another replica, must not begin with what is new by then.
+    """
+    newest: Place = START
+    at_work: Place | None = None
+    token = ""
+    while True:
+        request = pb.ListRunsRequest(session_id=session_id, page_size=_PAGE, page_token=token)
+        page = await call(gateway.mesh.sessions.ListRuns(request))
+        for run in page.runs:
+            place = (run.run_id, run.last_seq)
+            if newest == START:
+                newest = place
+            if not models.is_finished(run):
+                at_work = place
+        token = page.next_page_token
+        # Runs wait in line behind the one at work, and one that waits may be cancelled: further back than a
+        # page whose last run has ended nothing is at work.
+        if not token or models.is_finished(page.runs[-1]):
+            return at_work or newest
 
 
 endpoints = [

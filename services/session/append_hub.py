@@ -166,6 +166,9 @@ class AppendHub:
                 return
             former.held.pop(run_text, None)
         if stream.closed:
+            if former is not None:
+                # Its fence is old by now: nobody writes here any more.
+                self.detach(run_text)
             return
         self._holders[run_text] = stream
         stream.held[run_text] = lease

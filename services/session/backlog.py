@@ -31,6 +31,10 @@ class Queued(Protocol):
         """Returns how many runs of each tenant wait."""
         ...
 
+    async def accepted(self, tenant_id: UUID, request_id: str) -> bool:
+        """Returns whether input with this idempotency key was accepted."""
+        ...
+
 
 class Backlog:
     """Keeps the count, and refuses what is too much."""
@@ -43,13 +47,18 @@ class Backlog:
         self._total = 0
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
-    def check(self, tenant_id: UUID) -> None:
+    async def check(self, tenant_id: UUID, request_id: str) -> None:
         """Refuses new input of a tenant for whose run there is no room.
+
+        Input that was accepted before is not new: whoever did not get the answer, and asks again, must not be
+        told that nothing was accepted.
 
         Raises:
             ResourceExhaustedError: OVERLOADED.
         """
         if admits(self._waiting[tenant_id], self._total, self._limit):
+            return
+        if request_id and await self._store.accepted(tenant_id, request_id):
             return
         metrics.refused_input.inc()
         raise overloaded("too many runs wait already", _RETRY_AFTER_MS)

@@ -137,7 +137,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Context) -> pb.SubmitRunResponse:
         """See the proto."""
         tenant_id = require_tenant()
-        self._backlog.check(tenant_id)
+        await self._backlog.check(tenant_id, request.request_id)
         check_options(request.options)
         submitted = await submit(
             self._contexts,

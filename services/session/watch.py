@@ -160,18 +160,23 @@ class Watcher:
             raise InvalidArgumentError("INVALID_ARGUMENT", "after_seq needs after_run_id")
         if not only_new:
             return 1, 0
-        first: Run | None = None
+        newest: Run | None = None
+        at_work: Run | None = None
         token = ""
         while True:
-            # Runs wait in line behind the one at work; the next event is that one's.
             page = await self._store.list_runs(self._tenant_id, session_id, page_size=50, page_token=token)
             for run in page.items:
-                if run.status.terminal:
-                    return (run.ordinal + 1, 0) if first is None else await self._now(first)
-                first = run
+                newest = newest or run
+                if not run.status.terminal:
+                    at_work = run
             token = page.next_page_token
-            if not token:
-                return (1, 0) if first is None else await self._now(first)
+            # Runs wait in line behind the one at work; the next event is that one's. One that waits may be
+            # cancelled: further back than a page whose last run has ended nothing is at work.
+            if not token or page.items[-1].status.terminal:
+                break
+        if at_work is not None:
+            return await self._now(at_work)
+        return (newest.ordinal + 1 if newest is not None else 1), 0
 
     async def _now(self, run: Run) -> tuple[int, int]:
         return run.ordinal, (await self._store.heads([run.run_id])).get(run.run_id, 0)

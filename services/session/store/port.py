@@ -129,6 +129,10 @@ class Runs(Protocol):
         """Returns a run. Raises NotFoundError(RUN_NOT_FOUND)."""
         ...
 
+    async def accepted(self, tenant_id: UUID, request_id: str) -> bool:
+        """Returns whether input with this idempotency key was accepted."""
+        ...
+
     async def list_runs(
         self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
     ) -> Page[Run]:

@@ -106,6 +106,10 @@ class PostgresRuns(PostgresPart):
             raise not_found("run", run_id)
         return run_of(row)
 
+    async def accepted(self, tenant_id: UUID, request_id: str) -> bool:
+        """See the port."""
+        return bool((await self._one(_SQL["accepted"], tenant_id, request_id))["accepted"])
+
     async def list_runs(
         self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
     ) -> Page[Run]:

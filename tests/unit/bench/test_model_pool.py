@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.model_pool import Turn, question, read_usage, summed
+from bench.model_pool import Turn, cells, question, read_usage, summed
 from bench.sse_client import BadAnswer
 
 LOG = (
@@ -33,3 +33,12 @@ def test_a_first_turn_does_not_count() -> None:
 
 def test_no_two_turns_ask_the_same() -> None:
     assert len({question(session, turn) for session in range(8) for turn in range(5)}) == 40
+
+
+def test_a_row_has_least_median_and_most_of_the_rounds() -> None:
+    rounds = [
+        summed("session", [Turn(1, first, 100, cached)], 5.0) for first, cached in ((9, 50), (5, 90), (7, 60))
+    ]
+    assert cells(rounds) == [
+        *("session", "3", "300", "50% / 60% / 90%", "5 / 7 / 9", "5 / 7 / 9", "5 / 5 / 5"),
+    ]

@@ -150,6 +150,41 @@ def test_the_end_waits_for_what_is_under_way_on_another_stream() -> None:
     using(body)
 
 
+def test_a_second_call_about_the_same_run_does_not_take_what_is_the_first_one_s() -> None:
+    async def body(agents: Agents, runs: RunCalls) -> None:
+        runs.run(RunRequest())
+        b, again = runs.run(RunRequest()), runs.run(RunRequest())
+        first, second, third = agents.calls
+        first.put(own("a", 1))
+        second.put(own("b", 1))
+        await b.read()
+        third.put(own("b", 1, last=1, reason="not_claimed"), grpc.aio.EOF)
+        assert await read_all(again) == ([1], "not_claimed")
+        first.put(carried(("b", (2, 3))))
+        second.put(own("b", last=3), grpc.aio.EOF)
+        assert await read_all(b) == ([2, 3], "")
+
+    using(body)
+
+
+def test_a_call_takes_the_place_of_one_about_the_same_run_that_is_over() -> None:
+    async def body(agents: Agents, runs: RunCalls) -> None:
+        runs.run(RunRequest())
+        left, b = runs.run(RunRequest()), runs.run(RunRequest())
+        first, second, third = agents.calls
+        first.put(own("a", 1))
+        second.put(own("b", 1))
+        await left.read()
+        left.cancel()
+        third.put(own("b", 1))
+        await b.read()
+        first.put(carried(("b", (2,))))
+        third.put(own("b", last=2), grpc.aio.EOF)
+        assert await read_all(b) == ([2], "")
+
+    using(body)
+
+
 def test_what_does_not_come_is_left_to_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway_bundle, "PATIENCE", 0.02)
 

@@ -129,13 +129,6 @@ def test_a_resumed_session_takes_the_next_run_although_it_never_saw_the_end() ->
     assert len(cursor.admit([E(NEXT, 1)])) == 1
 
 
-def test_a_joining_reader_starts_in_the_middle() -> None:
-    cursor = SessionCursor(joining=True)
-    assert [e.seq for e in cursor.admit([E(RUN, 7), E(RUN, 8)])] == [7, 8]
-    with pytest.raises(GapError):
-        cursor.admit([E(RUN, 10)])
-
-
 @pytest.mark.parametrize("text", ["", "x", f"{RUN}", f"{RUN}:", f"{RUN}:-1", f"{RUN}:x", "no:3", f"{RUN}:²"])
 def test_a_malformed_event_id_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011

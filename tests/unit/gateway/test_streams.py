@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from gateway.clients import SAFE_METHODS, MeshClients
 from gateway.cursor import RunCursor
 from gateway.follow import FeedLost, RunFeed
+from gateway.routes.runs import session_place
 from gateway.settings import GatewaySettings
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import InputMessage
@@ -157,6 +158,16 @@ async def test_with_all_agents_full_the_input_is_queued_at_once(served: Any) -> 
     _, answer = await start_run(served)
     assert parse((await answer.aread()).decode())[-1]["type"] == "run.completed"
     assert served.mesh.calls.count("Run") == 1
+
+
+async def test_a_run_whose_acceptance_was_not_heard_of_is_not_refused(start: Callable[..., Any]) -> None:
+    served = await start(max_waiting_streams=0)
+    full = ResourceExhaustedError("OVERLOADED", "full", retry_after_ms=1000)
+    served.mesh.run_cuts = [(0, grpc.StatusCode.UNAVAILABLE), (-1, full)]
+    _, answer = await start_run(served)
+    assert answer.status_code == 200
+    assert parse((await answer.aread()).decode())[-1]["type"] == "run.completed"
+    assert len(served.mesh.runs) == 1
 
 
 async def test_when_nobody_goes_on_the_client_is_told_to_come_back(start: Callable[..., Any]) -> None:
@@ -379,7 +390,7 @@ async def test_more_streams_than_there_is_room_for_are_refused(start: Callable[.
     _, answer = await start_run(served)
     with capture_logs() as lines:
         _, refused = await start_run(served)
-        # Refused before its body is read, wrong as it is.
+        # Refused before its body is looked at, wrong as it is.
         chat = await served.client.post("/v1/chat/completions", content=b"no JSON")
         served.app.refusals.say()
     assert refused.status_code == chat.status_code == 429
@@ -476,6 +487,60 @@ async def test_watchers_share_what_is_watched_and_move_together(served: Any) -> 
     assert served.mesh.calls.count("WatchSession") < len(readers) * 4
 
 
+async def test_who_watches_what_is_new_misses_nothing_while_its_stream_is_broken(served: Any) -> None:
+    session = served.mesh.add_session()
+
+    async def run(text: str) -> FakeRun:
+        request = RunRequest(session_id=session.session_id, input=[InputMessage(role="user", content=text)])
+        made: FakeRun = await served.mesh.submit(request, str(TENANT))
+        await served.mesh.until(lambda: made.log.finished)
+        return made
+
+    await run("old")
+    url = f"/v1/sessions/{session.session_id}/events?only_new=true"
+    async with served.client.stream("GET", url) as answer:
+        await served.mesh.until(lambda: served.mesh.links)
+        for link in list(served.mesh.links):
+            link.put_nowait(grpc.StatusCode.UNAVAILABLE)
+        new = await run("new")
+        text = await Reader(answer).until("run.completed")
+    events = parse(text)
+    assert {event["run_id"] for event in events} == {new.run_id}
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+
+
+async def test_what_is_new_begins_after_the_last_event_of_the_run_at_work(served: Any) -> None:
+    gate = Gate()
+    session = served.mesh.add_session()
+
+    async def run() -> FakeRun:
+        request = RunRequest(session_id=session.session_id, input=[InputMessage(role="user", content="a")])
+        made: FakeRun = await served.mesh.submit(request, str(TENANT))
+        return made
+
+    async def now() -> tuple[str, int]:
+        with use_identity(Identity(TENANT, mesh=False)):
+            _, place = await session_place(served.gateway, session.session_id, "", 0, only_new=True)
+        return place
+
+    assert await now() == ("", 0)
+    first = await run()
+    await served.mesh.until(lambda: first.log.finished)
+    assert await now() == (first.run_id, len(first.log.events))
+    served.mesh.script = gate.script
+    at_work = await run()
+    await served.mesh.until(lambda: len(at_work.log.events) == 1)
+    assert await now() == (at_work.run_id, 1)
+    in_line = await run()
+    await served.mesh.until(lambda: len(in_line.log.events) == 1)
+    assert await now() == (at_work.run_id, 1)
+    # One that was cancelled while it waited is over before the one ahead of it.
+    await in_line.log.append(in_line.run_id, "run.cancelled", {})
+    assert await now() == (at_work.run_id, 1)
+    gate.steps.put_nowait("end")
+    gate.steps.put_nowait("end")
+
+
 async def test_a_watcher_that_stops_reading_holds_up_nobody_is_dropped_and_can_come_back(
     start: Callable[..., Any],
 ) -> None:
@@ -516,7 +581,7 @@ async def test_a_watcher_that_stops_reading_holds_up_nobody_is_dropped_and_can_c
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()
-    await until(lambda: hub.watching == 0)
+    await until(lambda: hub.open == 0)
 
 
 async def test_a_slow_watcher_gets_all_of_the_log(served: Any) -> None:

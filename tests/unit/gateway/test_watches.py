@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gateway import watches as watches_module
 from gateway.follow import FeedLost
-from gateway.watches import JOINING, START, Watches
+from gateway.watches import START, Watches
 from hermesh.common.v1.event_pb2 import Event, Frame, Reconnect
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError, UnavailableError, to_status
@@ -92,8 +92,6 @@ class Replica:
 
     def after(self, start: pb.WatchStart) -> int:
         order = start.session
-        if order.only_new:
-            return len(self.log)
         if not order.after_run_id:
             return 0
         ids = [(event.run_id, event.seq) for event in self.log]
@@ -232,15 +230,6 @@ async def test_tenants_share_nothing(replica: Replica, watches: Watches) -> None
     for reader in (mine, other):
         await reader.until(lambda reader: reader.stands)
     assert [start.tenant_id for start in replica.starts] == ["tenant", "other"]
-
-
-async def test_who_wants_only_what_is_new_gets_the_next_event(replica: Replica, watches: Watches) -> None:
-    replica.append(1, 1)
-    reader = Reader(watches, JOINING)
-    await reader.until(lambda reader: reader.stands)
-    replica.append(1, 2)
-    await reader.until(lambda reader: reader.seen)
-    assert [event.seq for event in reader.seen] == [2]
 
 
 async def test_a_reader_that_does_not_take_stalls_nobody_and_catches_up(

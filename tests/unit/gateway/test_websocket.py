@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import uuid4
 
@@ -46,6 +46,31 @@ async def closed(socket: ClientConnection) -> int:
         await read_out()
     assert ended.value.rcvd is not None
     return ended.value.rcvd.code
+
+
+async def test_a_socket_counts_once_and_those_that_come_together_are_counted(
+    start: Callable[..., Any],
+) -> None:
+    served = await start(max_streams=3)
+    url = address(served, served.mesh.add_session().session_id)
+
+    async def open_one() -> ClientConnection | None:
+        socket = await connect(url, additional_headers=KEY)
+        try:
+            async with asyncio.timeout(0.3):
+                refused = json.loads(await socket.recv())
+        except TimeoutError:
+            return socket
+        assert (refused["type"], refused["data"]["reason"]) == ("error", "OVERLOADED")
+        assert await closed(socket) == 4429
+        return None
+
+    sockets = [socket for socket in await asyncio.gather(*(open_one() for _ in range(8))) if socket]
+    assert len(sockets) == 3
+    for socket in sockets:
+        await socket.close()
+    while served.gateway.hub.open:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 async def test_input_goes_in_and_events_come_out(served: Any) -> None:

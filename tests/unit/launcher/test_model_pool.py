@@ -21,6 +21,12 @@ def test_a_pool_has_the_path_of_its_backends() -> None:
     assert "port_value: 9000" in pool.listener()
 
 
+def test_the_backend_with_the_fewest_requests_of_all_is_chosen() -> None:
+    pool = ModelPool.of(["http://one:8000/v1", "http://two:8000/v1"], "least_request", 9000)
+    assert pool is not None
+    assert "selection_method: FULL_SCAN" in pool.cluster()
+
+
 @pytest.mark.parametrize(
     ("urls", "what"),
     [

@@ -206,6 +206,9 @@ class FakeStore:
             raise NotFoundError("RUN_NOT_FOUND", "no such run")
         return replace(run, last_seq=len(self.events[run_id]))
 
+    async def accepted(self, tenant_id: UUID, request_id: str) -> bool:
+        return (tenant_id, request_id) in self.requests
+
     async def list_runs(
         self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
     ) -> Page[Run]:

@@ -242,8 +242,12 @@ async def test_a_session_is_watched_run_by_run(client: Client) -> None:
 async def test_only_new_begins_in_the_run_at_work(client: Client) -> None:
     session = await new_session(client)
     run = (await submit(client, session.session_id)).run
-    await submit(client, session.session_id)
+    in_line = (await submit(client, session.session_id)).run
     writer = await claim(client, run.run_id)
+    # It is over before the one ahead of it.
+    await client.public.CancelRun(
+        public.CancelRunRequest(run_id=in_line.run_id, reason="x"), metadata=client.metadata
+    )
     async with append_stream(client) as stream:
         await stream.write(writer.append("text.delta"))
         request = public.WatchSessionRequest(session_id=session.session_id, only_new=True)

@@ -18,6 +18,13 @@ FROM session.claim_run($1, $2, $3, $4, $5, $6) c;
 -- $1 tenant_id, $2 run_id
 SELECT * FROM session.run_view WHERE run_id = $2 AND tenant_id = $1;
 
+-- name: accepted
+-- Whether input with an idempotency key was accepted.
+-- $1 tenant_id, $2 key
+SELECT EXISTS (
+    SELECT 1 FROM session.idempotency WHERE tenant_id = $1 AND scope = 'run' AND key = $2
+) AS accepted;
+
 -- name: list_runs
 -- A session's runs, newest first, before an ordinal.
 -- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many

@@ -42,6 +42,14 @@ async def test_input_becomes_a_queued_run_with_its_first_event(kit: Kit) -> None
     assert await kit.store.get_run(kit.tenant, run.run_id) == run
 
 
+async def test_what_was_accepted_is_known_by_its_key_to_its_tenant(kit: Kit) -> None:
+    session = await kit.session()
+    await kit.submit(session.session_id, "one", request_id="key")
+    assert await kit.store.accepted(kit.tenant, "key")
+    assert not await kit.store.accepted(kit.tenant, "other")
+    assert not await kit.store.accepted(uuid7(), "key")
+
+
 async def test_submit_with_an_owner_takes_a_free_session_in_the_same_call(kit: Kit) -> None:
     session = await kit.session(user="ann", agent="writer")
     submitted = await kit.submit(session.session_id, "one", "two", owner="a")
