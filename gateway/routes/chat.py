@@ -7,9 +7,10 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+import structlog
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import models
 from gateway.body import MAX_INPUT_BODY, check_input, parse_json, read_body
@@ -27,6 +28,8 @@ from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError, UnavailableError, http_status
+
+_log = structlog.get_logger("gateway.chat")
 
 SESSION_HEADER = "x-hermesh-session"
 # A response that started can no longer be refused with a status of its own: it waits for the first text.
@@ -168,8 +171,10 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     )
     feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit, gateway.door)
     headers = {SESSION_HEADER: session_id}
+    # With a key the next try finds it again.
+    unused = _Unused(gateway, "" if chat.session_id or key else session_id)
     if chat.stream:
-        return EventStream(
+        stream = EventStream(
             gateway.hub,
             feed,
             ChatRenderer(ChatChunks(chat.model, include_usage=chat.include_usage)),
@@ -179,13 +184,49 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
             headers=[(name.encode(), value.encode()) for name, value in headers.items()],
             name=f"chat in {session_id}",
         )
+        return unused.around(stream)
     # A task of the hub's: when the client leaves, the run is still followed to its end.
     reply = await asyncio.shield(gateway.hub.start(_collect(feed, chat.model), name=f"chat in {session_id}"))
     if isinstance(reply, HermeshError):
+        await unused.after(reply)
         raise reply
     if reply.failure is not None:
         raise failure_error(reply.failure)
     return json_response(completion(reply), headers=headers)
+
+
+class _Unused:
+    """A session that was made for one call: of a flood that is refused none is to be left behind."""
+
+    def __init__(self, gateway: Gateway, session_id: str) -> None:
+        """Takes the session's id; an empty one for a session that stays."""
+        self._gateway = gateway
+        self._session_id = session_id
+
+    async def after(self, error: HermeshError) -> None:
+        """Deletes the session if the error says that nothing was accepted in it."""
+        if not self._session_id or error.reason != "OVERLOADED":
+            return
+        try:
+            await call(
+                self._gateway.mesh.sessions.DeleteSession(
+                    pb.DeleteSessionRequest(session_id=self._session_id)
+                )
+            )
+        except HermeshError as failed:
+            _log.warning("an unused session stays", session_id=self._session_id, error=str(failed))
+
+    def around(self, stream: ASGIApp) -> ASGIApp:
+        """Returns the application that serves a stream and deletes the session when it is refused."""
+
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await stream(scope, receive, send)
+            except HermeshError as error:
+                await self.after(error)
+                raise
+
+        return serve
 
 
 async def _new_session(gateway: Gateway, chat: ChatRequest, key: str) -> str:

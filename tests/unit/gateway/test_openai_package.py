@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from meshkit.errors import UnavailableError
+from meshkit.errors import ResourceExhaustedError, UnavailableError
 from tests.fakes.mesh import API_KEY, FakeRun
 
 HELLO: Any = [{"role": "user", "content": "one two"}]
@@ -43,6 +43,19 @@ async def test_a_reply_streams(client: openai.AsyncOpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refused_call_leaves_no_session(start: Any, stream: bool) -> None:
+    served = await start(max_waiting_streams=0)
+    full = ResourceExhaustedError("OVERLOADED", "full", retry_after_ms=1000)
+    served.mesh.run_cuts = [(-1, full), (-1, full)]
+    kept = served.mesh.add_session().session_id
+    body = {"model": "scripted", "messages": HELLO, "stream": stream}
+    for headers in ({}, {"x-hermesh-session": kept}):
+        answer = await served.client.post("/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 429
+    assert list(served.mesh.sessions) == [kept]
 
 
 async def test_a_whole_reply(served: Any, client: openai.AsyncOpenAI) -> None:
