@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import re
 import secrets
 import statistics
@@ -43,6 +44,7 @@ BALANCES = ("agent", "least_request", "session")
 SERVERS = 2
 START_SECONDS = 60.0
 REPLY_TOKENS = 16
+SEED = 1
 # About a hundred tokens a turn, so that a history is worth keeping.
 QUESTION = (
     "This is note {turn} of traveller {session}: in the morning we walked along river number {turn}, which "
@@ -156,20 +158,33 @@ async def ask(mesh: Mesh, session_id: str, text: str, number: int) -> Turn:
 
 
 async def converse(mesh: Mesh, sessions: int, turns: int, clients: int) -> list[Turn]:
-    """Has clients ask the next turn of one session after the other."""
+    """Has clients ask turn after turn of all sessions, each time in another order.
+
+    Whoever has an answer asks for a session that chance picks: a client that stayed with its own would come
+    back to the server that it has just left idle, and find its cache there without any affinity.
+    """
     async with httpx.AsyncClient(base_url=mesh.url, headers=mesh.headers, trust_env=False) as client:
         ids = [(await client.post("/v1/sessions", json={})).json()["session_id"] for _ in range(sessions)]
     done: list[Turn] = []
+    left = iter(plan(sessions, turns))
+    # A session's turn begins when the one before is over.
+    busy = [asyncio.Lock() for _ in ids]
 
-    async def one(mine: Sequence[int]) -> None:
-        for turn in range(turns):
-            for session in mine:
+    async def one() -> None:
+        for session, turn in left:
+            async with busy[session]:
                 done.append(await ask(mesh, ids[session], question(session, turn), turn))
 
     async with asyncio.TaskGroup() as group:
-        for number in range(clients):
-            group.create_task(one(range(number, sessions, clients)))
+        for _ in range(clients):
+            group.create_task(one())
     return done
+
+
+def plan(sessions: int, turns: int) -> list[tuple[int, int]]:
+    """Returns each session and turn, the sessions of a turn in an order of its own; always the same."""
+    rng = random.Random(SEED)
+    return [(session, turn) for turn in range(turns) for session in rng.sample(range(sessions), sessions)]
 
 
 def summed(balance: str, turns: Sequence[Turn], seconds: float) -> Outcome:

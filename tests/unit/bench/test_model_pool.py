@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.model_pool import Turn, cells, question, read_usage, summed
+from bench.model_pool import Turn, cells, plan, question, read_usage, summed
 from bench.sse_client import BadAnswer
 
 LOG = (
@@ -42,3 +42,12 @@ def test_a_row_has_least_median_and_most_of_the_rounds() -> None:
     assert cells(rounds) == [
         *("session", "3", "300", "50% / 60% / 90%", "5 / 7 / 9", "5 / 7 / 9", "5 / 5 / 5"),
     ]
+
+
+def test_every_session_has_all_of_its_turns_in_order_among_the_others() -> None:
+    asked = plan(8, 5)
+    for session in range(8):
+        assert [turn for one, turn in asked if one == session] == list(range(5))
+    orders = {tuple(one for one, turn in asked if turn == number) for number in range(5)}
+    assert len(orders) > 1
+    assert asked == plan(8, 5)
