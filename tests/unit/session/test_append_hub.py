@@ -9,7 +9,6 @@ from meshkit.tasks import TaskOwner
 from services.session.append_hub import AppendHub
 from services.session.domain import LeaseRef
 
-
 RUN = uuid7()
 
 
