@@ -37,6 +37,7 @@ from bench.command import new_console, whole
 from bench.facts import ROOT, facts
 from bench.mesh import Mesh, MeshError, wait_until
 from bench.report import ReportError, machine, table, write_section
+from bench.results import Spread
 from bench.sse_client import BadAnswer, post_stream
 from launcher.model import INSTRUCTIONS, NAME, SLOTS, TOKENS_A_SLOT
 
@@ -213,21 +214,16 @@ COLUMNS = (
 )
 
 
-def spread(values: Sequence[float], shown: str = ".0f") -> str:
-    """Returns the least, the median and the most."""
-    return " / ".join(format(value, shown) for value in (min(values), statistics.median(values), max(values)))
-
-
 def cells(rounds: Sequence[Outcome]) -> list[str]:
     """Returns what the rounds of one way came to as a table's row."""
     return [
         rounds[0].balance,
         f"{sum(one.turns for one in rounds)}",
         f"{sum(one.prompt for one in rounds):,}",
-        spread([one.share for one in rounds], ".0%"),
-        spread([one.first_p50_ms for one in rounds]),
-        spread([one.first_p90_ms for one in rounds]),
-        spread([one.seconds for one in rounds]),
+        Spread.of([one.share for one in rounds]).shown(".0%"),
+        Spread.of([one.first_p50_ms for one in rounds]).shown(".0f"),
+        Spread.of([one.first_p90_ms for one in rounds]).shown(".0f"),
+        Spread.of([one.seconds for one in rounds]).shown(".0f"),
     ]
 
 

@@ -29,6 +29,10 @@ class Spread:
         """Returns the spread of at least one value."""
         return cls(min(values), statistics.median(values), max(values))
 
+    def shown(self, form: str) -> str:
+        """Returns the three in a format such as `.0f`, as tables show them."""
+        return " / ".join(format(value, form) for value in (self.least, self.median, self.most))
+
 
 @dataclass(slots=True)
 class Result:

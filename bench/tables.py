@@ -25,7 +25,7 @@ def show(console: Console, result: Result) -> None:
     spreads = {target: result.spreads(target) for target in result.targets}
     for figure in SHOWN:
         if any(figure.name in one for one in spreads.values()):
-            cells = [_cell(one.get(figure.name), figure.digits) for one in spreads.values()]
+            cells = [cell(one.get(figure.name), figure.digits) for one in spreads.values()]
             table.add_row(f"{figure.label}, {figure.unit}" if figure.unit else figure.label, *cells)
     console.print(table)
     for target in result.targets:
@@ -46,7 +46,7 @@ def _processes(console: Console, result: Result, target: str) -> None:
         table.add_column(name, justify="left" if name == "process" else "right")
     for kind in ordered(result.kinds(target)):
         part = last.parts[kind]
-        cpu = _cell(result.cpu_of(target, kind), 4) if counted else number(part.cpu, 2)
+        cpu = cell(result.cpu_of(target, kind), 4) if counted else number(part.cpu, 2)
         note = " (store)" if kind in STORES else " (not counted)" if kind == MODEL else ""
         table.add_row(kind + note, cpu, number(part.rss / _MIB, 0), number(part.pss / _MIB, 0))
     console.print(table)
@@ -72,7 +72,8 @@ def ordered(kinds: Sequence[str]) -> list[str]:
     return sorted(kinds, key=lambda kind: (kind == MODEL, kind in STORES, kinds.index(kind)))
 
 
-def _cell(spread: Spread | None, digits: int) -> str:
+def cell(spread: Spread | None, digits: int) -> str:
+    """Returns a figure's least, median and most as tables show them; nothing for None."""
     if spread is None:
         return ""
-    return " / ".join(number(value, digits) for value in (spread.least, spread.median, spread.most))
+    return spread.shown(f",.{digits}f")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bench.figures import SHOWN, number
+from bench.figures import SHOWN
 from bench.peers.compare import RATIOS, wins
-from bench.results import Result, Spread
+from bench.results import Result
+from bench.tables import cell
 from bench.targets import MESH
 
 
@@ -28,12 +29,6 @@ def show(console: Console, result: Result) -> None:
     spreads = [result.spreads(MESH), result.spreads(target)]
     for figure in SHOWN:
         if any(figure.name in one for one in spreads):
-            cells = [_cell(one.get(figure.name), figure.digits) for one in spreads]
+            cells = [cell(one.get(figure.name), figure.digits) for one in spreads]
             table.add_row(f"{figure.label}, {figure.unit}" if figure.unit else figure.label, *cells)
     console.print(table)
-
-
-def _cell(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return ""
-    return " / ".join(number(one, digits) for one in (spread.least, spread.median, spread.most))

@@ -143,7 +143,7 @@ class ChatRenderer:
 async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /v1/chat/completions."""
     body = await read_body(request, limit=MAX_INPUT_BODY, timeout=gateway.settings.body_timeout_seconds)
-    # Before the body is looked at, a refusal should cost little; unread it would cost the connection.
+    # Unread the body would cost the refused client its connection; looking at it is what is saved.
     gateway.hub.check_room()
     gateway.door.check()
     chat = parse_chat(

@@ -87,6 +87,16 @@ def carried(*frames: tuple[str, tuple[int, ...]]) -> RunResponse:
     return RunResponse(others=[Frame(events=[event(run, seq) for seq in seqs]) for run, seqs in frames])
 
 
+async def begun(agents: Agents, runs: RunCalls) -> tuple[RunCall, RunCall]:
+    """Begins run a, run b, of which the first event was read, and a third; returns the last two."""
+    runs.run(RunRequest())
+    b, third = runs.run(RunRequest()), runs.run(RunRequest())
+    agents.calls[0].put(own("a", 1))
+    agents.calls[1].put(own("b", 1))
+    await b.read()
+    return b, third
+
+
 async def read_all(call: RunCall) -> tuple[list[int], str]:
     """Reads to the end; returns the seqs and the reason of the reconnect, if there was one."""
     seqs: list[int] = []
@@ -152,12 +162,8 @@ def test_the_end_waits_for_what_is_under_way_on_another_stream() -> None:
 
 def test_a_second_call_about_the_same_run_does_not_take_what_is_the_first_one_s() -> None:
     async def body(agents: Agents, runs: RunCalls) -> None:
-        runs.run(RunRequest())
-        b, again = runs.run(RunRequest()), runs.run(RunRequest())
+        b, again = await begun(agents, runs)
         first, second, third = agents.calls
-        first.put(own("a", 1))
-        second.put(own("b", 1))
-        await b.read()
         third.put(own("b", 1, last=1, reason="not_claimed"), grpc.aio.EOF)
         assert await read_all(again) == ([1], "not_claimed")
         first.put(carried(("b", (2, 3))))
@@ -169,12 +175,8 @@ def test_a_second_call_about_the_same_run_does_not_take_what_is_the_first_one_s(
 
 def test_a_call_takes_the_place_of_one_about_the_same_run_that_is_over() -> None:
     async def body(agents: Agents, runs: RunCalls) -> None:
-        runs.run(RunRequest())
-        left, b = runs.run(RunRequest()), runs.run(RunRequest())
-        first, second, third = agents.calls
-        first.put(own("a", 1))
-        second.put(own("b", 1))
-        await left.read()
+        left, b = await begun(agents, runs)
+        first, _, third = agents.calls
         left.cancel()
         third.put(own("b", 1))
         await b.read()

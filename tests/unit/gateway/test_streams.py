@@ -487,22 +487,27 @@ async def test_watchers_share_what_is_watched_and_move_together(served: Any) -> 
     assert served.mesh.calls.count("WatchSession") < len(readers) * 4
 
 
+async def submitted(mesh: FakeMesh, session_id: str) -> FakeRun:
+    """A run that no gateway knows of; its first event is there."""
+    request = RunRequest(session_id=session_id, input=[InputMessage(role="user", content="a")])
+    return await mesh.submit(request, str(TENANT))
+
+
 async def test_who_watches_what_is_new_misses_nothing_while_its_stream_is_broken(served: Any) -> None:
     session = served.mesh.add_session()
 
-    async def run(text: str) -> FakeRun:
-        request = RunRequest(session_id=session.session_id, input=[InputMessage(role="user", content=text)])
-        made: FakeRun = await served.mesh.submit(request, str(TENANT))
+    async def run() -> FakeRun:
+        made = await submitted(served.mesh, session.session_id)
         await served.mesh.until(lambda: made.log.finished)
         return made
 
-    await run("old")
+    await run()
     url = f"/v1/sessions/{session.session_id}/events?only_new=true"
     async with served.client.stream("GET", url) as answer:
         await served.mesh.until(lambda: served.mesh.links)
         for link in list(served.mesh.links):
             link.put_nowait(grpc.StatusCode.UNAVAILABLE)
-        new = await run("new")
+        new = await run()
         text = await Reader(answer).until("run.completed")
     events = parse(text)
     assert {event["run_id"] for event in events} == {new.run_id}
@@ -513,26 +518,19 @@ async def test_what_is_new_begins_after_the_last_event_of_the_run_at_work(served
     gate = Gate()
     session = served.mesh.add_session()
 
-    async def run() -> FakeRun:
-        request = RunRequest(session_id=session.session_id, input=[InputMessage(role="user", content="a")])
-        made: FakeRun = await served.mesh.submit(request, str(TENANT))
-        return made
-
     async def now() -> tuple[str, int]:
         with use_identity(Identity(TENANT, mesh=False)):
             _, place = await session_place(served.gateway, session.session_id, "", 0, only_new=True)
         return place
 
     assert await now() == ("", 0)
-    first = await run()
+    first = await submitted(served.mesh, session.session_id)
     await served.mesh.until(lambda: first.log.finished)
     assert await now() == (first.run_id, len(first.log.events))
     served.mesh.script = gate.script
-    at_work = await run()
-    await served.mesh.until(lambda: len(at_work.log.events) == 1)
+    at_work = await submitted(served.mesh, session.session_id)
     assert await now() == (at_work.run_id, 1)
-    in_line = await run()
-    await served.mesh.until(lambda: len(in_line.log.events) == 1)
+    in_line = await submitted(served.mesh, session.session_id)
     assert await now() == (at_work.run_id, 1)
     # One that was cancelled while it waited is over before the one ahead of it.
     await in_line.log.append(in_line.run_id, "run.cancelled", {})
