@@ -22,6 +22,7 @@ from services.agent.model.errors import (
     ModelError,
     ModelRateLimitedError,
     ModelRejectedError,
+    ModelRequestLimitError,
     ModelTimeoutError,
     ModelUnavailableError,
 )
@@ -126,6 +127,8 @@ class Backends:
                             yield batch
                     backend.failures = 0
                     return
+                except ModelRequestLimitError:
+                    raise  # nothing was sent
                 except ModelError as error:
                     self._fails(backend, error)
                     if isinstance(error, ModelRejectedError):

@@ -47,6 +47,7 @@ class OpenAIModel:
         headers = {**self._headers, "Accept": "text/event-stream"}
         if request.cache_key:
             headers["x-hermesh-affinity"] = request.cache_key
+        request.asking()
         async with self._pool.request("POST", "/chat/completions", headers, body) as response:
             if response.status != 200:
                 raise await _error_of(response)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Role = Literal["system", "user", "assistant", "tool"]
+
+# The most tokens that are counted, of a turn and of a run: the wire and the database hold an int32.
+MAX_COUNT = 2**31 - 1
+
+
+def _nothing() -> None:
+    """Watch nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class ModelRequest:
         max_tokens: the most tokens to write, 0 = the backend's default.
         response_schema: when set, the reply's text must be JSON of this schema (grammar-constrained).
         cache_key: a stable key of the conversation; backends and balancers use it for prefix caches.
+        asking: called by an adapter right before each request that it sends, a second try too. It may
+            raise a `ModelError`: then nothing more is to be sent.
     """
 
     model: str
@@ -68,6 +77,7 @@ class ModelRequest:
     stop: Sequence[str] = ()
     response_schema: Mapping[str, Any] | None = None
     cache_key: str = ""
+    asking: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as the backend counted them."""
+    """Tokens as the backend counted them, each from 0 to `MAX_COUNT`; a sum stays there, too."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -103,9 +113,9 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.cached_tokens + other.cached_tokens,
+            min(MAX_COUNT, self.input_tokens + other.input_tokens),
+            min(MAX_COUNT, self.output_tokens + other.output_tokens),
+            min(MAX_COUNT, self.cached_tokens + other.cached_tokens),
         )
 
 

@@ -16,6 +16,7 @@ from services.agent.model.errors import (
     ModelRejectedError,
     ModelUnavailableError,
 )
+from services.agent.model.numbers import usage_of, whole
 from services.agent.model.port import (
     ChatMessage,
     Finished,
@@ -25,7 +26,6 @@ from services.agent.model.port import (
     TextDelta,
     ToolCallDelta,
     ToolOffer,
-    Usage,
 )
 
 # One SSE line may not grow without end: a backend that never sends a newline is broken.
@@ -244,7 +244,7 @@ class StreamParser:
                 function = call.get("function") or {}
                 out.append(
                     ToolCallDelta(
-                        int(call.get("index") or 0),
+                        whole(call.get("index")),
                         str(function.get("name") or ""),
                         str(function.get("arguments") or ""),
                     )
@@ -261,16 +261,6 @@ class StreamParser:
     def finished(self) -> Finished:
         """Return the reply's end, once the stream is over."""
         return Finished(self._finish or "stop")
-
-
-def usage_of(usage: Mapping[str, Any]) -> Usage:
-    """Read a usage object; counts that are absent are 0."""
-    details = usage.get("prompt_tokens_details") or {}
-    return Usage(
-        int(usage.get("prompt_tokens") or 0),
-        int(usage.get("completion_tokens") or 0),
-        int(details.get("cached_tokens") or 0),
-    )
 
 
 def error_of_body(body: object) -> ModelError:
