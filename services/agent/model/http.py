@@ -45,7 +45,7 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a base URL points: its server, the path that requests are put under, the query that they all have."""
+    """Where a base URL points: its server, the path of requests, the query that all of them have."""
 
     host: str
     port: int

@@ -37,7 +37,10 @@ class KeptFields:
                 self._size += len(value)
                 self._texts.setdefault(name, []).append(value)
             elif isinstance(value, list):
-                self._size += len(orjson.dumps(value, default=str)) if value else 0
+                try:
+                    self._size += len(orjson.dumps(value))
+                except TypeError:  # nothing that could be stored
+                    self._size = MAX_KEPT + 1
                 self._add(self._lists.setdefault(name, []), value)
 
     @staticmethod

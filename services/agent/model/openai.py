@@ -61,7 +61,11 @@ class OpenAIModel:
         self._learned: dict[str, Learned] = {}
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "hermesh-agent"}
         if api_key:
-            key = {"api-key": api_key} if self.profile.auth == "api-key" else {"Authorization": f"Bearer {api_key}"}
+            key = (
+                {"api-key": api_key}
+                if self.profile.auth == "api-key"
+                else {"Authorization": f"Bearer {api_key}"}
+            )
             self._headers |= key
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Sequence[ModelEvent], None]:

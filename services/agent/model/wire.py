@@ -25,7 +25,6 @@ from services.agent.model.port import (
     ReasoningDelta,
     RefusalDelta,
     TextDelta,
-    Usage,
 )
 from services.agent.model.profiles import TOLERANT, Profile
 from services.agent.model.torn import mended, whole
@@ -323,10 +322,9 @@ class StreamParser:
             raise error_of_body(chunk)
 
     def _count(self, usage: object, out: list[ModelEvent]) -> None:
-        """Take usage in; one that is all zero, as with each chunk of some servers, says nothing."""
-        if usage and (counted := usage_of(usage)) != Usage():
+        if usage:
             self._flush(out)
-            out.append(counted)
+            out.append(usage_of(usage))
 
     def _finishes(self, reason: str) -> None:
         said = reason.lower()
@@ -343,7 +341,9 @@ class StreamParser:
         details = delta.get("reasoning_details")
         if not thought and details:
             thought = "".join(
-                str(one.get("text") or one.get("summary") or "") for one in details if isinstance(one, Mapping)
+                str(one.get("text") or one.get("summary") or "")
+                for one in details
+                if isinstance(one, Mapping)
             )
         if isinstance(thought, str) and thought:
             self._think(thought, out)
@@ -383,7 +383,10 @@ class StreamParser:
             if kind in ("thinking", "reasoning"):
                 inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
                 pieces = inner if isinstance(inner, list) else [inner]
-                self._think("".join(one if isinstance(one, str) else str(one.get("text") or "") for one in pieces), out)
+                self._think(
+                    "".join(one if isinstance(one, str) else str(one.get("text") or "") for one in pieces),
+                    out,
+                )
             elif kind == "refusal":
                 self._refuse(str(part.get("refusal") or ""), out)
             elif isinstance(part.get("text"), str):
