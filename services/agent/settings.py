@@ -33,7 +33,7 @@ class AgentSettings(MeshSettings):
     )
     llm_profile_file: str = Field(
         "",
-        description="A TOML file of further kinds of servers, in the form of profiles.toml; see docs/models.md.",
+        description="A TOML file of further kinds of model servers, in the form of profiles.toml.",
     )
     llm_tool_mode: Literal["native", "json", "none"] = Field(
         "native",

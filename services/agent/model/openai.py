@@ -1,4 +1,4 @@
-"""The adapter for servers of the Chat Completions protocol: local ones and hosted ones, each by its profile."""
+"""The adapter for servers of the Chat Completions protocol, local and hosted ones, each by its profile."""
 
 from __future__ import annotations
 
@@ -60,13 +60,10 @@ class OpenAIModel:
         self.profile = known or TOLERANT
         self._learned: dict[str, Learned] = {}
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "hermesh-agent"}
-        if api_key:
-            key = (
-                {"api-key": api_key}
-                if self.profile.auth == "api-key"
-                else {"Authorization": f"Bearer {api_key}"}
-            )
-            self._headers |= key
+        if api_key and self.profile.auth == "api-key":
+            self._headers["api-key"] = api_key
+        elif api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Sequence[ModelEvent], None]:
         """See `Model.stream`."""

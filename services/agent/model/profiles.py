@@ -1,4 +1,4 @@
-"""What model servers want to be sent, by profile: the built-in ones are in profiles.toml, line by line with sources.
+"""What model servers want to be sent, by profile: profiles.toml has the built-in ones, with sources.
 
 A server is known by its host, by who it says owns its models, or by headers of its answers. One that is not
 known gets `TOLERANT`: what most take, and what it sent is sent back to it.

@@ -161,7 +161,7 @@ class _Messages:
         return entry
 
     def _id(self, call_id: str, own: object = None, name: str = "") -> str:
-        """Return the id of a call as it is sent: the model's own where that will do, else one made by order."""
+        """Return a call's id as it is sent: the model's own where that will do, else one made by order."""
         if call_id in self._sent:
             return self._sent[call_id]
         sent = own if isinstance(own, str) and self._fits(own) and own not in self._used else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -340,11 +340,7 @@ class StreamParser:
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         details = delta.get("reasoning_details")
         if not thought and details:
-            thought = "".join(
-                str(one.get("text") or one.get("summary") or "")
-                for one in details
-                if isinstance(one, Mapping)
-            )
+            thought = "".join(_texts(details))
         if isinstance(thought, str) and thought:
             self._think(thought, out)
         if content:
@@ -382,11 +378,7 @@ class StreamParser:
             kind = part.get("type")
             if kind in ("thinking", "reasoning"):
                 inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
-                pieces = inner if isinstance(inner, list) else [inner]
-                self._think(
-                    "".join(one if isinstance(one, str) else str(one.get("text") or "") for one in pieces),
-                    out,
-                )
+                self._think(inner if isinstance(inner, str) else "".join(_texts(inner)), out)
             elif kind == "refusal":
                 self._refuse(str(part.get("refusal") or ""), out)
             elif isinstance(part.get("text"), str):
@@ -438,6 +430,15 @@ class StreamParser:
         kept = self._kept.event()
         finished = Finished(self._finish or "stop")
         return (finished,) if kept is None else (kept, finished)
+
+
+def _texts(parts: Iterable[object]) -> Iterable[str]:
+    """Yield the texts of parts, whatever they are of."""
+    for part in parts:
+        if isinstance(part, Mapping):
+            part = part.get("text") or part.get("summary")
+        if isinstance(part, str):
+            yield part
 
 
 def _exact(payload: bytes) -> Any:
