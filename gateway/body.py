@@ -100,8 +100,8 @@ def parse_json(body: bytes) -> Any:
     """Parses JSON.
 
     Raises:
-        InvalidArgumentError: It is not UTF-8, not JSON, nested too deeply, or has a NUL character, which nothing
-            here stores.
+        InvalidArgumentError: It is not UTF-8, not JSON, too deep, or has a NUL character, which nothing here
+            stores.
     """
     try:
         value = read_json(body)

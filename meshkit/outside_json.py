@@ -1,9 +1,9 @@
 """JSON that comes from outside, read within bounds: request bodies, options, tool arguments and results.
 
-Depth is a size of its own. Whatever walks a value calls itself once a level: pydantic, jsonschema, `json`, our
-own folds; and what orjson reads at 1,024 levels it writes at 254. So a value is measured once, where it enters, by a
-loop that does not call itself, and what is deeper is refused there with a typed error. Behind that point nothing
-has to expect a RecursionError.
+Depth is a size of its own. Whatever walks a value calls itself once a level: pydantic, jsonschema, `json`,
+our own folds; and what orjson reads at 1,024 levels it writes at 254. So a value is measured once, where it
+enters, by a loop that does not call itself, and what is deeper is refused there with a typed error. Behind
+that point nothing has to expect a RecursionError.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from gateway.endpoints import Answer, Endpoint, json_response, read_model
 from gateway.login import COOKIE, check_origin, set_cookie
 from meshkit.errors import UnauthenticatedError
 
-
 # Nobody has shown a key yet: a key and the JSON around it, and no more, is read.
 MAX_LOGIN_BODY = 8 * 1024
 

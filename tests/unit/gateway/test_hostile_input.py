@@ -1,4 +1,4 @@
-"""What is sent to break a gateway, with a key and without. The mesh behind is the FAKE of tests/fakes/mesh.py."""
+"""What is sent to break a gateway, with a key and without. The mesh behind is a FAKE, tests/fakes/mesh.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 from meshkit.outside_json import MAX_DEPTH
 from tests.fakes.mesh import API_KEY
 
-# From what is one level too deep for us, over what is too deep for Python, to what is too deep for any parser.
+# From one level too deep for us, over too deep for Python, to too deep for any parser.
 LEVELS = [MAX_DEPTH + 1, 900, 1_020, 100_000]
 
 
