@@ -55,15 +55,11 @@ def test_causes_come_before_what_they_caused_and_are_few() -> None:
 
 
 def test_a_context_is_told_unless_it_was_suppressed() -> None:
-    try:
-        try:
-            raise KeyError("first")
-        except KeyError:
-            raise ValueError("second")  # noqa: B904 -- the context is the test
-    except ValueError as error:
-        assert "KeyError: 'first'" in exception_text(error)
-        error.__suppress_context__ = True
-        assert "KeyError" not in exception_text(error)
+    error = ValueError("second")
+    error.__context__ = KeyError("first")
+    assert "KeyError: 'first'" in exception_text(error)
+    error.__suppress_context__ = True
+    assert "KeyError" not in exception_text(error)
 
 
 def test_causes_that_go_in_a_circle_end() -> None:
