@@ -97,3 +97,47 @@ async def test_a_deeply_nested_message_leaves_the_socket_open(served: Any) -> No
             assert json.loads(await socket.recv())["data"]["reason"] == "INVALID_ARGUMENT"
         await socket.send('{"type": "ping"}')
         assert json.loads(await socket.recv())["type"] == "pong"
+
+
+async def test_wrong_keys_of_one_address_are_told_to_wait_and_right_ones_go_on(
+    served: Any, log: list[dict[str, Any]]
+) -> None:
+    async def ask(key: str, forwarded: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", "x-forwarded-for": forwarded}
+        return await served.client.get("/v1/sessions", headers=headers)
+
+    assert (await ask(API_KEY, "203.0.113.7")).status_code == 200
+    # Whatever the caller wrote before it: Envoy's word is the last.
+    answers = [await ask(f"hm_wrong_{number}", f"10.0.0.{number}, 203.0.113.7") for number in range(80)]
+    codes = [answer.status_code for answer in answers]
+    # The bucket fills again while this goes on, by five a second.
+    assert set(codes[:50]) == {401}
+    assert codes.count(429) > 10
+    told = next(answer for answer in answers if answer.status_code == 429)
+    assert told.json()["reason"] == "TOO_MANY_WRONG_KEYS"
+    assert int(told.headers["retry-after"]) >= 1
+    assert (await ask(API_KEY, "203.0.113.7")).status_code == 200
+    assert (await ask("hm_wrong", "203.0.113.8")).status_code == 401
+    chat = await served.client.post(
+        "/v1/chat/completions",
+        json={},
+        headers={"authorization": "Bearer hm_more", "x-forwarded-for": "203.0.113.7"},
+    )
+    assert chat.json()["error"]["type"] in ("rate_limit_error", "authentication_error")
+    # A flood is not a line a request.
+    assert len(log) < 60
+    assert log[1]["client"] == "203.0.113.7"
+
+
+async def test_signing_in_with_wrong_keys_is_held_up_the_same_way(served: Any) -> None:
+    async with httpx.AsyncClient(base_url=served.url, timeout=10) as stranger:
+        codes = [
+            (
+                await stranger.post(
+                    "/auth/login", json={"api_key": f"hm_wrong_{number}"}, headers={"origin": served.url}
+                )
+            ).status_code
+            for number in range(80)
+        ]
+    assert set(codes[:50]) == {401}
+    assert codes.count(429) > 10
