@@ -202,7 +202,8 @@ class Edge:
             kind = f"{route} {status}"
             if not self._floods.take(kind):
                 return
-            more = {"client": client_var.get()} | self._floods.left_out(kind)
+            more["client"] = client_var.get()
+            more.update(self._floods.left_out(kind))
         log(
             "request",
             method=method,

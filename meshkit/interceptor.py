@@ -422,7 +422,8 @@ class _Call:
             # Anybody can have as many of these as they like.
             if not self._owner._floods.take(self._reason):
                 return
-            more |= {"client": client_var.get()} | self._owner._floods.left_out(self._reason)
+            more["client"] = client_var.get()
+            more.update(self._owner._floods.left_out(self._reason))
         write(
             "rpc",
             method=self.name[1:],

@@ -264,8 +264,9 @@ async def test_more_lookups_at_once_than_there_are_places_for_are_refused() -> N
     keys, _ = cached(source, max_lookups=3, burst=100)
     source.gate.clear()
     asking = [asyncio.ensure_future(refused(keys, f"wrong-{number}")) for number in range(3)]
-    while len(source.asked) < 3:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while len(source.asked) < 3:  # noqa: ASYNC110 -- the source tells only of the first
+            await asyncio.sleep(0)
     error = await refused(keys, "one-more")
     assert (type(error), error.retry_after_ms) == (UnavailableError, 500)
     source.gate.set()
