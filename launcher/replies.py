@@ -16,8 +16,10 @@ import grpc
 
 from meshkit.errors import DETAILS_KEY, HermeshError, to_status
 
-# Envoy makes the id where a caller sent none.
+# Envoy makes the id where a caller sent none. What it could not read as a request has none; a text of two
+# parts is then empty, where one part alone would be null.
 REQUEST_ID = "%REQ(X-REQUEST-ID)%"
+_REQUEST_ID_TEXT = REQUEST_ID + "%DYNAMIC_METADATA(none)%"
 # What HTTP knows. Any other word is refused here: the gateway's parser does not read it.
 METHODS = "GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE"
 ALLOWED = "DELETE, GET, HEAD, OPTIONS, PATCH, POST"
@@ -62,9 +64,7 @@ def _flags(*names: str) -> dict[str, Any]:
 
 
 def _header(name: str, pattern: str) -> dict[str, Any]:
-    return {
-        "header_filter": {"header": {"name": name, "string_match": {"safe_regex": {"regex": pattern}}}}
-    }
+    return {"header_filter": {"header": {"name": name, "string_match": {"safe_regex": {"regex": pattern}}}}}
 
 
 def _all(*filters: dict[str, Any]) -> dict[str, Any]:
@@ -116,12 +116,23 @@ def http_replies() -> list[Reply]:
     lost = _error(
         "UNAVAILABLE",
         "SERVICE_UNAVAILABLE",
-        "the gateway was lost before it answered: what was asked for may have been done; send it again with the "
-        "same Idempotency-Key, or look first",
+        "the gateway was lost before it answered: what was asked for may have been done; send it again with "
+        "the same Idempotency-Key, or look first",
         retry_after_ms=_RETRY_MS,
     )
     return [
         _overloaded(),
+        Reply(
+            _header(":method", "CONNECT"),
+            _error("UNIMPLEMENTED", "UNIMPLEMENTED", "this is no proxy: CONNECT is not taken"),
+            405,
+            (("allow", ALLOWED),),
+        ),
+        Reply(
+            _status(501),
+            _error("UNIMPLEMENTED", "UNIMPLEMENTED", "of transfer codings only chunked is taken"),
+            501,
+        ),
         # Reading again repeats nothing.
         Reply(_all(_flags(*_LOST), _header(":method", "GET|HEAD|OPTIONS")), _unavailable().error, 503),
         # Such a client would by itself send a second message for the one whose answer was lost.
@@ -141,12 +152,17 @@ def http_replies() -> list[Reply]:
             404,
         ),
         Reply(
+            _status(403),
+            _error("INVALID_ARGUMENT", "INVALID_ARGUMENT", "a connection can be upgraded to websocket only"),
+            400,
+        ),
+        Reply(
             _status(400, "GE"),
             _error(
                 "INVALID_ARGUMENT",
                 "INVALID_ARGUMENT",
-                "the request is no HTTP that is taken here: its first line, its path or a header is malformed, or "
-                "a header's name has an underscore",
+                "the request is not HTTP as it is taken here: its first line, its path, a header or its body "
+                "is malformed",
             ),
             400,
         ),
@@ -158,8 +174,8 @@ def grpc_replies() -> list[Reply]:
     lost = _error(
         "UNAVAILABLE",
         "SERVICE_UNAVAILABLE",
-        "the replica was lost before it answered: what was asked for may have been done; send it again with the "
-        "same request_id, or look first",
+        "the replica was lost before it answered: what was asked for may have been done; send it again with "
+        "the same request_id, or look first",
         retry_after_ms=_RETRY_MS,
     )
     too_large = _error(
@@ -211,7 +227,7 @@ def _http_mapper(reply: Reply, *, openai: bool) -> dict[str, Any]:
         metadata=reply.error.metadata,
         retry_after_ms=reply.error.retry_after_ms,
     )
-    document = openai_object(error) if openai else problem(error) | {"request_id": REQUEST_ID}
+    document = openai_object(error) if openai else problem(error) | {"request_id": _REQUEST_ID_TEXT}
     headers = error_headers(error) | {"x-request-id": REQUEST_ID}
     return {
         "filter": _all(reply.when, _header(":path", _OPENAI_PATHS)) if openai else reply.when,
@@ -219,6 +235,7 @@ def _http_mapper(reply: Reply, *, openai: bool) -> dict[str, Any]:
         "headers_to_add": [_set(name, value) for name, value in headers.items()],
         "body_format_override": {
             "json_format": document,
+            "omit_empty_values": not openai,
             "content_type": "application/json" if openai else "application/problem+json",
         },
     }
