@@ -31,7 +31,7 @@ from launcher.ports import free_port
 from launcher.processes import identify, raise_open_files
 from launcher.restart import Restart, parse_service
 from launcher.settings import LauncherSettings
-from launcher.state import State
+from launcher.state import Remembered, State
 from meshkit.lifecycle import schedule_in_batches
 from meshkit.settings import load
 
@@ -317,12 +317,12 @@ class Supervisor:
         if spec.replica not in self.children.all:
             self.children.start(spec, self.leftovers.pop(spec.replica, None))
 
+    def _waiting(self, service: str) -> list[Remembered]:
+        """What an earlier supervisor left of a service and this one does not keep yet."""
+        return [child for child in self.leftovers.values() if child.service == service]
+
     def _left(self, service: str) -> list[int]:
-        return [
-            int(child.replica.rpartition("-")[2])
-            for child in self.leftovers.values()
-            if child.service == service
-        ]
+        return [int(child.replica.rpartition("-")[2]) for child in self._waiting(service)]
 
     def free_number(self, service: str) -> int:
         """The lowest number from 1 that no replica of a service has, not even one that is about to end."""
@@ -353,10 +353,11 @@ class Supervisor:
         eds = self.folder.envoy / "eds"
         for service in envoy.CLUSTERS:
             # A replica that died keeps its place until its successor says where it is: an empty list
-            # would take the cluster away, and health checks already keep calls off it.
-            known = [child.address for child in self.children.of(service) if child.address]
+            # would take the cluster away, and health checks already keep calls off it. So does one of an
+            # earlier supervisor's that is still to be taken over: it serves all the time.
+            known = [child.address for child in (*self.children.of(service), *self._waiting(service))]
             try:
-                envoy.write_endpoints(eds, service, sorted(known))
+                envoy.write_endpoints(eds, service, sorted({address for address in known if address}))
             except OSError as error:
                 self._failed_to_write(f"the endpoints of {service}", error)
         self.save()
