@@ -86,7 +86,9 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         runs = await stack.enter_async_context(TaskOwner("agent-runs"))
 
         def limits(spec: RunSpec) -> Limits:
-            return Limits(spec.max_turns, spec.max_output_tokens, settings.llm_resumes)
+            return Limits(
+                spec.max_turns, spec.max_output_tokens, settings.llm_resumes, settings.llm_spare_requests
+            )
 
         world = World(
             replica=settings.replica,

@@ -60,6 +60,15 @@ class AgentSettings(MeshSettings):
     llm_resumes: int = Field(
         1, ge=0, le=10, description="How often a reply that broke off midway is taken up again."
     )
+    llm_spare_requests: int = Field(
+        32,
+        ge=0,
+        le=10_000,
+        description=(
+            "Requests to the model that a run may make beyond one for each of its turns: tries again, "
+            "replies taken up again, takeovers. The next one fails the run with MODEL_REQUEST_LIMIT."
+        ),
+    )
     instructions: str = Field(
         "", description="System prompt of the default agent; a run's own instructions replace it."
     )

@@ -140,7 +140,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     async def FailRun(self, request: pb.FailRunRequest, context: Context) -> pb.FailRunResponse:
         """See the proto."""
         require_mesh()
-        run = await self._store.fail(convert.lease_of(request.lease), FAIL_MESSAGES[request.cause])
+        run = await self._store.fail_held(convert.lease_of(request.lease), FAIL_MESSAGES[request.cause])
         if run is not None:
             self._hub.detach(request.lease.run_id)
             self._commits.changed(run)

@@ -15,7 +15,10 @@ from hermesh.session.v1.resources_pb2 import Grant, Run, RunContext, RunOptions
 from hermesh.session.v1.session_internal_service_pb2 import (
     CLAIM_OUTCOME_ALREADY_CLAIMED,
     CLAIM_OUTCOME_CLAIMED,
+    FAIL_CAUSE_INTERNAL,
+    FAIL_CAUSE_REFUSED,
     ClaimRunRequest,
+    FailRunRequest,
     LeaseRef,
     ReleaseLeaseRequest,
     RenewLeasesRequest,
@@ -226,6 +229,25 @@ class SessionClient:
             cancelled += response.cancelled_run_ids
             ttl = response.ttl_ms / 1000
         return Renewal(lost, cancelled, ttl)
+
+    @failpoints.around("agent.fail")
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        """Have the store end a run that cannot write its end; False when it is not ours any more.
+
+        Raises:
+            HermeshError: the session service could not say.
+        """
+        request = FailRunRequest(
+            lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence),
+            cause=FAIL_CAUSE_REFUSED if refused else FAIL_CAUSE_INTERNAL,
+        )
+        response, _, again = await _tried(
+            lambda: self._internal.FailRun(request, metadata=self._mesh),
+            CLAIM_TRIES,
+            (UnavailableError, DeadlineError),
+        )
+        # An earlier try may have done it, and its answer got lost.
+        return response.ended or again
 
     @failpoints.around("agent.release")
     async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:

@@ -97,11 +97,13 @@ class Limits:
         max_turns: model turns.
         max_output_tokens: tokens written in all turns, 0 = no bound of ours.
         max_breaks: how often one model turn may break off and be taken up again.
+        spare_requests: model requests beyond one for each turn.
     """
 
     max_turns: int = 16
     max_output_tokens: int = 0
     max_breaks: int = 1
+    spare_requests: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class LoopState:
         usage: tokens of this run's turns as far as this replica knows.
         finish_reason: set once a turn ended without calls.
         breaks: how often the current turn broke off here.
+        requests: how many requests the attempts before have made to the model, as far as the log tells.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -127,6 +130,7 @@ class LoopState:
     usage: Usage = field(default_factory=Usage)
     finish_reason: str = ""
     breaks: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class LoggedEvent:
 @dataclass(slots=True)
 class _Fold:
     step: int = 0
+    requests: int = 0
     pieces: list[tuple[int, str]] = field(default_factory=list)
     reported: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
@@ -68,6 +69,7 @@ def restore(
         step=max(fold.step, len(own)),
         turns=len(own),
         partial=_partial(fold),
+        requests=max(fold.requests, len(own)),
     )
     if not own:
         return state
@@ -98,13 +100,19 @@ def _fold(events: Sequence[LoggedEvent]) -> _Fold:
         data = event.data
         if event.type == "step.started":
             fold.step = int(data["step"])
+            # Left out while no request was made twice.
+            fold.requests = int(data.get("request", fold.step))
             fold.pieces = []
+        elif event.type == "run.started":
+            # An attempt that continues a turn says so by nothing else.
+            fold.requests += 1
         elif event.type == "text.delta":
             fold.pieces.append((event.seq, str(data["text"])))
         elif event.type == "reasoning.delta":
             fold.pieces.append((event.seq, ""))
         elif event.type == "attempt.reset":
             from_seq = int(data["from_seq"])
+            fold.requests = int(data.get("request", fold.requests + 1))
             fold.pieces = [piece for piece in fold.pieces if piece[0] < from_seq]
         elif event.type == "message.completed":
             fold.pieces = []

@@ -46,14 +46,21 @@ class RunJournal:
         """This replica begins to work on the run."""
         self._writer.event("run.started", {"attempt": attempt, "replica": replica}, patient=True)
 
-    def step(self, number: int) -> None:
-        """A step begins; results of the step before become messages with it."""
-        commit = self._carry(StepCommit()) if self._carried else None
-        self._writer.events([("step.started", {"step": number})], commit, patient=True)
+    def step(self, number: int, request: int) -> None:
+        """A step begins; results of the step before become messages with it.
 
-    def reset(self, from_seq: int, reason: str) -> None:
-        """Readers discard what came from a seq on."""
-        self._writer.event("attempt.reset", {"from_seq": from_seq, "reason": reason}, patient=True)
+        Args:
+            number: of the step.
+            request: of the run's requests to its model, the one that this step makes.
+        """
+        commit = self._carry(StepCommit()) if self._carried else None
+        data = {"step": number} if request == number else {"step": number, "request": request}
+        self._writer.events([("step.started", data)], commit, patient=True)
+
+    def reset(self, from_seq: int, reason: str, request: int) -> None:
+        """Readers discard what came from a seq on; `request` is as in `step`."""
+        data = {"from_seq": from_seq, "reason": reason, "request": request}
+        self._writer.event("attempt.reset", data, patient=True)
 
     def degraded(self, part: str, detail: str) -> None:
         """The run goes on without something."""

@@ -149,7 +149,7 @@ class Runs(Protocol):
         """
         ...
 
-    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
         """Ends a run whose holder cannot write its end: as failed with `message`, or as cancelled if that was
         asked for. Any fence of the current claim will do. Returns None when the claim is over.
         """

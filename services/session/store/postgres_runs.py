@@ -139,7 +139,7 @@ class PostgresRuns(PostgresPart):
         return run, Event(run_id, row["event_seq"], "run.cancelled", row["event_time_ms"], row["event_data"])
 
     @failpoints.around("session.fail")
-    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
         """See the port."""
         row = await self._fetchrow(_SQL["fail_held"], ref.session_id, ref.run_id, ref.fence, message)
         return None if row is None else run_of(row)

@@ -120,6 +120,8 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
     ERROR_REASON_APPROVAL_REQUIRED: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+    ERROR_REASON_MODEL_REQUEST_LIMIT: _ErrorReason.ValueType  # 52
+    """RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -225,3 +227,5 @@ ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
 ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+ERROR_REASON_MODEL_REQUEST_LIMIT: ErrorReason.ValueType  # 52
+"""RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
