@@ -24,21 +24,29 @@ class ToolUse:
         call_id: Hermesh's id of the call (`run:step:index`); it is also sent to the backend.
         name: the tool.
         arguments: a JSON object as text.
+        provider: what its backend may want to have back with it, as JSON text: `{"id", "fields"}`; "" for
+            nothing.
     """
 
     call_id: str
     name: str
     arguments: str
+    provider: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a conversation, in the shape that every chat model knows."""
+    """One message of a conversation, in the shape that every chat model knows.
+
+    Attributes:
+        provider: fields that its backend may want to have back with it, as a JSON object's text; "" for none.
+    """
 
     role: str
     content: str
     tool_calls: tuple[ToolUse, ...] = ()
     tool_call_id: str = ""
+    provider: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,34 @@ class ReasoningDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusalDelta:
+    """Text in which the model says that it refuses."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a tool call; the pieces of one `index` add up. `name` comes once."""
+    """A piece of a tool call; the pieces of one `index` add up, the last `name` that is not empty counts.
+
+    Attributes:
+        index: the call's place in the order in which calls begin, from 0.
+        id: the model's own id of the call, "" while there is none.
+        fields: what the backend may want to have back with the call.
+    """
 
     index: int
     name: str
     arguments: str
+    id: str = ""
+    fields: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Fields of the reply that the backend may want to have back with it; at most once, at the end."""
+
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +151,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The reply is whole. `reason` is "stop", "length", "tool_calls" or "content_filter"."""
+    """The reply is whole. `reason` is "stop", "length", "tool_calls", "content_filter" or "refusal"."""
 
     reason: str
 
 
-ModelEvent = TextDelta | ReasoningDelta | ToolCallDelta | Usage | Finished
+ModelEvent = TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | Usage | Kept | Finished
 
 
 @dataclass(frozen=True, slots=True)
