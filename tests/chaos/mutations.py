@@ -232,7 +232,7 @@ MUTATIONS = (
         "silent-splice",
         "A reply that is begun anew does not tell its readers to drop what they have of it.",
         "services/agent/runs/runner.py",
-        "self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)",
+        "self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)",
         "pass",
         faults=_AGENTS_DIE,
         prefill=False,

@@ -46,20 +46,25 @@ class RunJournal:
         """This replica begins to work on the run."""
         self._writer.event("run.started", {"attempt": attempt, "replica": replica}, patient=True)
 
-    def step(self, number: int, request: int) -> None:
+    def step(self, number: int, request: int, attempt: int) -> None:
         """A step begins; results of the step before become messages with it.
 
         Args:
             number: of the step.
             request: of the run's requests to its model, the one that this step makes.
+            attempt: of the run's, this one.
         """
         commit = self._carry(StepCommit()) if self._carried else None
-        data = {"step": number} if request == number else {"step": number, "request": request}
+        data = {"step": number}
+        if request != number:
+            data["request"] = request
+        if attempt > 1:
+            data["attempt"] = attempt
         self._writer.events([("step.started", data)], commit, patient=True)
 
-    def reset(self, from_seq: int, reason: str, request: int) -> None:
-        """Readers discard what came from a seq on; `request` is as in `step`."""
-        data = {"from_seq": from_seq, "reason": reason, "request": request}
+    def reset(self, from_seq: int, reason: str, request: int, attempt: int) -> None:
+        """Readers discard what came from a seq on; `request` and `attempt` are as in `step`."""
+        data = {"from_seq": from_seq, "reason": reason, "request": request, "attempt": attempt}
         self._writer.event("attempt.reset", data, patient=True)
 
     def degraded(self, part: str, detail: str) -> None:
@@ -219,7 +224,9 @@ def _required(call: Call) -> tuple[str, dict[str, Any]]:
         "call_id": call.call_id,
         "kind": "unknown" if call.state is CallState.UNKNOWN else "approval",
         "name": call.name,
-        "arguments": orjson.loads(call.arguments),
+        "arguments": orjson.Fragment(call.arguments),
+        # For readers whose parser rounds numbers: what a person agrees to is what runs.
+        "arguments_text": call.arguments,
     }
     return "action.required", data
 

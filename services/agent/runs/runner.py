@@ -288,10 +288,10 @@ class Runner:
 
     def _begin_turn(self, decision: CallModel, state: LoopState) -> None:
         if decision.resume == "fresh":
-            self._journal.step(decision.step, self._requests + 1)
+            self._journal.step(decision.step, self._requests + 1, self.spec.attempt)
         elif decision.resume == "reset":
             reason = _BROKE_OFF if state.breaks else _TAKEN_OVER
-            self._journal.reset(decision.from_seq, reason, self._requests + 1)
+            self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)
         # Finished turns have used one each, and so may this one.
         self._requests_limit = state.turns + 1 + self._world.limits(self.spec).spare_requests
         self._again = decision.resume != "fresh"
