@@ -18,7 +18,7 @@ from services.agent.model.port import (
 )
 
 MAX_CALLS = 64
-# Characters of one turn's text, and of one call's arguments: what one write to the store can surely hold.
+# Bytes of one turn's text and reasoning, and of its calls' arguments: what one write to the store can surely hold.
 MAX_TEXT = 1024 * 1024
 BAD_ARGUMENTS = "The arguments are not a JSON object. Call the tool again with valid arguments."
 
@@ -44,7 +44,7 @@ class TurnBuilder:
         self._text = [prefix] if prefix else []
         self._names: dict[int, str] = {}
         self._arguments: dict[int, list[str]] = {}
-        self._size = len(prefix)
+        self._size = _bytes(prefix)
         self._calls_size = 0
         self._usage = Usage()
         self._finish = ""
@@ -68,16 +68,16 @@ class TurnBuilder:
                 self._usage = event
             elif isinstance(event, Finished):
                 self._finish = event.reason
-        said = storable("".join(text))
+        said, thought = storable("".join(text)), storable("".join(reasoning))
         self._text.append(said)
-        self._size += len(said)
+        self._size += _bytes(said) + _bytes(thought)
         if self.full:
             self._finish = "length"
-        return ("" if self._constrained else said), storable("".join(reasoning))
+        return ("" if self._constrained else said), thought
 
     @property
     def full(self) -> bool:
-        """Whether the turn has as much text as a turn may have: the reply ends here."""
+        """Whether the turn has as much text and reasoning as a turn may have: the reply ends here."""
         return self._size > MAX_TEXT
 
     def _add_call(self, delta: ToolCallDelta) -> None:
@@ -85,7 +85,7 @@ class TurnBuilder:
             raise ModelProtocolError(f"the model made more than {MAX_CALLS} tool calls at once")
         pieces = self._arguments.setdefault(delta.index, [])
         pieces.append(delta.arguments)
-        self._calls_size += len(delta.arguments)
+        self._calls_size += _bytes(delta.arguments)
         if self._calls_size > MAX_TEXT:
             raise ModelProtocolError(f"the arguments of a turn's tool calls are longer than {MAX_TEXT}")
         if delta.name:
@@ -120,6 +120,10 @@ class TurnBuilder:
 def storable(text: str) -> str:
     """Return a text without the one character that PostgreSQL cannot store."""
     return text.replace("\x00", "") if "\x00" in text else text
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def is_json_object(text: str) -> bool:

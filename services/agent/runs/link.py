@@ -41,7 +41,8 @@ MAX_PACE = 0.05
 # From so many runs on text gathers, and for so long at least: what it saves is messages, and nobody sees it.
 FEW_RUNS = 4
 MIN_PACE = 0.008
-MAX_MESSAGE = 4 * 1024 * 1024
+# From this size on, in characters, the rest goes into the next message.
+MAX_MESSAGE = 1024 * 1024
 # So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
 

@@ -74,7 +74,7 @@ class _Pending:
 
     def render(self) -> list[tuple[str, str]]:
         """Return the events, type and data of each."""
-        if self.fixed:
+        if not self.type:
             return self.fixed
         text = "".join(self.parts)
         # What needs no escapes is its own JSON: at one token a write, looking costs less than rendering.
@@ -117,6 +117,8 @@ class RunWriter:
         self.fast = False
         # Until when what waits may wait for a first text that goes along.
         self.hold_until = float("-inf")
+        # Bytes of events that the run has in its log, or here on their way there.
+        self.written = 0
         self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
         self._now_ms = now_ms
         self._monotonic = monotonic
@@ -160,6 +162,7 @@ class RunWriter:
             self._said = self.urgent = True
         last.parts.append(text)
         last.size += len(text)
+        self.written += len(text) if text.isascii() else len(text.encode())
         self._pending_size += len(text)
         before = self.next_seq
         if self._in_flight is None:
@@ -195,6 +198,7 @@ class RunWriter:
             raise self._stopped
         fixed = [(kind, orjson.dumps(data).decode()) for kind, data in events]
         size = sum(len(data) for _, data in fixed)
+        self.written += sum(len(data) if data.isascii() else len(data.encode()) for _, data in fixed)
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size
@@ -284,17 +288,20 @@ class RunWriter:
         Returns:
             Its size, roughly, in characters.
         """
-        size = 0
+        size = beside = 0
         if self._in_flight is None:
             target.session_id, target.run_id = self.session_id, self.run_id
             target.fence, target.first_seq = self.fence, self.next_seq
             while self._pending and size < MAX_APPEND:
+                if size and size + self._pending[0].size > MAX_APPEND:
+                    break
                 entry = self._pending.popleft()
                 size += entry.size
                 for kind, data in entry.render():
                     target.events.add(type=kind, time_ms=entry.time_ms, data=data)
                 if entry.commit is not None:
                     target.commit.CopyFrom(entry.commit)
+                    beside = entry.commit.ByteSize()
                     break
             self._pending_size = max(0, self._pending_size - size)
             self._pending_events -= len(target.events)
@@ -303,6 +310,7 @@ class RunWriter:
         else:
             target.CopyFrom(self._in_flight)
             size = sum(len(event.data) for event in target.events)
+            beside = target.commit.ByteSize() if target.HasField("commit") else 0
         self._sent = True
         # What a commit or the bound on size left behind is not held back.
         self.urgent = bool(self._pending)
@@ -310,7 +318,7 @@ class RunWriter:
         self.fast = size >= FAST_SIZE and size >= FAST_RATE * (now - self.sent_at)
         self.sent_at = now
         self.attachment = Attachment.ATTACHED
-        return size
+        return size + beside
 
     def send_again(self, first_seq: int) -> None:
         """Send the write in flight once more, unchanged, if it is still that one."""
@@ -366,7 +374,8 @@ class RunWriter:
         self._settle(append, grant.next_seq)
 
     def _settle(self, append: RunAppend, next_seq: int) -> None:
-        if next_seq == append.first_seq + len(append.events):
+        # A commit without events leaves no trace in the seqs: it is sent again, and done once.
+        if append.events and next_seq == append.first_seq + len(append.events):
             self._stored(append)
         elif next_seq == append.first_seq:
             self._sent = False
