@@ -21,7 +21,7 @@ _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
-_ENDS = "services/session/store/migrations/0005_pre_ends.sql"
+_ENDS = "services/session/store/migrations/0006_pre_ends.sql"
 
 
 @dataclass(frozen=True, slots=True)

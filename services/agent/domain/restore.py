@@ -57,7 +57,7 @@ def restore(
         run_id: the run.
         messages: the conversation with what this run has added, oldest first.
         events: at least everything of the current model turn and the `step.started` before it.
-        journal: the run's tool calls.
+        journal: the run's tool calls, at least those that no message answers.
         hookless: names of tools that surely cannot look up what became of a call; the others are asked.
         attempt: which one this is, from 1.
 
@@ -85,7 +85,12 @@ def restore(
     if all(use.call_id in answered for use in uses):
         return state
     by_id = {call.call_id: call for call in journal}
-    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, hookless) for use in uses)
+    # Many results become messages in several commits: those that did need nothing more.
+    calls = tuple(
+        _restore_call(use, by_id.get(use.call_id), fold, hookless)
+        for use in uses
+        if use.call_id not in answered
+    )
     return replace(state, calls=calls)
 
 

@@ -23,8 +23,7 @@ from services.agent.model.port import (
 )
 
 MAX_CALLS = 64
-# Bytes of one turn's text, of its reasoning, and of its calls' arguments together: what one write to the
-# store can surely hold.
+# Bytes of one turn's text and reasoning, and of its calls' arguments: what one write to the store can hold.
 MAX_TEXT = 1024 * 1024
 # Bytes of what a backend may want to have back with one call.
 MAX_PROVIDER = 64 * 1024
@@ -60,7 +59,6 @@ class TurnBuilder:
         self._names: dict[int, str] = {}
         self._arguments: dict[int, list[str]] = {}
         self._size = _bytes(prefix)
-        self._reasoning_size = 0
         self._calls_size = 0
         self._too_long: set[int] = set()
         self._most_calls = 0
@@ -96,19 +94,17 @@ class TurnBuilder:
                     self._usage = event
             elif isinstance(event, Finished):
                 self._finish = event.reason
-        said = storable("".join(text))
+        said, thought = storable("".join(text)), storable("".join(reasoning))
         self._text.append(said)
-        self._size += _bytes(said)
-        thought = storable("".join(reasoning))
-        self._reasoning_size += _bytes(thought)
+        self._size += _bytes(said) + _bytes(thought)
         if self.full:
             self._finish = "length"
         return ("" if self._constrained else said), thought
 
     @property
     def full(self) -> bool:
-        """Whether the turn has as much text as a turn may have: the reply ends here."""
-        return max(self._size, self._reasoning_size, self._calls_size) > MAX_TEXT
+        """Whether the turn has as much text and reasoning as a turn may have: the reply ends here."""
+        return max(self._size, self._calls_size) > MAX_TEXT
 
     def _add_call(self, delta: ToolCallDelta) -> None:
         self._most_calls = max(self._most_calls, delta.index + 1)

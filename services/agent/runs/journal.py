@@ -28,6 +28,9 @@ from services.agent.domain.restore import render_tool_calls, stored_tool_calls
 from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.writer import RunWriter
 
+# Characters of tool messages in one commit: results of a step may be far more than a message between services.
+MAX_COMMIT = 512 * 1024
+
 _EFFECTS = {EFFECT_CLASS_PURE: "pure", EFFECT_CLASS_IDEMPOTENT: "idempotent"}
 
 
@@ -206,12 +209,21 @@ class RunJournal:
         self._writer.events([*events, ("run.cancelled", {"reason": reason})], commit)
 
     def _carry(self, commit: StepCommit) -> StepCommit:
-        """Put carried messages before a commit's own."""
-        if self._carried:
-            own = list(commit.messages)
-            del commit.messages[:]
-            commit.messages.extend([*self._carried, *own])
-            self._carried = []
+        """Put carried messages before a commit's own; what would make it too large is stored before it."""
+        if not self._carried:
+            return commit
+        own = list(commit.messages)
+        del commit.messages[:]
+        carried, self._carried = self._carried, []
+        size = 0
+        chunk: list[NewMessage] = []
+        for message in carried:
+            if chunk and size + len(message.content) > MAX_COMMIT:
+                self._writer.events([], StepCommit(messages=chunk))
+                size, chunk = 0, []
+            chunk.append(message)
+            size += len(message.content)
+        commit.messages.extend([*chunk, *own])
         return commit
 
 

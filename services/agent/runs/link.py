@@ -41,9 +41,10 @@ MAX_PACE = 0.05
 # From so many runs on text gathers, and for so long at least: what it saves is messages, and nobody sees it.
 FEW_RUNS = 4
 MIN_PACE = 0.008
-# Messages are filled up to so many bytes, and one write may have so many: together less than gRPC takes.
-MAX_MESSAGE = 2 * 1024 * 1024
-MAX_WRITE = 13 * 1024 * 1024
+# From this size on, in bytes, the rest goes into the next message. One write has at most so many: together
+# less than gRPC takes.
+MAX_MESSAGE = 1024 * 1024
+MAX_WRITE = 14 * 1024 * 1024
 # So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
 

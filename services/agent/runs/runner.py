@@ -81,6 +81,7 @@ class Runner:
         self._writer = writer
         self._world = world
         self._journal = RunJournal(writer)
+        writer.written = start.written
         self._interrupt = ""
         self._ending = False
         self._work: asyncio.Task[str] | None = None
@@ -206,6 +207,7 @@ class Runner:
         if failure is not None:
             return await self._fail(failure)
         # A tool that is not listed now, as all are while no tool service answers, is asked all the same.
+        start = await self._whole(start)
         state = start.restore({name for name, info in self._tools.items() if not info.reconciles})
         if state.step:
             metrics.takeovers.inc()
@@ -218,6 +220,7 @@ class Runner:
                 limits,
                 seconds_left=self._deadline - world.monotonic(),
                 can_prefill=world.can_prefill and not self._constrained(state),
+                written=self._writer.written,
             )
             if world.draining() and isinstance(decision, CallModel | CallTools | FindOut):
                 self._interrupt = "released"
@@ -279,6 +282,22 @@ class Runner:
             if name not in self._tools:
                 return Fail("NOT_FOUND", "TOOL_NOT_FOUND", f"there is no tool named {name[:100]!r}")
         return None
+
+    async def _whole(self, start: Start) -> Start:
+        """Read what the claim's answer had no room for.
+
+        Raises:
+            WriterStopped: the run is another replica's, or it cannot be read here now.
+        """
+        if start.more is None:
+            return start
+        try:
+            pages = await self._world.contexts.rest(self.spec.run_id, lambda: self._writer.fence, start.more)
+        except HermeshError as error:
+            lost = error.reason == "FENCE_STALE"
+            raise WriterStopped("lost" if lost else "released", "its context cannot be read") from error
+        self._start = start.whole(pages)
+        return self._start
 
     def _constrained(self, state: LoopState) -> bool:
         choice = self.spec.tool_choice

@@ -76,7 +76,7 @@ class _Pending:
 
     def render(self) -> list[tuple[str, str]]:
         """Return the events, type and data of each."""
-        if self.fixed:
+        if not self.type:
             return self.fixed
         text = "".join(self.parts)
         # What needs no escapes is its own JSON: at one token a write, looking costs less than rendering.
@@ -124,6 +124,8 @@ class RunWriter:
         self.fast = False
         # Until when what waits may wait for a first text that goes along.
         self.hold_until = float("-inf")
+        # Bytes of events that the run has in its log, or here on their way there.
+        self.written = 0
         self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
         self._now_ms = now_ms
         self._monotonic = monotonic
@@ -167,6 +169,7 @@ class RunWriter:
             self._said = self.urgent = True
         last.parts.append(text)
         last.size += len(text)
+        self.written += _bytes(text)
         self._pending_size += len(text)
         before = self.next_seq
         if self._in_flight is None:
@@ -202,6 +205,7 @@ class RunWriter:
             raise self._stopped
         fixed = [(kind, orjson.dumps(data).decode()) for kind, data in events]
         size = sum(len(data) for _, data in fixed)
+        self.written += sum(_bytes(data) for _, data in fixed)
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size
@@ -296,6 +300,8 @@ class RunWriter:
             target.session_id, target.run_id = self.session_id, self.run_id
             target.fence, target.first_seq = self.fence, self.next_seq
             while self._pending and size < MAX_APPEND and len(target.events) < MAX_EVENTS:
+                if size and size + self._pending[0].size > MAX_APPEND:
+                    break
                 entry = self._pending.popleft()
                 chars += entry.size
                 for kind, data in entry.render():
@@ -376,7 +382,8 @@ class RunWriter:
         self._settle(append, grant.next_seq)
 
     def _settle(self, append: RunAppend, next_seq: int) -> None:
-        if next_seq == append.first_seq + len(append.events):
+        # A commit without events leaves no trace in the seqs: it is sent again, and done once.
+        if append.events and next_seq == append.first_seq + len(append.events):
             self._stored(append)
         elif next_seq == append.first_seq:
             self._sent = False
