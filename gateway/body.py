@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.problems import BodyTimeoutError, BodyTooLargeError
+from gateway.problems import BodyTimeoutError, BodyTooLargeError, UnsupportedCodingError
 from hermesh.common.v1.event_pb2 import InputMessage
 from meshkit.errors import CancelledCallError, FieldViolation, InvalidArgumentError
 from meshkit.outside_json import JsonError, has_nul, read_json
@@ -36,8 +36,13 @@ async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float =
     Raises:
         BodyTooLargeError: It is larger than `limit` bytes, by its header or while it arrives.
         BodyTimeoutError: It did not arrive within `timeout` seconds.
+        UnsupportedCodingError: It is compressed.
         CancelledCallError: The client left before its end.
     """
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        await _discard(request)
+        raise UnsupportedCodingError(message=f"the body is {coding[:40]}; send it without Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         await _discard(request)

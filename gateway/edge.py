@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,7 @@ from gateway.problems import (
     NoSuchPathError,
     openai_response,
     problem_response,
+    violation,
 )
 from gateway.refusals import Refusals
 from meshkit import tracing
@@ -31,7 +33,7 @@ from meshkit.context import (
     client_var,
     request_id_var,
 )
-from meshkit.errors import HermeshError, InternalError
+from meshkit.errors import HermeshError, InternalError, InvalidArgumentError
 from meshkit.floods import Floods
 from meshkit.identity import current_identity
 
@@ -84,10 +86,11 @@ class PathApp:
         self._gateway = gateway
         self._path = path
         self._methods = {endpoint.method: endpoint for endpoint in endpoints}
-        for endpoint in endpoints:
-            if endpoint.method == "GET" and endpoint.public:
-                self._methods["HEAD"] = endpoint
+        if "GET" in self._methods:
+            self._methods["HEAD"] = self._methods["GET"]
+        self._allowed = sorted({*self._methods, "OPTIONS"})
         self._errors = endpoints[0].errors
+        self._takes_slashes = ":path}" in path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request."""
@@ -95,12 +98,21 @@ class PathApp:
         endpoint = self._methods.get(scope["method"])
         form = endpoint.errors if endpoint is not None else self._errors
         try:
+            self._check(scope)
+            if scope["method"] == "OPTIONS":
+                # No other site's page is told more: there is nothing of CORS here.
+                await Response(status_code=204, headers={"allow": ", ".join(self._allowed)})(
+                    scope, receive, send
+                )
+                return
             if endpoint is None:
-                raise MethodNotAllowedError(sorted(self._methods))
+                raise MethodNotAllowedError(self._allowed)
             request = Request(scope, receive)
             if not endpoint.public:
                 await self._gateway.identify(request, endpoint.method)
             response = await endpoint.handler(self._gateway, request)
+            if scope["method"] == "HEAD" and not isinstance(response, Response):
+                response = _Head(endpoint.answers[200].media_type or "")
             await response(scope, receive, send)
         except HermeshError as error:
             if scope.get(_STARTED):
@@ -108,6 +120,29 @@ class PathApp:
             scope[_REFUSED] = error.reason == "OVERLOADED"
             render = openai_response if form == "openai" else problem_response
             await render(error)(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """Refuses what a proxy or a program before us may read as something else than we do."""
+        if not self._takes_slashes:
+            raw = scope["raw_path"].lower()
+            if b"%2f" in raw or b"%5c" in raw:
+                raise InvalidArgumentError(message="an escaped slash is taken in the name of a model only")
+        for name, _ in scope["headers"]:
+            if b"_" in name:
+                text = name.decode("latin-1")[:100]
+                raise violation(text, "the name of a header has no underscore here; write a hyphen")
+
+
+class _Head:
+    """Answers HEAD where GET would be answered by a stream."""
+
+    def __init__(self, media_type: str) -> None:
+        self._media_type = media_type
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", self._media_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def routes(gateway: Gateway, endpoints: Sequence[Endpoint]) -> list[Route]:

@@ -26,10 +26,12 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from meshkit import tracing
+from meshkit import tracing, variables
 from meshkit.context import current_request_id
 from meshkit.settings import MeshSettings
 from meshkit.tracebacks import bounded, exception_text
+
+_log = structlog.get_logger("meshkit.telemetry")
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -207,6 +209,8 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
     root.handlers[:] = [handler]
     # Libraries tell what is wrong, not what they do.
     root.setLevel(max(level, logging.WARNING))
+    for unknown in variables.unknown(os.environ):
+        _log.warning("unknown setting", variable=unknown.name, nearest=unknown.nearest)
 
 
 def _decode_json(logger: Any, name: str, event: Event) -> str:
