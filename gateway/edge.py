@@ -24,8 +24,18 @@ from gateway.problems import (
 )
 from gateway.refusals import Refusals
 from meshkit import tracing
-from meshkit.context import REQUEST_ID_KEY, TRACEPARENT_KEY, accept_request_id, request_id_var
+from meshkit.context import (
+    FORWARDED_KEY,
+    REQUEST_ID_KEY,
+    TRACEPARENT_KEY,
+    accept_request_id,
+    client_address,
+    client_var,
+    request_id_var,
+)
 from meshkit.errors import HermeshError, InternalError, InvalidArgumentError
+from meshkit.floods import Floods
+from meshkit.identity import current_identity
 
 _log = structlog.get_logger("gateway.http")
 
@@ -35,6 +45,7 @@ _ROUTE = "hermesh.route"
 _REFUSED = "hermesh.refused"
 _REQUEST_ID = REQUEST_ID_KEY.encode()
 _TRACEPARENT = TRACEPARENT_KEY.encode()
+_FORWARDED = FORWARDED_KEY.encode()
 _TRACESTATE = tracing.TRACESTATE_KEY.encode()
 _BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0)
 
@@ -163,10 +174,11 @@ class Edge:
         self._app = app
         self._metrics = metrics
         self.refusals = Refusals()
+        self._floods = Floods()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request or a WebSocket."""
-        offered = traceparent = None
+        offered = traceparent = forwarded = None
         tracestate = ""
         for name, value in scope["headers"]:
             if name == _REQUEST_ID:
@@ -175,6 +187,10 @@ class Edge:
                 traceparent = value.decode("latin-1")
             elif name == _TRACESTATE:
                 tracestate = value.decode("latin-1")
+            elif name == _FORWARDED:
+                # Of several lines Envoy's is the last.
+                forwarded = value.decode("latin-1")
+        client_var.set(client_address(forwarded, (scope.get("client") or ("",))[0]))
         request_id = accept_request_id(offered)
         request_id_var.set(request_id)
         method = scope.get("method", "WS")
@@ -215,6 +231,14 @@ class Edge:
             log = _log.debug
         else:
             log = _log.warning if status >= 500 else _log.info
+        more: dict[str, str | int] = {}
+        if 400 <= status < 500 and current_identity().tenant_id is None:
+            # Anybody can have as many of these as they like.
+            kind = f"{route} {status}"
+            if not self._floods.take(kind):
+                return
+            more["client"] = client_var.get()
+            more.update(self._floods.left_out(kind))
         log(
             "request",
             method=method,
@@ -222,6 +246,7 @@ class Edge:
             status=status,
             first_byte_ms=round((started - exchange.began) * 1000, 1),
             total_ms=round((time.monotonic() - exchange.began) * 1000, 1),
+            **more,
         )
 
 
