@@ -22,7 +22,7 @@ def headers_of(mapper: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.parametrize("reply", [*replies.http_replies(), *replies.grpc_replies()])
 def test_every_reason_is_a_documented_one(reply: replies.Reply) -> None:
-    assert f"ERROR_REASON_{reply.error.reason}" in ErrorReason.keys()
+    assert ErrorReason.Value(f"ERROR_REASON_{reply.error.reason}")
     assert "%" not in reply.error.message
 
 
