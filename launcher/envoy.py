@@ -22,7 +22,7 @@ COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
 # What one connection may leave unread or unsent in Envoy: as much as the largest input.
 BUFFER_BYTES = 1024 * 1024
-MAX_HEAP_BYTES = 1024 * 1024 * 1024
+MAX_HEAP_MIB = 1024
 MAX_CONNECTIONS = 10_000
 
 
@@ -98,10 +98,13 @@ def render_local(
     mesh_port: int,
     agent_policy: Policy = DEFAULT_POLICY,
     pool: tuple[str, str] = ("", ""),
+    max_connections: int = MAX_CONNECTIONS,
+    max_heap_mib: int = MAX_HEAP_MIB,
 ) -> str:
     """The configuration for one machine: endpoints are files in `eds`, followed by rename.
 
-    `pool` is listener and cluster of the model backends, where Envoy stands before them.
+    `pool` is listener and cluster of the model backends, where Envoy stands before them; the last two bound
+    what outsiders get of it.
     """
     listener, cluster = pool
 
@@ -118,6 +121,8 @@ def render_local(
 
     return _render(
         node_id="mesh",
+        max_connections=max_connections,
+        max_heap_mib=max_heap_mib,
         admin_address=f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}",
         http_host="127.0.0.1",
         http_port=http_port,
@@ -162,6 +167,8 @@ def render_compose() -> str:
 
     return _render(
         node_id="mesh",
+        max_connections=MAX_CONNECTIONS,
+        max_heap_mib=MAX_HEAP_MIB,
         admin_address="{socket_address: {address: 127.0.0.1, port_value: 9901}}",
         http_host="0.0.0.0",  # noqa: S104 - inside its container; compose decides what is published
         http_port=8080,
@@ -175,7 +182,7 @@ def render_compose() -> str:
     )
 
 
-def _render(**values: object) -> str:
+def _render(*, max_heap_mib: int, **values: object) -> str:
     return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(
         values,
         http_replies=replies.http_config(),
@@ -183,12 +190,12 @@ def _render(**values: object) -> str:
         methods=replies.METHODS,
         max_headers=replies.MAX_HEADERS,
         max_headers_kb=replies.MAX_HEADERS_KB,
+        headers_seconds=replies.HEADERS_SECONDS,
         request_seconds=replies.REQUEST_SECONDS,
         grpc_request_seconds=replies.GRPC_REQUEST_SECONDS,
         max_grpc_request=replies.MAX_GRPC_REQUEST,
         buffer_bytes=BUFFER_BYTES,
-        max_heap_bytes=MAX_HEAP_BYTES,
-        max_connections=MAX_CONNECTIONS,
+        max_heap_bytes=max_heap_mib * 1024 * 1024,
     )
 
 
