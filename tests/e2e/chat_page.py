@@ -96,6 +96,8 @@ async def served() -> AsyncIterator[Served]:
 
         found = Served(mesh, f"http://{address}", gateway, restart)
         yield found
+        # Pages are still open, and follow their conversations.
+        found.gateway.hub.drain()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

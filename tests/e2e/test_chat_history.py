@@ -56,7 +56,7 @@ async def eventful(run: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     yield "tool.result", {"call_id": calls[4], "status": "unknown", "content": ""}
     yield "step.started", {"step": 2}
     yield "text.delta", {"text": "lost half"}
-    yield "attempt.reset", {"from_seq": 20, "reason": "takeover"}
+    yield "attempt.reset", {"from_seq": 23, "reason": "takeover"}
     yield "step.started", {"step": 2}
     yield "text.delta", {"text": "Two of them **worked**."}
     content = {"message_id": "m", "role": "assistant", "content": "Two of them **worked**.", "tool_calls": []}

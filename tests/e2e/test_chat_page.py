@@ -1,4 +1,4 @@
-"""The chat page in a real Chromium, on a fake mesh (chat_page.py); test_chat_page_on_mesh.py has a whole one."""
+"""The chat page in a real Chromium, on chat_page.py's fake mesh; a whole one: test_chat_page_on_mesh.py."""
 
 from __future__ import annotations
 
