@@ -77,7 +77,7 @@ export class RunView {
         button("Send it again", () => page.again(run)));
     } else if (this.behind()) {
       note = run.status === "sending" ? element("p", { class: "waits" }, "Sending…")
-        : element("p", { class: "waits" }, "Waits for its turn. ", button("Do not send it", () => page.cancel(run)));
+        : element("p", { class: "waits" }, "Waits for its turn. ", button("Cancel it", () => page.cancel(run)));
     } else if (run.status === "cancelled" && !run.started) {
       note = notice("Stopped before its turn: it got no reply.", edit);
     } else if (run.status === "failed" && !run.started) {

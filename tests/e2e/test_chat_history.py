@@ -152,7 +152,7 @@ async def test_input_that_is_stopped_while_it_waits_is_kept(page: Page, served: 
         await page.click("#stop")
         await expect(page.locator("#stop")).to_be_hidden()
     else:
-        await page.get_by_role("button", name="Do not send it").click()
+        await page.get_by_role("button", name="Cancel it").click()
     for _ in range(2):
         await expect(page.locator(".note .notice")).to_contain_text(
             "Stopped before its turn: it got no reply."
