@@ -327,7 +327,11 @@ def message_json(message: resources.Message) -> dict[str, Any]:
         "ordinal": message.ordinal,
         "role": message.role,
         "content": message.content,
-        "tool_calls": _json_or(message.tool_calls, []),
+        "tool_calls": [
+            # What the model's backend wants back stands beside these, and is nobody else's.
+            {key: call[key] for key in ("call_id", "name", "arguments") if key in call}
+            for call in _json_or(message.tool_calls, [])
+        ],
         "tool_call_id": message.tool_call_id or None,
         "create_time_ms": message.create_time_ms,
     }

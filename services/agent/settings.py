@@ -24,6 +24,17 @@ class AgentSettings(MeshSettings):
     llm_model: str = Field(
         "", description="Default model; empty = the first one that the backend lists.", max_length=200
     )
+    llm_profile: str = Field(
+        "auto",
+        description=(
+            "What kind of server the model's is, for what it takes: a name of docs/models.md, `unknown`, or "
+            "`auto` = found out by its host and its answers. For several URLs one for all, or one for each."
+        ),
+    )
+    llm_profile_file: str = Field(
+        "",
+        description="A TOML file of further kinds of model servers, in the form of profiles.toml.",
+    )
     llm_tool_mode: Literal["native", "json", "none"] = Field(
         "native",
         description=(
@@ -117,6 +128,11 @@ class AgentSettings(MeshSettings):
             except ValueError:
                 raise ValueError("must be http(s) URLs such as http://127.0.0.1:8000/v1") from None
         return value
+
+    @property
+    def llm_profiles(self) -> tuple[str, ...]:
+        """The names of the backends' profiles, one for all or one for each."""
+        return tuple(words(self.llm_profile))
 
     @property
     def llm_base_urls(self) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Call:
         reported: whether the log has its outcome already.
         reconcilable: whether its tool may be able to look up what became of it.
         looks: how often that was done here.
+        provider: what the model's backend may want to have back with the call; see `ToolUse`.
     """
 
     call_id: str
@@ -64,6 +65,7 @@ class Call:
     reconcilable: bool = False
     looks: int = 0
     content_ref: str = ""
+    provider: str = ""
 
     @property
     def waits(self) -> bool:
@@ -131,12 +133,17 @@ class LoopState:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A whole model turn."""
+    """A whole model turn.
+
+    Attributes:
+        provider: what the model's backend may want to have back with the turn's message; see `ChatMessage`.
+    """
 
     text: str
     calls: tuple[Call, ...]
     finish_reason: str
     usage: Usage
+    provider: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +289,10 @@ def turn_begun(state: LoopState, decision: CallModel) -> LoopState:
 
 def turn_done(state: LoopState, turn: Turn) -> LoopState:
     """Add a finished model turn to the conversation."""
-    uses = tuple(ToolUse(call.call_id, call.name, call.arguments) for call in turn.calls)
+    uses = tuple(ToolUse(call.call_id, call.name, call.arguments, call.provider) for call in turn.calls)
     return replace(
         state,
-        messages=(*state.messages, ChatMessage("assistant", turn.text, uses)),
+        messages=(*state.messages, ChatMessage("assistant", turn.text, uses, provider=turn.provider)),
         turns=state.turns + 1,
         partial=None,
         calls=turn.calls,

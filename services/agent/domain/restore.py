@@ -142,27 +142,62 @@ def _restore_call(use: ToolUse, entry: Call | None, fold: _Fold, hookless: Colle
 
 def to_chat(message: StoredMessage) -> ChatMessage:
     """Turn a stored message into what the model is given."""
-    return ChatMessage(
-        message.role, message.content, parse_tool_calls(message.tool_calls), message.tool_call_id
-    )
+    calls, provider = _read_calls(message.tool_calls)
+    return ChatMessage(message.role, message.content, calls, message.tool_call_id, provider)
 
 
 def parse_tool_calls(text: str) -> tuple[ToolUse, ...]:
     """Read the JSON array of a message's tool calls; text that is not one counts as none."""
+    return _read_calls(text)[0]
+
+
+def _read_calls(text: str) -> tuple[tuple[ToolUse, ...], str]:
+    """Return a message's tool calls, and what its backend may want to have back with the message."""
     if not text:
-        return ()
+        return (), ""
     try:
         entries = orjson.loads(text)
-        return tuple(
-            ToolUse(str(entry["call_id"]), str(entry["name"]), _arguments(entry.get("arguments", {})))
+        calls = tuple(
+            ToolUse(
+                str(entry["call_id"]),
+                str(entry["name"]),
+                _arguments(entry.get("arguments", {})),
+                _text(entry.get("provider")),
+            )
             for entry in entries
         )
+        return calls, _text(entries[0].get("message_provider")) if entries else ""
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return ()
+        return (), ""
+
+
+def _text(value: object) -> str:
+    return orjson.dumps(value).decode() if isinstance(value, dict) and value else ""
 
 
 def _arguments(value: object) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def stored_tool_calls(calls: Sequence[Call], provider: str) -> str:
+    """Return a message's `tool_calls` as it is stored: with what the model's backend may want to have back.
+
+    The entries are those of `render_tool_calls`, with `provider`; what goes with the message itself is
+    `message_provider` of the first.
+
+    Args:
+        calls: the message's calls.
+        provider: what goes back with the message, a JSON object's text or "".
+    """
+    if not calls:
+        return ""
+    entries = render_tool_calls(calls)
+    for entry, call in zip(entries, calls, strict=True):
+        if call.provider:
+            entry["provider"] = orjson.Fragment(call.provider)
+    if provider:
+        entries[0]["message_provider"] = orjson.Fragment(provider)
+    return orjson.dumps(entries).decode()
 
 
 def render_tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:

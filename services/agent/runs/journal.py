@@ -24,7 +24,7 @@ from hermesh.session.v1.session_internal_service_pb2 import NewMessage, StepComm
 from meshkit.ids import uuid7
 from services.agent.clients.memory import Recalled
 from services.agent.domain.loop import Call, CallState, Fail, Turn
-from services.agent.domain.restore import render_tool_calls
+from services.agent.domain.restore import render_tool_calls, stored_tool_calls
 from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.writer import RunWriter
 
@@ -76,7 +76,8 @@ class RunJournal:
         """
         message_id = str(uuid7())
         rendered = render_tool_calls(turn.calls)
-        commit = StepCommit(messages=[_assistant(message_id, turn.text, rendered)])
+        stored = stored_tool_calls(turn.calls, turn.provider)
+        commit = StepCommit(messages=[_assistant(message_id, turn.text, stored)])
         for call in turn.calls:
             if call.call_id in effects:
                 commit.intents.append(
@@ -145,7 +146,7 @@ class RunJournal:
         commit = self._carry(StepCommit(status=RUN_STATUS_COMPLETED, usage=_usage(usage)))
         events: list[tuple[str, dict[str, Any]]] = []
         if text is not None:
-            commit.messages.append(_assistant(message_id, text, []))
+            commit.messages.append(_assistant(message_id, text))
             events.append(_completed(message_id, text, []))
         events.append(_usage_event(usage, ttft_ms))
         events.append(
@@ -186,7 +187,7 @@ class RunJournal:
         events: list[tuple[str, dict[str, Any]]] = []
         if text:
             message_id = str(uuid7())
-            commit.messages.append(_assistant(message_id, text, []))
+            commit.messages.append(_assistant(message_id, text))
             events.append(_completed(message_id, text, []))
         if usage != Usage():
             events.append(_usage_event(usage, ttft_ms))
@@ -202,8 +203,7 @@ class RunJournal:
         return commit
 
 
-def _assistant(message_id: str, text: str, calls: list[dict[str, Any]]) -> NewMessage:
-    tool_calls = orjson.dumps(calls).decode() if calls else ""
+def _assistant(message_id: str, text: str, tool_calls: str = "") -> NewMessage:
     return NewMessage(message_id=message_id, role="assistant", content=text, tool_calls=tool_calls)
 
 

@@ -35,7 +35,7 @@ from services.agent.domain.loop import (
     ReportCalls,
     Turn,
 )
-from services.agent.domain.prompt import Background, RunSpec, build_prompt
+from services.agent.domain.prompt import Background, RunSpec, build_prompt, estimated_usage
 from services.agent.domain.turn import TurnBuilder
 from services.agent.model.errors import ModelError
 from services.agent.model.port import ChatMessage, ToolOffer, Usage
@@ -341,6 +341,8 @@ class Runner:
                     if writer.full:
                         await writer.room()
             turn = builder.build()
+            if builder.full and turn.usage == Usage():
+                turn = replace(turn, usage=estimated_usage(prompt.request, turn))
         except ModelError as error:
             metrics.model_errors.labels(error.reason).inc()
             _log.warning("model turn failed", run_id=self.spec.run_id, reason=error.reason, detail=str(error))

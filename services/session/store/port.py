@@ -149,6 +149,12 @@ class Runs(Protocol):
         """
         ...
 
+    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+        """Ends a run whose holder cannot write its end: as failed with `message`, or as cancelled if that was
+        asked for. Any fence of the current claim will do. Returns None when the claim is over.
+        """
+        ...
+
     async def due(self, limit: int) -> list[UUID]:
         """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
         their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones. Tenants take

@@ -13,7 +13,7 @@ from meshkit.clock import now_ms
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
-from services.session.domain import Claim, ClaimOutcome, Event, Page, Run, Submission, Submitted
+from services.session.domain import Claim, ClaimOutcome, Event, LeaseRef, Page, Run, Submission, Submitted
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 from services.session.store.postgres_base import PostgresPart, Record, not_found
 from services.session.store.postgres_sessions import ordinal_at
@@ -137,6 +137,12 @@ class PostgresRuns(PostgresPart):
         if row["event_seq"] is None:
             return run, None
         return run, Event(run_id, row["event_seq"], "run.cancelled", row["event_time_ms"], row["event_data"])
+
+    @failpoints.around("session.fail")
+    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+        """See the port."""
+        row = await self._fetchrow(_SQL["fail_held"], ref.session_id, ref.run_id, ref.fence, message)
+        return None if row is None else run_of(row)
 
     @failpoints.around("session.due")
     async def due(self, limit: int) -> list[UUID]:

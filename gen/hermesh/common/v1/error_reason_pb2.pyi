@@ -120,6 +120,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
     ERROR_REASON_APPROVAL_REQUIRED: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+    ERROR_REASON_TOO_MANY_WRONG_KEYS: _ErrorReason.ValueType  # 57
+    """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+    given time; keys that are known go on working.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -225,3 +229,7 @@ ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
 ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+ERROR_REASON_TOO_MANY_WRONG_KEYS: ErrorReason.ValueType  # 57
+"""RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+given time; keys that are known go on working.
+"""
