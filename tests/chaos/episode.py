@@ -21,6 +21,7 @@ from tests.chaos.faults.faults import Stage
 from tests.chaos.faults.plan import Planned, plan, theme_of
 from tests.chaos.model.history import History, Recorder
 from tests.chaos.traffic.clients import Client
+from tests.chaos.traffic.leavers import Leaver
 from tests.chaos.traffic.transport import Grpc, Http, SessionTransport, Transport, Ws
 from tests.chaos.traffic.watchers import Watcher
 from tests.chaos.validate import check
@@ -136,11 +137,25 @@ class Episode:
                     lambda session, run: runs.append((session, run)),
                 )
             )
+        deleted: dict[str, str] = {}
+        leavers = [
+            Leaver(
+                f"e{self.seed}-l{number}",
+                transport,
+                random.Random(f"{self.seed}-l{number}"),
+                recorder,
+                stopping,
+                deleted.__setitem__,
+            )
+            for number, transport in enumerate(
+                (Http(mesh.url, mesh.headers), Grpc(mesh.grpc_address, mesh.api_key)), start=1
+            )
+        ]
         eyes = LiveEyes(self.cluster.valkey.url, recorder)
         settled = True
         try:
             async with asyncio.TaskGroup() as group:
-                working = [group.create_task(_guarded(client, recorder)) for client in clients]
+                working = [group.create_task(_guarded(client, recorder)) for client in (*clients, *leavers)]
                 looking = group.create_task(_look(eyes, runs))
                 watching = group.create_task(self._watch(sessions, recorder))
                 breaking = [group.create_task(_later(stage, one)) for one in planned]
@@ -159,6 +174,7 @@ class Episode:
         if not healthy:
             recorder.write("mark", text="the mesh is not healthy at the end")
         await stage.audit.record(recorder, sessions)
+        await stage.audit.record_left(recorder, deleted)
         return settled and healthy
 
     async def _watch(self, sessions: Sequence[str], recorder: Recorder) -> None:
@@ -178,7 +194,7 @@ class Episode:
                 group.create_task(Watcher(name, sessions[number], way, rng, recorder).watch())
 
 
-async def _guarded(client: Client, recorder: Recorder) -> None:
+async def _guarded(client: Client | Leaver, recorder: Recorder) -> None:
     try:
         await client.run()
     except Exception as error:
