@@ -106,6 +106,7 @@ class Episode:
         names = [
             f"{one['fault']} {one['target']} {one.get('detail', '')}".strip() for one in history["fault"]
         ]
+        names += [f"lost {one['service']}" for one in history["drain"] if one["phase"] == "begin"]
         seconds = round(time.monotonic() - began, 1)
         verdict = Verdict(self.seed, theme, names, seconds, settled, violations, self.mutation)
         (self.folder / "verdict.json").write_text(json.dumps(vars(verdict), indent=1) + "\n")

@@ -8,7 +8,7 @@ from tests.chaos.model.history import Record
 from tests.chaos.traffic.tools import TIMEOUT
 from tests.chaos.validate.facts import SLACK, Facts, Violation
 
-# What keeps a tool, or its outside, from hearing and being heard, and what makes a call look older than it is.
+# What keeps a tool, or its outside, from hearing and being heard, and what makes a call look older.
 _HOLDS = frozenset({"freeze", "pause", "network", "lost", "clock"})
 _NO_SUCH = frozenset({"SESSION_NOT_FOUND", "RUN_NOT_FOUND"})
 
