@@ -1,4 +1,4 @@
-"""Episodes with a name, played wherever the suite is: seeds that found something, and each sort of fault once.
+"""Episodes with a name, played wherever the suite is: seeds that found something, each sort of fault once.
 
 A seed that found something stays.
 """
