@@ -127,6 +127,7 @@ release-protos: $(VENV)/.dev-ready ## Record the protos as released: later chang
 
 docs: $(VENV)/.dev-ready ## Write the files that come from the code: settings, errors, compose's Envoy
 	@$(BIN)/python tools/generate_docs.py
+	@$(BIN)/python -m tests.fakes.backends --write
 
 check-docs: $(VENV)/.dev-ready ## They are up to date
 	@$(BIN)/python tools/generate_docs.py --check

@@ -389,16 +389,15 @@ CREATE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state 
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
-    WHERE t.call_id = p_call AND t.fence = p_fence
-      AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
-           OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
-    IF NOT FOUND AND EXISTS (SELECT FROM session.tool_call t
-                             WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence) THEN
-        RETURN QUERY
-        SELECT * FROM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
-        RETURN;
-    END IF;
+    FOR v_look IN 1 .. 2 LOOP
+        UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
+        WHERE t.call_id = p_call AND t.fence = p_fence
+          AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
+               OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
+        EXIT WHEN FOUND OR NOT EXISTS (SELECT FROM session.tool_call t
+                                       WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence);
+        PERFORM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
+    END LOOP;
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
