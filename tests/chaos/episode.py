@@ -152,21 +152,25 @@ class Episode:
                 (Http(mesh.url, mesh.headers), Grpc(mesh.grpc_address, mesh.api_key)), start=1
             )
         ]
+        over = asyncio.Event()
         eyes = LiveEyes(self.cluster.valkey.url, recorder)
         settled = True
         try:
             async with asyncio.TaskGroup() as group:
                 working = [group.create_task(_guarded(client, recorder)) for client in (*clients, *leavers)]
-                looking = group.create_task(_look(eyes, runs))
+                looking = group.create_task(_look(eyes, runs, over))
                 watching = group.create_task(self._watch(sessions, recorder))
                 breaking = [group.create_task(_later(stage, one)) for one in planned]
-                await asyncio.sleep(self.seconds)
-                stopping.set()
-                await asyncio.wait(breaking) if breaking else None
-                _, late = await asyncio.wait(working, timeout=self.settle)
-                for task in late:
-                    task.cancel()
-                settled = not late and await _at_rest(stage.audit, sessions, self.settle)
+                try:
+                    await asyncio.sleep(self.seconds)
+                    stopping.set()
+                    await asyncio.wait(breaking) if breaking else None
+                    _, late = await asyncio.wait(working, timeout=self.settle)
+                    for task in late:
+                        task.cancel()
+                    settled = not late and await _at_rest(stage.audit, sessions, self.settle)
+                finally:
+                    over.set()
                 await _end({looking, watching})
             await eyes.look(list(dict.fromkeys(runs)))
         finally:
@@ -215,8 +219,9 @@ async def _later(stage: Stage, planned: Planned) -> None:
         _suite_failed(stage.recorder, str(planned), error)
 
 
-async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
-    while True:
+async def _look(eyes: LiveEyes, runs: list[tuple[str, str]], over: asyncio.Event) -> None:
+    """Looks until it is over: being cancelled alone may be lost on the way, as `_end` says."""
+    while not over.is_set():
         await asyncio.sleep(_LOOK_SECONDS)
         await eyes.look(list(dict.fromkeys(runs[-30:])))
 
