@@ -150,7 +150,7 @@ def render_chart() -> str:
     What the admin interface says of metrics and readiness is served to the cluster, too, and nothing else of it.
     """
     return _render_by_name(
-        '\'{{ include "hermesh.fullname" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}\'',
+        "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
         listeners=(TEMPLATES / "status_listener.yaml").read_text(),
         clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
     )

@@ -49,9 +49,7 @@ _PATH = f"{ROOT}/.venv/bin:{envoy.BINARY.parent}:/usr/local/bin:/usr/bin:/bin"
 # What the image sets, and HOME as a runtime sets it for a user whom the image does not know.
 _IMAGE = {"PATH": _PATH, "HOME": "/", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 _SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/proc", "/dev")
-_RESOLVER = (
-    f"nameserver {NODE}\nsearch {NAMESPACE}.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n"
-)
+_RESOLVER = f"nameserver {NODE}\nsearch {NAMESPACE}.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n"
 _ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl", "localtime")
 
 
@@ -156,9 +154,7 @@ class Pod:
         log: where its output goes.
     """
 
-    def __init__(
-        self, node: Node, name: str, template: Mapping[str, Any], number: int, folder: Path
-    ) -> None:
+    def __init__(self, node: Node, name: str, template: Mapping[str, Any], number: int, folder: Path) -> None:
         self.name = name
         self.labels: dict[str, str] = template["metadata"]["labels"]
         self.address = f"10.77.{number // 200 + 1}.{number % 200 + 1}"
@@ -288,7 +284,9 @@ class Pod:
                 with contextlib.suppress(asyncio.CancelledError):
                     await probes
                 self._set_ready(False)
-            if self.ending or (self._process.returncode == 0 and self._spec.get("restartPolicy") == "OnFailure"):
+            if self.ending or (
+                self._process.returncode == 0 and self._spec.get("restartPolicy") == "OnFailure"
+            ):
                 return
             # As Kubernetes' own back-off, in tenths.
             await asyncio.sleep(min(30.0, 1.0 * 2**tries))
@@ -386,14 +384,14 @@ class Node:
         secrets: the secrets that are there, by name.
     """
 
-    def __init__(self, objects: Sequence[Mapping[str, Any]], secrets: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(
+        self, objects: Sequence[Mapping[str, Any]], secrets: Mapping[str, Mapping[str, str]]
+    ) -> None:
         self.prefix = f"h{os.getpid()}"
         self.namespace = f"{self.prefix}n"
         self.secrets = secrets
         self.objects = objects
-        self.configs = {
-            one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap"
-        }
+        self.configs = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap"}
         self.pods: list[Pod] = []
         self._numbers = count(1)
         self._folder = Path()
@@ -448,9 +446,7 @@ class Node:
             f"{service['metadata']['name']}.{NAMESPACE}.svc.cluster.local.": [
                 pod.address
                 for pod in self.pods
-                if pod.ready
-                and not pod.ending
-                and service["spec"]["selector"].items() <= pod.labels.items()
+                if pod.ready and not pod.ending and service["spec"]["selector"].items() <= pod.labels.items()
             ]
             for service in self.objects
             if service["kind"] == "Service"

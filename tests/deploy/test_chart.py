@@ -50,7 +50,9 @@ def selected(objects: list[dict[str, Any]], labels: dict[str, str]) -> list[dict
 
 
 def ports(template: dict[str, Any]) -> set[str]:
-    return {port["name"] for container in template["spec"]["containers"] for port in container.get("ports", ())}
+    return {
+        port["name"] for container in template["spec"]["containers"] for port in container.get("ports", ())
+    }
 
 
 def test_helm_lints_it_strictly() -> None:
@@ -123,9 +125,7 @@ def test_routes_and_autoscalers_name_what_is_there(objects: list[dict[str, Any]]
                 assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
     for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]["name"]
-        deployment = next(
-            one for one in of_kind(objects, "Deployment") if one["metadata"]["name"] == target
-        )
+        deployment = next(one for one in of_kind(objects, "Deployment") if one["metadata"]["name"] == target)
         # Otherwise each install would undo what the autoscaler did.
         assert "replicas" not in deployment["spec"]
         assert scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]
@@ -254,7 +254,9 @@ def test_another_configuration_of_envoy_is_another_envoy() -> None:
 
 
 def test_without_policies_and_budgets_of_ones_own() -> None:
-    off = render({**LEAST, "networkPolicy": {"enabled": False}, "podDisruptionBudget": {"maxUnavailable": "25%"}})
+    off = render(
+        {**LEAST, "networkPolicy": {"enabled": False}, "podDisruptionBudget": {"maxUnavailable": "25%"}}
+    )
     assert not of_kind(off, "NetworkPolicy")
     assert {one["spec"]["maxUnavailable"] for one in of_kind(off, "PodDisruptionBudget")} == {"25%"}
 

@@ -123,7 +123,9 @@ async def chart() -> AsyncIterator[Chart]:
 async def serves(url: str) -> None:
     """Waits until an Envoy has found a gateway, and that one everything behind it."""
     async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(timeout=5) as client:
-        while (answer := await client.get(f"{url}/ready")).status_code != 200 or answer.json()["status"] != "ready":
+        while (answer := await client.get(f"{url}/ready")).status_code != 200 or answer.json()[
+            "status"
+        ] != "ready":
             await asyncio.sleep(0.2)
 
 
