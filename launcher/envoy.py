@@ -147,7 +147,7 @@ def render_compose() -> str:
 def render_chart() -> str:
     """The configuration for the Helm chart, which fills in its names; each Service resolves to all its pods.
 
-    What the admin interface says of metrics and readiness is served to the cluster, too, and nothing else of it.
+    Of the admin interface, metrics and readiness are served to the cluster, and nothing else.
     """
     return _render_by_name(
         "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",

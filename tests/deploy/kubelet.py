@@ -1,14 +1,14 @@
 """A small kubelet for tests: runs a chart's rendered pods on this machine, each in namespaces of its own.
 
-What it does as Kubernetes does: a pod's own network namespace and address, its command, variables (literal, from
-secrets, from its own fields), user and groups without any capability, no new privileges, a read-only root with only
-the volumes that it names, configuration files, start-up, readiness and liveness probes with their periods and
-limits, restarts, names of services that resolve to the pods that are ready, and the way to the end: out of the
-services, preStop, SIGTERM, grace, SIGKILL.
+What it does as Kubernetes does: a pod's own network namespace and address, its command, variables (literal,
+from secrets, from its own fields), user and groups without any capability, no new privileges, a read-only root
+with only the volumes that it names, configuration files, start-up, readiness and liveness probes with their
+periods and limits, restarts, names of services that resolve to the pods that are ready, and the way to the end:
+out of the services, preStop, SIGTERM, grace, SIGKILL.
 
-What it does not prove: that the image holds what the command needs (it runs this checkout's environment, and Envoy
-out of its wheel), scheduling, limits of CPU and memory, network policies, kube-proxy's balancing (a service with an
-address resolves to its pods here), and what an autoscaler decides.
+What it does not prove: that the image holds what the command needs (it runs this checkout's environment, and
+Envoy out of its wheel), scheduling, limits of CPU and memory, network policies, kube-proxy's balancing (a service
+with an address resolves to its pods here), and what an autoscaler decides.
 
 Needs root and `ip`. Everything it makes is named after its own process, and is gone when its block ends.
 """
@@ -36,7 +36,6 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
-
 from launcher import envoy
 from tests.deploy.chart import NAMESPACE, ROOT
 
@@ -49,7 +48,8 @@ _PATH = f"{ROOT}/.venv/bin:{envoy.BINARY.parent}:/usr/local/bin:/usr/bin:/bin"
 # What the image sets, and HOME as a runtime sets it for a user whom the image does not know.
 _IMAGE = {"PATH": _PATH, "HOME": "/", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 _SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/proc", "/dev")
-_RESOLVER = f"nameserver {NODE}\nsearch {NAMESPACE}.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n"
+_SEARCH = f"{NAMESPACE}.svc.cluster.local svc.cluster.local cluster.local"
+_RESOLVER = f"nameserver {NODE}\nsearch {_SEARCH}\noptions ndots:5\n"
 _ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl", "localtime")
 
 

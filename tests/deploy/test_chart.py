@@ -1,4 +1,4 @@
-"""The Helm chart: what Kubernetes' own schemas and linters cannot see, that its objects fit each other and the code."""
+"""The Helm chart: its objects are what Kubernetes takes, and fit each other and the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chart's pods for real: migrated, started, probed, rolled and ended as Kubernetes would, under a client's stream."""
+"""The chart's pods for real: migrated, started, probed, rolled and ended as Kubernetes would, under load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -45,20 +45,18 @@ def on_node(node: Node, folder: Path, name: str, command: list[str]) -> Iterator
 async def ready(node: Node, component: str, replicas: int) -> list[Pod]:
     """Waits until so many pods of a component are ready."""
     try:
-        async with asyncio.timeout(START_SECONDS):
-            while len(found := [pod for pod in node.of(component) if pod.ready]) < replicas:
-                await asyncio.sleep(0.1)
+        await until(lambda: sum(pod.ready for pod in node.of(component)) >= replicas)
     except TimeoutError:
         said = "\n".join(pod.log.read_text()[-3000:] for pod in node.of(component) if not pod.ready)
         raise AssertionError(f"{component} is not ready:\n{said}") from None
-    return found
+    return [pod for pod in node.of(component) if pod.ready]
 
 
-async def ended(pod: Pod, seconds: float) -> None:
-    """Waits until a pod's work is done."""
-    async with asyncio.timeout(seconds):
-        while pod.exit_code != 0:
-            await asyncio.sleep(0.1)
+async def until(happened: Callable[[], bool]) -> None:
+    """Waits until something is so."""
+    async with asyncio.timeout(START_SECONDS):
+        while not happened():
+            await asyncio.sleep(0.05)
 
 
 class Chart:
@@ -123,9 +121,10 @@ async def chart() -> AsyncIterator[Chart]:
 async def serves(url: str) -> None:
     """Waits until an Envoy has found a gateway, and that one everything behind it."""
     async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(timeout=5) as client:
-        while (answer := await client.get(f"{url}/ready")).status_code != 200 or answer.json()[
-            "status"
-        ] != "ready":
+        while True:
+            answer = await client.get(f"{url}/ready")
+            if answer.status_code == 200 and answer.json()["status"] == "ready":
+                return
             await asyncio.sleep(0.2)
 
 
@@ -156,11 +155,9 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
     (job,) = of_kind(list(chart.objects), "Job")
     migration = await node.start(job)
     # The database is late: the job begins again until it is there, and nothing else has to.
-    async with asyncio.timeout(START_SECONDS):
-        while migration.restarts == 0:
-            await asyncio.sleep(0.1)
+    await until(lambda: migration.restarts > 0)
     with chart.database():
-        await ended(migration, START_SECONDS)
+        await until(lambda: migration.exit_code == 0)
         await chart.start("envoy", 2)
         for component in SERVICES:
             await chart.start(component, 2 if component in ("session", "agent") else 1)
@@ -177,9 +174,7 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
         stream = asyncio.create_task(
             node.within(reply(chart.edge(), events, "[[tokens=900 rate=50]] a long reply"))
         )
-        async with asyncio.timeout(START_SECONDS):
-            while "text.delta" not in events:
-                await asyncio.sleep(0.05)
+        await until(lambda: "text.delta" in events)
         for component in ("agent", "session", "tool", "memory", "gateway"):
             took = await chart.replace(component)
             # Out of the services, its delay, what is under way handed over: far below its grace.
@@ -194,13 +189,9 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
         stream = asyncio.create_task(
             node.within(reply(f"http://{going.address}:8080", events, "[[tokens=50 rate=25]] a short reply"))
         )
-        async with asyncio.timeout(START_SECONDS):
-            while "text.delta" not in events:
-                await asyncio.sleep(0.05)
+        await until(lambda: "text.delta" in events)
         gone = asyncio.create_task(going.delete())
-        async with asyncio.timeout(START_SECONDS):
-            while going.ready:
-                await asyncio.sleep(0.05)
+        await until(lambda: not going.ready)
         await node.within(serves(chart.edge()))
         assert_whole(await stream)
         await gone
