@@ -1,14 +1,14 @@
 """A small kubelet for tests: runs a chart's rendered pods on this machine, each in namespaces of its own.
 
 What it does as Kubernetes does: a pod's own network namespace and address, its command, variables (literal,
-from secrets, from its own fields), user and groups without any capability, no new privileges, a read-only root
-with only the volumes that it names, configuration files, start-up, readiness and liveness probes with their
-periods and limits, restarts, names of services that resolve to the pods that are ready, and the way to the end:
-out of the services, preStop, SIGTERM, grace, SIGKILL.
+from secrets, from its own fields), user and groups without any capability, no new privileges, a read-only
+root with only the volumes that it names, configuration files, start-up, readiness and liveness probes with
+their periods and limits, restarts, names of services that resolve to the pods that are ready, and the way
+to the end: out of the services, preStop, SIGTERM, grace, SIGKILL.
 
-What it does not prove: that the image holds what the command needs (it runs this checkout's environment, and
-Envoy out of its wheel), scheduling, limits of CPU and memory, network policies, kube-proxy's balancing (a service
-with an address resolves to its pods here), and what an autoscaler decides.
+What it does not prove: that the image holds what the command needs (it runs this checkout's environment,
+and Envoy out of its wheel), scheduling, limits of CPU and memory, network policies, kube-proxy's balancing
+(a service with an address resolves to its pods here), and what an autoscaler decides.
 
 Needs root and `ip`. Everything it makes is named after its own process, and is gone when its block ends.
 """
