@@ -7,7 +7,7 @@ import asyncio
 import sys
 import time
 
-from tests.chaos.drills import drain, envoy, postgres, rolling, sessions, takeover, valkey
+from tests.chaos.drills import drain, envoy, large, postgres, rolling, sessions, takeover, valkey
 from tests.chaos.drills.report import Report
 
 STREAMS = {
@@ -23,10 +23,13 @@ STREAMS = {
 def main() -> int:
     """Runs one drill; the status is 1 when a bound is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.drills")
-    parser.add_argument("name", choices=[*STREAMS, "takeover"])
+    parser.add_argument("name", choices=[*STREAMS, "takeover", "large"])
     parser.add_argument("--streams", type=int, default=50, help="how many clients stream meanwhile")
     parser.add_argument(
-        "--kills", type=int, default=0, help="how many agents takeover kills (50) or stops (3)"
+        "--kills",
+        type=int,
+        default=0,
+        help="how many agents takeover kills (50) or stops (3), or large kills (10)",
     )
     parser.add_argument("--stop", action="store_true", help="takeover: SIGSTOP in place of kill -9")
     wanted = parser.parse_args()
@@ -37,6 +40,8 @@ def main() -> int:
             return await (
                 takeover.stopped(wanted.kills or 3) if wanted.stop else takeover.killed(wanted.kills or 50)
             )
+        if wanted.name == "large":
+            return await large.drill(wanted.kills or 10)
         return await STREAMS[wanted.name](wanted.streams)
 
     report = asyncio.run(run())
