@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from string import Template
 
+from launcher import replies
 from launcher.embedded import package_folder
 from launcher.errors import LaunchError
 
@@ -19,6 +20,10 @@ CLUSTERS = ("gateway", "agent", "session", "tool", "memory")
 BINARY = package_folder("envoy") / "_bin" / "envoy"
 COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
+# What one connection may leave unread or unsent in Envoy: as much as the largest input.
+BUFFER_BYTES = 1024 * 1024
+MAX_HEAP_BYTES = 1024 * 1024 * 1024
+MAX_CONNECTIONS = 10_000
 
 
 class Policy(StrEnum):
@@ -171,7 +176,20 @@ def render_compose() -> str:
 
 
 def _render(**values: object) -> str:
-    return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(values)
+    return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(
+        values,
+        http_replies=replies.http_config(),
+        grpc_replies=replies.grpc_config(),
+        methods=replies.METHODS,
+        max_headers=replies.MAX_HEADERS,
+        max_headers_kb=replies.MAX_HEADERS_KB,
+        request_seconds=replies.REQUEST_SECONDS,
+        grpc_request_seconds=replies.GRPC_REQUEST_SECONDS,
+        max_grpc_request=replies.MAX_GRPC_REQUEST,
+        buffer_bytes=BUFFER_BYTES,
+        max_heap_bytes=MAX_HEAP_BYTES,
+        max_connections=MAX_CONNECTIONS,
+    )
 
 
 def render_endpoints(cluster: str, addresses: Sequence[str]) -> str:

@@ -73,7 +73,12 @@ class Spec:
 
 def fingerprint() -> str:
     """Changes when a setting does that a running mesh would not notice."""
-    passed = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("HERMESH_"))
+    # Neither how the folder is named nor a variable without a value makes another mesh.
+    passed = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if value and name.startswith("HERMESH_") and name != "HERMESH_DATA_DIR"
+    )
     return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
 
 

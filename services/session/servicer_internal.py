@@ -22,6 +22,12 @@ from services.session.watch_hub import WatchHub
 Context = grpc.aio.ServicerContext[Any, Any]
 
 LEASE_TTL_MS = 10_000
+# What a run's readers are told when its agent could not say it.
+FAIL_MESSAGES = {
+    pb.FAIL_CAUSE_UNSPECIFIED: "an internal error ended the run",
+    pb.FAIL_CAUSE_INTERNAL: "an internal error ended the run",
+    pb.FAIL_CAUSE_REFUSED: "the run's events were refused by the store",
+}
 # Pages of contexts that are made at once: they share the database's connections with every commit.
 _MAX_PAGES = 4
 
@@ -148,6 +154,15 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         released = await self._store.release(convert.lease_of(request.lease))
         self._hub.detach(request.lease.run_id, request.lease.fence)
         return pb.ReleaseLeaseResponse(released=released)
+
+    async def FailRun(self, request: pb.FailRunRequest, context: Context) -> pb.FailRunResponse:
+        """See the proto."""
+        require_mesh()
+        run = await self._store.fail_held(convert.lease_of(request.lease), FAIL_MESSAGES[request.cause])
+        if run is not None:
+            self._hub.detach(request.lease.run_id)
+            self._commits.changed(run)
+        return pb.FailRunResponse(ended=run is not None)
 
     async def BeginToolCall(
         self, request: pb.BeginToolCallRequest, context: Context

@@ -21,6 +21,7 @@ _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
+_ENDS = "services/session/store/migrations/0006_pre_ends.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,26 +205,34 @@ MUTATIONS = (
     Mutation(
         "next-run-forgotten",
         "The end of a run does not make the session's next one due.",
-        _FUNCTIONS,
-        "WHERE run_id = v_next AND status = 1 AND dispatch_after IS NULL;",
-        "WHERE run_id = v_next AND status = 1 AND dispatch_after IS NULL AND false;",
+        _ENDS,
+        "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL;",
+        "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL AND false;",
         faults=[Planned(2.0, _kill_gateway)],
         tries=1,
     ),
     Mutation(
         "lease-kept",
         "A run that is over keeps its session's lease.",
-        _FUNCTIONS,
+        _ENDS,
         "UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;",
         "PERFORM 1;",
         faults=[Planned(2.0, _kill_gateway)],
         tries=1,
     ),
     Mutation(
+        "queued-input-forgotten",
+        "Input that is interrupted while it waits does not join the conversation.",
+        _ENDS,
+        "PERFORM session.join_input(v_ended);",
+        "UPDATE session.run SET input = NULL WHERE run_id = v_ended;",
+        faults=[Planned(2.0, _kill_gateway)],
+    ),
+    Mutation(
         "silent-splice",
         "A reply that is begun anew does not tell its readers to drop what they have of it.",
         "services/agent/runs/runner.py",
-        "self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)",
+        "self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)",
         "pass",
         faults=_AGENTS_DIE,
         prefill=False,

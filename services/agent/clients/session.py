@@ -15,7 +15,10 @@ from hermesh.session.v1.resources_pb2 import ContextPosition, Grant, Run, RunCon
 from hermesh.session.v1.session_internal_service_pb2 import (
     CLAIM_OUTCOME_ALREADY_CLAIMED,
     CLAIM_OUTCOME_CLAIMED,
+    FAIL_CAUSE_INTERNAL,
+    FAIL_CAUSE_REFUSED,
     ClaimRunRequest,
+    FailRunRequest,
     LeaseRef,
     ReadContextRequest,
     ReleaseLeaseRequest,
@@ -40,8 +43,8 @@ SUBMIT_TRIES = 4
 CLAIM_TRIES = 10
 REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
-# The longest time between two pages of a context, and how many are read at once: after another replica's death many
-# runs come with theirs.
+# The longest time between two pages of a context, and how many are read at once: after another replica's
+# death many runs come with theirs.
 PAGE_SECONDS = 10.0
 MAX_CONTEXTS = 4
 
@@ -197,7 +200,7 @@ class SessionClient:
     ) -> Sequence[RunContext]:
         """Return the pages of a claimed run's context that follow a position.
 
-        A session replica that stops answering is no reason to begin anew: the next one goes on where it stood.
+        Where a session replica stops answering the next one goes on.
 
         Args:
             run_id: the run.
@@ -287,6 +290,25 @@ class SessionClient:
             cancelled += response.cancelled_run_ids
             ttl = response.ttl_ms / 1000
         return Renewal(lost, cancelled, ttl)
+
+    @failpoints.around("agent.fail")
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        """Have the store end a run that cannot write its end; False when it is not ours any more.
+
+        Raises:
+            HermeshError: the session service could not say.
+        """
+        request = FailRunRequest(
+            lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence),
+            cause=FAIL_CAUSE_REFUSED if refused else FAIL_CAUSE_INTERNAL,
+        )
+        response, _, again = await _tried(
+            lambda: self._internal.FailRun(request, metadata=self._mesh),
+            CLAIM_TRIES,
+            (UnavailableError, DeadlineError),
+        )
+        # An earlier try may have done it, and its answer got lost.
+        return response.ended or again
 
     @failpoints.around("agent.release")
     async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:

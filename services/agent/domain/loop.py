@@ -51,6 +51,7 @@ class Call:
         reported: whether the log has its outcome already.
         reconcilable: whether its tool may be able to look up what became of it.
         looks: how often that was done here.
+        provider: what the model's backend may want to have back with the call; see `ToolUse`.
     """
 
     call_id: str
@@ -64,6 +65,7 @@ class Call:
     reconcilable: bool = False
     looks: int = 0
     content_ref: str = ""
+    provider: str = ""
 
     @property
     def waits(self) -> bool:
@@ -97,12 +99,14 @@ class Limits:
         max_turns: model turns.
         max_output_tokens: tokens written in all turns, 0 = no bound of ours.
         max_breaks: how often one model turn may break off and be taken up again.
+        spare_requests: model requests beyond one for each turn.
         max_bytes: of events in its log, 0 = no bound.
     """
 
     max_turns: int = 16
     max_output_tokens: int = 0
     max_breaks: int = 1
+    spare_requests: int = 32
     max_bytes: int = 0
 
 
@@ -119,6 +123,7 @@ class LoopState:
         usage: tokens of this run's turns as far as this replica knows.
         finish_reason: set once a turn ended without calls.
         breaks: how often the current turn broke off here.
+        requests: how many requests the attempts before have made to the model, as far as the log tells.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -129,16 +134,22 @@ class LoopState:
     usage: Usage = field(default_factory=Usage)
     finish_reason: str = ""
     breaks: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A whole model turn."""
+    """A whole model turn.
+
+    Attributes:
+        provider: what the model's backend may want to have back with the turn's message; see `ChatMessage`.
+    """
 
     text: str
     calls: tuple[Call, ...]
     finish_reason: str
     usage: Usage
+    provider: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +261,7 @@ def decide(
         return Fail(
             "RESOURCE_EXHAUSTED",
             "RUN_TOO_LARGE",
-            f"the run has written {written} bytes and may write {limits.max_bytes}; what it did is in its log",
+            f"the run has written {written} bytes and may write {limits.max_bytes}; what it did is stored",
         )
     if state.calls:
         todo = tuple(call for call in state.calls if not call.state.settled and not call.waits)
@@ -295,10 +306,10 @@ def turn_begun(state: LoopState, decision: CallModel) -> LoopState:
 
 def turn_done(state: LoopState, turn: Turn) -> LoopState:
     """Add a finished model turn to the conversation."""
-    uses = tuple(ToolUse(call.call_id, call.name, call.arguments) for call in turn.calls)
+    uses = tuple(ToolUse(call.call_id, call.name, call.arguments, call.provider) for call in turn.calls)
     return replace(
         state,
-        messages=(*state.messages, ChatMessage("assistant", turn.text, uses)),
+        messages=(*state.messages, ChatMessage("assistant", turn.text, uses, provider=turn.provider)),
         turns=state.turns + 1,
         partial=None,
         calls=turn.calls,

@@ -84,7 +84,9 @@ class Start:
 
     def restore(self, hookless: Collection[str]) -> LoopState:
         """Rebuild the state that the attempts before left; see `domain.restore`."""
-        return restore(self.spec.run_id, self.messages, self.events, self.journal, hookless)
+        return restore(
+            self.spec.run_id, self.messages, self.events, self.journal, hookless, self.spec.attempt
+        )
 
 
 def start_of(claim: Claim, settings: AgentSettings) -> Start:

@@ -17,7 +17,7 @@ import structlog
 from meshkit.errors import HermeshError
 from meshkit.tasks import TaskOwner
 from services.session import metrics
-from services.session.domain import Claim, Message, NewMessage, Run, RunAppend, Submission, Submitted
+from services.session.domain import Claim, Message, NewMessage, RunAppend, Submission, Submitted
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 
 _log = structlog.get_logger("session.cache")
@@ -152,9 +152,7 @@ class CachedContexts:
         elif before is None or not hit or run.attempt > 1:
             self._write(self._cache.replace(run.session_id, [*history, *own]))
         omitted = before.ordinal - len(history) if before is not None else 0
-        return replace(
-            claim, context=replace(context, messages=[*history, *own], omitted_messages=omitted)
-        )
+        return replace(claim, context=replace(context, messages=[*history, *own], omitted_messages=omitted))
 
     def _write(self, writing: Coroutine[Any, Any, None]) -> None:
         if self._writes >= _MAX_WRITES or self._cache.refuses:
@@ -173,7 +171,7 @@ class CachedContexts:
 
 
 def within_limits(messages: Sequence[Message]) -> Sequence[Message]:
-    """Returns what a context holds of what precedes a run: the newest within the limits of number and size."""
+    """Returns what a context holds of what precedes a run: the newest within both limits."""
     first = len(messages)
     size = 0
     for message in reversed(messages[-MAX_CONTEXT_MESSAGES:]):

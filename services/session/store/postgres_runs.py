@@ -19,6 +19,7 @@ from services.session.domain import (
     ClaimOutcome,
     ContextPosition,
     Event,
+    LeaseRef,
     Page,
     Run,
     RunContext,
@@ -166,6 +167,12 @@ class PostgresRuns(PostgresPart):
         if row["event_seq"] is None:
             return run, None
         return run, Event(run_id, row["event_seq"], "run.cancelled", row["event_time_ms"], row["event_data"])
+
+    @failpoints.around("session.fail")
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
+        """See the port."""
+        row = await self._fetchrow(_SQL["fail_held"], ref.session_id, ref.run_id, ref.fence, message)
+        return None if row is None else run_of(row)
 
     @failpoints.around("session.due")
     async def due(self, limit: int) -> list[UUID]:

@@ -32,9 +32,9 @@ from services.session.domain import (
     Submission,
 )
 from services.session.store.cached import CachedContexts
+from services.session.store.port import CONTEXT_PAGE_BYTES
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_conversations import RedisConversations, conversation_key
-from services.session.store.port import CONTEXT_PAGE_BYTES
 from services.session.store.rows import context_of
 from tests.conftest import ValkeyServer
 
@@ -93,7 +93,9 @@ class World:
     async def check(self, claim: Claim) -> None:
         """The claim's context is what PostgreSQL would have given."""
         page = CONTEXT_PAGE_BYTES if claim.run.attempt > 1 else None
-        text = await self.pool.fetchval("SELECT session.run_context($1, 200, 524288, $2)", claim.run.run_id, page)
+        text = await self.pool.fetchval(
+            "SELECT session.run_context($1, 200, 524288, $2)", claim.run.run_id, page
+        )
         expected = context_of(text, claim.run)
         assert claim.context is not None
         assert plain(claim.context) == plain(expected)

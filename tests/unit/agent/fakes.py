@@ -11,6 +11,7 @@ from typing import Any
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1.resources_pb2 import (
     EFFECT_CLASS_PURE,
+    RUN_STATUS_FAILED,
     ContextPosition,
     Grant,
     Message,
@@ -134,6 +135,7 @@ class FakeStore:
         self.hold = False
         self.held: list[tuple[FakeCall, AppendRequest]] = []
         self.released: list[str] = []
+        self.failed: list[tuple[str, bool]] = []
         self.renewals: list[Sequence[tuple[str, str, int]]] = []
         self.cancelled: list[str] = []
         # Messages in a claim's context, 0 for all; what was asked for of the rest.
@@ -326,6 +328,21 @@ class FakeStore:
         self.notify()
         return held
 
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        self.failed.append((run_id, refused))
+        run = self.runs[run_id]
+        if run.fence != fence:
+            return False
+        run.fence += 1
+        self._end(run, "run.failed", RUN_STATUS_FAILED)
+        return True
+
+    def _end(self, run: FakeRun, kind: str, status: int) -> None:
+        run.events.append(Event(run_id=run.run_id, seq=run.next_seq, type=kind, data="{}"))
+        run.next_seq += 1
+        run.status = status
+        self.notify()
+
     async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
         return "no longer needed"
 
@@ -344,6 +361,7 @@ class FakeModel:
         self.closed = 0
 
     async def stream(self, request: ModelRequest) -> AsyncIterator[Sequence[ModelEvent]]:
+        request.asking()
         self.requests.append(request)
         try:
             for batch in self.replies.pop(0):
@@ -486,6 +504,7 @@ class Bench:
                 spec.max_turns,
                 spec.max_output_tokens,
                 self.settings.llm_resumes,
+                self.settings.llm_spare_requests,
                 self.settings.max_run_bytes,
             ),
             now_ms=lambda: 1,

@@ -126,6 +126,12 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """RESOURCE_EXHAUSTED in a run's failed event: the run has written more than a run may (HERMESH_MAX_RUN_BYTES). What
     it did is in its log; ask for less at once, or go on with new input.
     """
+    ERROR_REASON_MODEL_REQUEST_LIMIT: _ErrorReason.ValueType  # 52
+    """RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
+    ERROR_REASON_TOO_MANY_WRONG_KEYS: _ErrorReason.ValueType  # 57
+    """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+    given time; keys that are known go on working.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -236,4 +242,10 @@ ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
 ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 51
 """RESOURCE_EXHAUSTED in a run's failed event: the run has written more than a run may (HERMESH_MAX_RUN_BYTES). What
 it did is in its log; ask for less at once, or go on with new input.
+"""
+ERROR_REASON_MODEL_REQUEST_LIMIT: ErrorReason.ValueType  # 52
+"""RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
+ERROR_REASON_TOO_MANY_WRONG_KEYS: ErrorReason.ValueType  # 57
+"""RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+given time; keys that are known go on working.
 """

@@ -65,6 +65,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.FromString,
                 _registered_method=True)
+        self.FailRun = channel.unary_unary(
+                '/hermesh.session.v1.SessionInternalService/FailRun',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.FromString,
+                _registered_method=True)
         self.BeginToolCall = channel.unary_unary(
                 '/hermesh.session.v1.SessionInternalService/BeginToolCall',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.BeginToolCallRequest.SerializeToString,
@@ -138,6 +143,14 @@ class SessionInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FailRun(self, request, context):
+        """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+        nothing that came from outside, so that nothing in it can fail as the run's own writing did.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BeginToolCall(self, request, context):
         """Records that a tool is about to act. Nothing may act without it.
         """
@@ -206,6 +219,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.ReleaseLease,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'FailRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.FailRun,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.SerializeToString,
             ),
             'BeginToolCall': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginToolCall,
@@ -396,6 +414,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ReleaseLease',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FailRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/FailRun',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class SessionInternalServiceStub:
     """Extends the leases of one replica in one statement."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReleaseLeaseRequest, _session_internal_service_pb2.ReleaseLeaseResponse]
     """Gives a lease up before the run is done, so that another replica may claim it at once."""
+    FailRun: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]
+    """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+    nothing that came from outside, so that nothing in it can fail as the run's own writing did.
+    """
     BeginToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.BeginToolCallRequest, _session_internal_service_pb2.BeginToolCallResponse]
     """Records that a tool is about to act. Nothing may act without it."""
     CompleteToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.CompleteToolCallRequest, _session_internal_service_pb2.CompleteToolCallResponse]
@@ -75,6 +79,10 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Extends the leases of one replica in one statement."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReleaseLeaseRequest, _session_internal_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Gives a lease up before the run is done, so that another replica may claim it at once."""
+    FailRun: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]  # type: ignore[assignment]
+    """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+    nothing that came from outside, so that nothing in it can fail as the run's own writing did.
+    """
     BeginToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.BeginToolCallRequest, _session_internal_service_pb2.BeginToolCallResponse]  # type: ignore[assignment]
     """Records that a tool is about to act. Nothing may act without it."""
     CompleteToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.CompleteToolCallRequest, _session_internal_service_pb2.CompleteToolCallResponse]  # type: ignore[assignment]
@@ -138,6 +146,16 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_internal_service_pb2.ReleaseLeaseResponse, _abc.Awaitable[_session_internal_service_pb2.ReleaseLeaseResponse]]:
         """Gives a lease up before the run is done, so that another replica may claim it at once."""
+
+    @_abc_1.abstractmethod
+    def FailRun(
+        self,
+        request: _session_internal_service_pb2.FailRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_internal_service_pb2.FailRunResponse, _abc.Awaitable[_session_internal_service_pb2.FailRunResponse]]:
+        """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+        nothing that came from outside, so that nothing in it can fail as the run's own writing did.
+        """
 
     @_abc_1.abstractmethod
     def BeginToolCall(

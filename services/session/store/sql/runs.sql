@@ -58,6 +58,11 @@ LIMIT $4;
 -- $1 tenant_id, $2 run_id, $3 reason
 SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).* FROM session.cancel_run($1, $2, $3) c;
 
+-- name: fail_held
+-- See session.fail_held.
+-- $1 session_id, $2 run_id, $3 fence, $4 what a person reads
+SELECT * FROM session.fail_held($1, $2, $3, $4);
+
 -- name: due
 -- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
 -- Each tenant's oldest first, then each one's second oldest, and so on: a flood of one makes no other wait.

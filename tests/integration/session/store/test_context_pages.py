@@ -1,4 +1,4 @@
-"""However much a run has stored, no answer of the store grows with it; and what is read in pages is the same."""
+"""However much a run has stored, no answer of the store grows with it; what is read in pages is the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ async def call_step(kit: Kit, grant: Grant, seq: int, step: int, calls: int, *, 
         for place in range(calls)
     )
     uses = [{"call_id": one.call_id, "name": "tool", "arguments": {"a": 1}} for one in intents]
-    await kit.append(grant, seq, event("step.started", data(step=step)), event("reasoning.delta", data(text=RESULT)))
+    await kit.append(
+        grant, seq, event("step.started", data(step=step)), event("reasoning.delta", data(text=RESULT))
+    )
     await kit.step(
         grant,
         seq + 2,
@@ -53,7 +55,12 @@ async def call_step(kit: Kit, grant: Grant, seq: int, step: int, calls: int, *, 
         await kit.store.complete(one.call_id, grant.fence, ToolCallState.COMPLETED, RESULT, "")
     for one in intents:
         told = data(call_id=one.call_id, status="completed", content=RESULT)
-        await kit.append(grant, seq, event("tool.progress", data(call_id=one.call_id, text="p")), event("tool.result", told))
+        await kit.append(
+            grant,
+            seq,
+            event("tool.progress", data(call_id=one.call_id, text="p")),
+            event("tool.result", told),
+        )
         seq += 2
     if answered:
         messages = tuple(NewMessage(uuid7(), "tool", RESULT, "", one.call_id) for one in intents)
@@ -114,7 +121,11 @@ async def test_a_run_of_many_bytes_is_claimed_in_pages_that_hold_each_result_onc
     assert {len(one.content) for one in context.tool_calls} == {len(RESULT)}
     results = [json.loads(one.data) for one in context.events if one.type == "tool.result"]
     assert results == [{"call_id": f"{grant.run_id}:4:{n}", "status": "completed"} for n in range(20)]
-    assert [one.type for one in context.events[:3]] == ["step.started", "reasoning.delta", "message.completed"]
+    assert [one.type for one in context.events[:3]] == [
+        "step.started",
+        "reasoning.delta",
+        "message.completed",
+    ]
     assert "tool.progress" not in {one.type for one in context.events}
     log = await kit.pool.fetchval(
         "SELECT sum(octet_length(data)) FROM session.event WHERE run_id = $1", grant.run_id
@@ -128,7 +139,9 @@ async def test_a_result_that_only_the_log_has_stays_in_its_event(kit: Kit) -> No
     grant = await kit.started()
     told = data(call_id=f"{grant.run_id}:1:0", status="failed", content='there is no "tool"\\')
     odd = '{"status":"completed","call_id":"x","content":"in another order"}'
-    await kit.append(grant, 2, event("step.started", '{"step":1}'), event("tool.result", told), event("tool.result", odd))
+    await kit.append(
+        grant, 2, event("step.started", '{"step":1}'), event("tool.result", told), event("tool.result", odd)
+    )
     await kit.expire(grant.session_id)
     context = (await kit.claimed(grant.run_id, "b")).context
     assert context is not None
@@ -140,7 +153,8 @@ async def test_many_small_parts_are_paged_too(kit: Kit) -> None:
     await kit.append(grant, 2, event("step.started", '{"step":1}'), *[event() for _ in range(4500)])
     await kit.pool.execute(
         "INSERT INTO session.message (session_id, message_id, tenant_id, run_id, ordinal, role, content,"
-        " tool_calls, tool_call_id, created_ms) SELECT $1, gen_random_uuid(), $2, $3, o, 'tool', '', '', '', 1"
+        " tool_calls, tool_call_id, created_ms)"
+        " SELECT $1, gen_random_uuid(), $2, $3, o, 'tool', '', '', '', 1"
         " FROM generate_series(2, 4500) o",
         grant.session_id,
         kit.tenant,
@@ -238,7 +252,9 @@ async def test_waiting_calls_come_in_pages_of_bounded_size_and_finished_ones_not
         grant = await kit.started()
         seq = await call_step(kit, grant, 2, 7, 3, answered=True)
         large = json.dumps({"text": "x" * (PAGE_BYTES // 3)})
-        waiting = tuple(replace(intent(grant.run_id, n, needs_approval=True), arguments=large) for n in range(2))
+        waiting = tuple(
+            replace(intent(grant.run_id, n, needs_approval=True), arguments=large) for n in range(2)
+        )
         await kit.step(grant, seq, event(), intents=waiting, status=RunStatus.REQUIRES_ACTION)
         asked += [(grant.run_id, one.call_id) for one in waiting]
         found = await kit.store.waiting_calls(kit.tenant, grant.run_id)
