@@ -107,8 +107,8 @@ class AgentSettings(MeshSettings):
         le=1024 * 1024 * 1024,
         description=(
             "Most bytes that one run may write to its log: text, reasoning, tool calls and results. A run "
-            "that has passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds disk, "
-            "memory and the time of a takeover; a model's window, some MB at most, is far smaller."
+            "that has passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds "
+            "disk, memory and the time of a takeover; a model's window, some MB at most, is far smaller."
         ),
     )
     max_appends_per_second: float = Field(

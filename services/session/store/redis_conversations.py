@@ -4,7 +4,7 @@ An element is a head and a body. The head is its ordinal, how many bytes of text
 with it, the seq of the commit that brought it (0 for input), message id and run id, each followed by a space.
 The body is a JSON array: role, content, tool calls, tool call id, time made (ms).
 
-A list holds no more than a context needs: so many messages, and so many bytes and the message that they end in.
+A list holds no more than a context needs: so many messages, and so many bytes and the message they end in.
 """
 
 from __future__ import annotations
