@@ -32,6 +32,8 @@ from services.agent.servicer import AgentServicer
 from services.agent.settings import AgentSettings
 
 SERVICE_NAME = "hermesh.agent.v1.AgentService"
+# New input, which the session service measures by its text, and the options of its run.
+_MAX_REQUEST_BYTES = 4 * 1024 * 1024
 SAFE_METHODS = (
     "hermesh.session.v1.SessionInternalService/Authenticate",
     "hermesh.tool.v1.ToolService/ListTools",
@@ -72,6 +74,7 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
                 settings,
                 service="agent",
                 authenticator=MeshAuthenticator(channel, settings),
+                max_request_bytes=_MAX_REQUEST_BYTES,
                 configure_logging=configure_logging,
             )
         )

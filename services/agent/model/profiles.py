@@ -43,8 +43,8 @@ class Profile:
         auth: how the API key is sent.
         call_ids: "own" = the model's own ids go back; "nine" = only such that are nine of a-zA-Z0-9; "kimi" =
             only `functions.NAME:NUMBER`. Ids that are made here fit.
-        alternate: never two messages of one role in a row, system messages first and as one.
-        after_tool: what the assistant says between a tool's result and a user's message; "" = nothing.
+        alternate: never two messages of one role in a row, system messages first and as one, and a message of
+            the assistant between a tool's result and the user.
         prefill: how a last assistant message is continued: "bare" as it is, "flags" of the request, or a
             field of the message, "prefix" or "partial".
         message_fields: fields that go back with messages that call tools, where the model sent them.
@@ -61,7 +61,6 @@ class Profile:
     auth: Literal["bearer", "api-key"] = "bearer"
     call_ids: Literal["own", "nine", "kimi"] = "own"
     alternate: bool = True
-    after_tool: str = ""
     prefill: Literal["bare", "flags", "prefix", "partial"] = "bare"
     message_fields: tuple[str, ...] = MESSAGE_FIELDS
     always: tuple[str, ...] = ()

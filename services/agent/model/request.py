@@ -17,6 +17,8 @@ from services.agent.model.profiles import CALL_FIELDS, MESSAGE_FIELDS, TOLERANT,
 MAX_ID = 40
 # What opens a conversation that begins with the assistant, where roles must alternate.
 OPENING = "(The conversation begins.)"
+# What the assistant says there between a tool's result and the user, when a run ended without a reply.
+NO_REPLY = "..."
 # A field that a server wants and whose content is not known: any text will do.
 _SOMETHING = " "
 # Google's own word for a call that no Gemini made.
@@ -54,7 +56,8 @@ NOTHING = Learned()
 
 def encode_request(request: ModelRequest, profile: Profile = TOLERANT, learned: Learned = NOTHING) -> bytes:
     """Render the body of POST /chat/completions; only what is set is sent."""
-    prefilled = bool(request.messages) and request.messages[-1].role == "assistant"
+    last = request.messages[-1] if request.messages else None
+    prefilled = last is not None and last.role == "assistant" and not last.tool_calls
     body: dict[str, Any] = {
         "model": request.model,
         "messages": _Messages(profile, learned).render(request.messages, prefilled),
@@ -120,8 +123,6 @@ class _Messages:
         kept = [one for one in others if one is not None and not _empty(one)]
         if self._profile.alternate:
             kept = alternating(kept)
-        if self._profile.after_tool:
-            kept = _answered(kept, self._profile.after_tool)
         out = [self._message(one) for one in kept]
         if last is not None:
             entry = self._message(last)
@@ -200,7 +201,8 @@ def _empty(message: ChatMessage) -> bool:
 def alternating(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
     """Return a conversation that strict templates take.
 
-    System messages are one and first, the user begins, and two messages of one role in a row are one.
+    System messages are one and first, the user begins, two messages of one role in a row are one, and the
+    assistant speaks between a tool's result and the user.
     """
     system: list[str] = []
     out: list[ChatMessage] = []
@@ -216,21 +218,13 @@ def alternating(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
             joined = "\n\n".join(filter(None, (last.content, message.content)))
             out[-1] = replace(message, content=joined)
         else:
+            if last is not None and (last.role, message.role) == ("tool", "user"):
+                out.append(ChatMessage("assistant", NO_REPLY))
             out.append(message)
     if out and out[0].role == "assistant":
         out.insert(0, ChatMessage("user", OPENING))
     if system:
         out.insert(0, ChatMessage("system", "\n\n".join(filter(None, system))))
-    return out
-
-
-def _answered(messages: Sequence[ChatMessage], said: str) -> list[ChatMessage]:
-    """Put what the assistant says between a tool's result and a user's message that follows it."""
-    out: list[ChatMessage] = []
-    for message in messages:
-        if message.role == "user" and out and out[-1].role == "tool":
-            out.append(ChatMessage("assistant", said))
-        out.append(message)
     return out
 
 

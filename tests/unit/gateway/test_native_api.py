@@ -543,7 +543,7 @@ async def test_paths_and_methods_that_are_not_served(served: Any) -> None:
     problem(await served.client.get("/v1/nothing"), 404, "UNIMPLEMENTED")
     answer = await served.client.put("/v1/sessions", json={})
     problem(answer, 405, "UNIMPLEMENTED")
-    assert answer.headers["allow"] == "GET, POST"
+    assert answer.headers["allow"] == "GET, HEAD, OPTIONS, POST"
 
 
 async def test_a_request_id_is_kept_or_made(served: Any) -> None:

@@ -128,6 +128,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """
     ERROR_REASON_MODEL_REQUEST_LIMIT: _ErrorReason.ValueType  # 52
     """RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
+    ERROR_REASON_TOO_MANY_WRONG_KEYS: _ErrorReason.ValueType  # 57
+    """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+    given time; keys that are known go on working.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -241,3 +245,7 @@ it did is in its log; ask for less at once, or go on with new input.
 """
 ERROR_REASON_MODEL_REQUEST_LIMIT: ErrorReason.ValueType  # 52
 """RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
+ERROR_REASON_TOO_MANY_WRONG_KEYS: ErrorReason.ValueType  # 57
+"""RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
+given time; keys that are known go on working.
+"""
