@@ -151,6 +151,23 @@ def _quoted(path: Path) -> str:
 
 def render_compose() -> str:
     """The configuration for compose: each service's name resolves to all its replicas."""
+    return _render_by_name("%s")
+
+
+def render_chart() -> str:
+    """The configuration for the Helm chart, which fills in its names; each Service resolves to all its pods.
+
+    Of the admin interface, metrics and readiness are served to the cluster, and nothing else.
+    """
+    return _render_by_name(
+        "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
+        listeners=(TEMPLATES / "status_listener.yaml").read_text(),
+        clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
+    )
+
+
+def _render_by_name(host: str, *, listeners: str = "", clusters: str = "") -> str:
+    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
 
     def endpoints(name: str) -> str:
         port = COMPOSE_GATEWAY_PORT if name == "gateway" else COMPOSE_PORT
@@ -162,7 +179,8 @@ def render_compose() -> str:
             f"      cluster_name: {name}\n"
             "      endpoints:\n"
             "      - lb_endpoints:\n"
-            f"        - endpoint: {{address: {{socket_address: {{address: {name}, port_value: {port}}}}}}}"
+            "        - endpoint: {address: {socket_address: "
+            f"{{address: {host % name}, port_value: {port}}}}}}}"
         )
 
     return _render(
@@ -177,8 +195,9 @@ def render_compose() -> str:
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
         agent_hash="",
-        listeners="",
-        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+        listeners=listeners,
+        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), clusters]).rstrip("\n")
+        + "\n",
     )
 
 
