@@ -17,7 +17,7 @@ import structlog
 from meshkit.errors import HermeshError
 from meshkit.tasks import TaskOwner
 from services.session import metrics
-from services.session.domain import Claim, Message, NewMessage, Run, RunAppend, Submission, Submitted
+from services.session.domain import Claim, Message, NewMessage, RunAppend, Submission, Submitted
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 
 _log = structlog.get_logger("session.cache")
