@@ -68,8 +68,8 @@ def _under_way(calls: list[ToolCall]) -> FailedPreconditionError:
     named = ", ".join(f"{call.call_id} ({call.name})" for call in calls[:_NAMED])
     return FailedPreconditionError(
         "CALLS_UNDER_WAY",
-        "tool calls of the session still act, although they were told to stop; nothing was deleted, and nothing "
-        "more begins in their runs: delete it again",
+        "tool calls of the session still act, although they were told to stop; nothing was deleted, and "
+        "nothing more begins in their runs: delete it again",
         metadata={"calls": named},
         retry_after_ms=_RETRY_MS,
     )
