@@ -14,7 +14,7 @@ from gateway.login import COOKIE, check_origin, set_cookie
 from meshkit.errors import UnauthenticatedError
 
 # Nobody has shown a key yet: a key and the JSON around it, and no more, is read.
-MAX_LOGIN_BODY = 8 * 1024
+MAX_LOGIN_BODY = 4 * 1024
 
 
 class Login(StrictModel):

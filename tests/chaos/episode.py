@@ -83,7 +83,7 @@ class Episode:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "history.jsonl"
         path.unlink(missing_ok=True)
-        theme = self.theme or theme_of(self.seed)
+        theme = self.theme or ("named" if self.faults is not None else theme_of(self.seed))
         rng = random.Random(self.seed)
         planned = list(self.faults) if self.faults is not None else plan(rng, theme, self.seconds)
         ledger_from = self.cluster.ledger_file.stat().st_size if self.cluster.ledger_file.exists() else 0

@@ -117,7 +117,9 @@ class StreamParser:
             raise ModelProtocolError("the model's stream has a line without end")
         out: list[ModelEvent] = []
         try:
-            for line in data[:end].split(b"\n"):
+            lines = data[:end].split(b"\n")
+            lines.pop()  # what follows the last newline is no line
+            for line in lines:
                 if not line:
                     if self._event or self._pending:
                         self._end_event(out)

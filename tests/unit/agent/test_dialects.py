@@ -1,4 +1,4 @@
-"""The adapter against each provider's dialect: a FAKE server a profile that refuses what the real one refuses."""
+"""The adapter against each dialect: a FAKE server for each provider, that refuses what the real one refuses."""
 
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -50,7 +50,9 @@ def request(*messages, **options):
 
 async def turn(model, asked, step=1):
     """One model turn as a run makes it: the turn, and the reasoning that readers see."""
-    builder = TurnBuilder("run", step, asked.messages[-1].content if asked.messages[-1].role == "assistant" else "")
+    builder = TurnBuilder(
+        "run", step, asked.messages[-1].content if asked.messages[-1].role == "assistant" else ""
+    )
     thoughts = []
     async for batch in model.stream(asked):
         thoughts.append(builder.add(batch)[1])
@@ -69,7 +71,14 @@ async def failure(model, asked):
     raise AssertionError("it did not fail")
 
 
-@shows("azure.first-chunk", "azure.key", "kimi.usage", "groq.usage", "mistral.stream-options", "openrouter.comments")
+@shows(
+    "azure.first-chunk",
+    "azure.key",
+    "kimi.usage",
+    "groq.usage",
+    "mistral.stream-options",
+    "openrouter.comments",
+)
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_reply_in_each_dialect(name):
     async with backend(name, Reply(TEXT)) as (server, model):
@@ -87,14 +96,24 @@ async def test_reasoning_is_kept_apart_in_each_dialect(name):
 
 
 @shows(
-    *("mistral.ids", "mistral.fields", "deepseek.reasoning", "kimi.reasoning", "kimi.ids", "gemini.signature"),
+    *(
+        "mistral.ids",
+        "mistral.fields",
+        "deepseek.reasoning",
+        "kimi.reasoning",
+        "kimi.ids",
+        "gemini.signature",
+    ),
     *("gemini.index", "groq.fields", "openai.fields", "vllm.ids", "sglang.index", "ollama.index"),
     "openrouter.reasoning",
 )
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("taken_over", [False, True])
 async def test_parallel_calls_and_their_results_go_back_in_each_dialect(name, taken_over):
-    async with backend(name, Reply("", "I need sums.", CALLS), Reply("done"), Reply("again")) as (server, model):
+    async with backend(name, Reply("", "I need sums.", CALLS), Reply("done"), Reply("again")) as (
+        server,
+        model,
+    ):
         tools = (ADD, MUL)
         first, _ = await turn(model, request(tools=tools))
         assert [(call.name, call.arguments) for call in first.calls] == list(CALLS)
@@ -215,7 +234,14 @@ async def test_options_are_named_as_each_server_wants_them_and_refused_ones_are_
         assert sent["random_seed" if name == "mistral" else "seed"] == 3
 
 
-@shows("mistral.prefill", "deepseek.prefill", "kimi.prefill", "vllm.prefill", "sglang.prefill", "llama.cpp.prefill")
+@shows(
+    "mistral.prefill",
+    "deepseek.prefill",
+    "kimi.prefill",
+    "vllm.prefill",
+    "sglang.prefill",
+    "llama.cpp.prefill",
+)
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_reply_is_continued_as_each_server_wants_it(name):
     async with backend(name, Reply("lo")) as (server, model):
@@ -228,7 +254,9 @@ async def test_a_reply_is_continued_as_each_server_wants_it(name):
 async def test_a_refusal_is_the_replys_text_and_its_reason():
     async with backend("openai", Reply(refusal="I cannot help with that.")) as (_, model):
         events = [event async for batch in model.stream(request()) for event in batch]
-        assert "".join(one.text for one in events if isinstance(one, RefusalDelta)) == "I cannot help with that."
+        assert (
+            "".join(one.text for one in events if isinstance(one, RefusalDelta)) == "I cannot help with that."
+        )
     async with backend("openai", Reply(refusal="I cannot.")) as (_, model):
         done, _ = await turn(model, request())
         assert (done.text, done.finish_reason) == ("I cannot.", "refusal")

@@ -77,6 +77,22 @@ def test_arguments_are_read_and_checked() -> None:
         make().parse('{"a": "x"}')
 
 
+def test_numbers_of_any_length_reach_the_tool_whole() -> None:
+    text = f'{{"a": {2**64}, "b": [{-(10**300)}], "c": 1}}'
+    parsed = make(schema={"type": "object"}).parse(text)
+    assert parsed == {"a": 2**64, "b": [-(10**300)], "c": 1}
+    assert all(isinstance(number, int) for number in (parsed["a"], *parsed["b"], parsed["c"]))
+    with pytest.raises(ArgumentsError, match="not valid JSON"):
+        make(schema={"type": "object"}).parse(f'{{"a": {"9" * 5000}}}')
+
+
+def test_a_deeply_nested_argument_under_a_recursive_schema_is_an_error() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    depth = 900
+    with pytest.raises(ArgumentsError):
+        make(schema=schema).parse('{"a":' * depth + "1" + "}" * depth)
+
+
 def test_a_schema_that_points_outside_stops_the_start() -> None:
     with pytest.raises(StartupError, match="must not refer to http"):
         make(schema={"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/schema"}}})
