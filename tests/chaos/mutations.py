@@ -20,8 +20,9 @@ from tests.chaos.faults.plan import Planned
 _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy", "tests", "pyproject.toml")
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
-_ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
+_CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
 _ENDS = "services/session/store/migrations/0006_pre_ends.sql"
+_BEGIN = "services/session/store/migrations/0007_pre_delete.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ MUTATIONS = (
     Mutation(
         "running-call-runs-again",
         "A takeover lets a call that may have acted run again, whatever its effect.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.tool_call t SET state = 5\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         "UPDATE session.tool_call t SET state = 1\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         faults=_points(
@@ -141,7 +142,7 @@ MUTATIONS = (
     Mutation(
         "completed-call-runs-again",
         "The stored result of a call is not used: it begins again.",
-        _ACTIONS,
+        _BEGIN,
         "WHEN v_call.state IN (3, 4) THEN 2",
         "WHEN v_call.state IN (3, 4) THEN 1",
         faults=_points(
@@ -169,7 +170,7 @@ MUTATIONS = (
     Mutation(
         "reused-fence",
         "A takeover keeps the fence of the one before.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,",
         "UPDATE session.lease l SET run_id = p_run, fence = greatest(l.fence, 1), attach = 0, next_seq = v_next,",
         faults=_AGENTS_DIE,
@@ -269,5 +270,13 @@ MUTATIONS = (
         "messages=(*self.messages, *(one for page in pages[1:] for one in _messages(page))),",
         faults=[Planned(when, faults.kill_agent) for when in (2.0, 4.0, 6.0, 8.0)],
         megabytes=12.0,
+    ),
+    Mutation(
+        "deleted-while-acting",
+        "A session is deleted although a call of it acts.",
+        "services/session/store/postgres_sessions.py",
+        "            if rows:\n                return [tool_call_of(row) for row in rows]\n",
+        "",
+        faults=[Planned(2.0, faults.kill_gateway)],
     ),
 )

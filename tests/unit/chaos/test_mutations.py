@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,18 @@ def test_a_mutation_changes_the_code_of_today(mutation: Mutation, tmp_path: Path
     shutil.copy(ROOT / mutation.file, target)
     mutation.apply(tmp_path)
     assert target.read_text() != (ROOT / mutation.file).read_text()
+
+
+@pytest.mark.parametrize(
+    "mutation", [one for one in MUTATIONS if "/migrations/" in one.file], ids=lambda mutation: mutation.name
+)
+def test_no_later_migration_puts_a_broken_function_right_again(mutation: Mutation) -> None:
+    path = ROOT / mutation.file
+    before = path.read_text().partition(mutation.old)[0]
+    name = re.findall(r"CREATE (?:OR REPLACE )?FUNCTION (session\.\w+)", before)[-1]
+    later = [other for other in path.parent.glob("*.sql") if other.name > path.name]
+    again = re.compile(rf"CREATE OR REPLACE FUNCTION {re.escape(name)}\(|DROP FUNCTION {re.escape(name)}\(")
+    assert [other.name for other in later if again.search(other.read_text())] == []
 
 
 def test_there_are_a_dozen_with_names_of_their_own() -> None:
