@@ -119,9 +119,9 @@ _WEIGHTS = {
 }
 # Every fault, by its own name.
 FAULTS: dict[str, Fault] = {
-    fault.__name__: fault
-    for drawn, _ in THEMES.values()
-    for fault in drawn  # type: ignore[attr-defined]
+    fault.__name__: fault  # type: ignore[attr-defined]
+    for drawn in (*(theme for theme, _ in THEMES.values()), (faults.kill_agent, faults.kill_gateway))
+    for fault in drawn
 }
 
 

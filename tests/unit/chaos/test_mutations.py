@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.cases import CASES
 from tests.chaos.faults.cluster import ROOT
+from tests.chaos.faults.plan import only
 from tests.chaos.mutations import MUTATIONS, Mutation
 
 
@@ -35,3 +37,8 @@ def test_no_later_migration_puts_a_broken_function_right_again(mutation: Mutatio
 
 def test_there_are_a_dozen_with_names_of_their_own() -> None:
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 12
+
+
+def test_every_case_names_faults_that_there_are() -> None:
+    assert all(only(*case.faults) or case.theme for case in CASES)
+    assert len({case.name for case in CASES}) == len({case.seed for case in CASES}) == len(CASES)
