@@ -277,6 +277,14 @@ def test_signs_of_life_are_no_text(more):
     )
 
 
+def test_lines_may_end_in_three_ways_within_one_stream():
+    data = b'data: {"choices":[{"delta":{"content":"a"}}]}\r\rdata: {"choices":[\rdata: {"delta":{"content":"b"}}]}\r\n\r\n'
+    data += b'data: {"choices":[\r\ndata: {"delta":{"content":"c"}}]}\n\ndata: {"choices":[{"delta":{},"finish_reason":"stop"}]}\r'
+    for cut in range(len(data)):
+        text, _, _, parser = read(data, [cut])
+        assert (text, parser.finish_reason) == ("abc", "stop")
+
+
 def test_a_reply_that_is_not_streamed_is_read_all_the_same():
     body = {
         "object": "chat.completion",
