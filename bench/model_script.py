@@ -14,6 +14,7 @@ byte. A request steers it by directives, written in the model's name or in the l
     [[garbage]] [[half]] [[silent]] [[empty]]  nonsense, a broken stream, no answer, an empty reply
     [[echo]]                         repeat the last user message
     [[json={"a":1}]]                 exactly this text
+    [[counted=99999999999]]          say so much, whatever it is, as the counts of tokens
 
 `times=N` limits any of the faults to the first N requests with the same text.
 """
@@ -86,6 +87,7 @@ class Reply:
         prompt_tokens: rough size of the request in tokens.
         finish: the finish reason.
         ident: the name under which the server notes when the reply began; "" for none.
+        counted: JSON to send as the counts of tokens; "" for the right ones.
     """
 
     status: int = 200
@@ -99,6 +101,7 @@ class Reply:
     prompt_tokens: int = 0
     finish: str = "stop"
     ident: str = ""
+    counted: str = ""
 
 
 _SEQUENCE: list[str] = []
@@ -248,6 +251,7 @@ def reply_to(request: Mapping[str, Any], seen: int = 0) -> Reply:
         prompt_tokens=prompt,
         finish=finish,
         ident=values.get("id", ""),
+        counted=values.get("counted", ""),
     )
 
 

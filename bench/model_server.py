@@ -376,6 +376,9 @@ def _render(frames: Frames, request: dict[str, Any], reply: Reply) -> list[bytes
 
 def _usage(reply: Reply) -> dict[str, Any]:
     said = len(reply.tokens) + len(reply.reasoning)
+    if reply.counted:
+        claimed = orjson.Fragment(reply.counted)
+        return {"prompt_tokens": claimed, "completion_tokens": claimed, "total_tokens": claimed}
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": said,
