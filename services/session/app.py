@@ -186,7 +186,9 @@ async def assemble(
             max_steps=settings.max_step_commits,
         )
         link = MeshLink(channel)
-        hub = AppendHub(store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up)
+        hub = AppendHub(
+            store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up, dispatch=sweeper.wake
+        )
 
         def watcher_for(tenant_id: UUID) -> Watcher:
             return Watcher(store, tail, tenant_id)
