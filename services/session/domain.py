@@ -435,8 +435,8 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a batch of renewals found: leases that are lost, runs that are to be cancelled, and leases that are
-    neither lost nor renewed, because somebody has them locked.
+    """What a batch of renewals found: leases that are lost, runs that are to be cancelled, and leases that
+    are neither lost nor renewed, because somebody has them locked.
     """
 
     lost: Sequence[UUID] = field(default=())

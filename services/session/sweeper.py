@@ -29,8 +29,8 @@ _NEXT_S = 0.02
 _FULL_S = 0.25
 # What no agent could be reached for is asked about again by this replica alone; then any may take it.
 _UNREACHED_S = 2.0
-# Agents that cannot be reached at all are asked about so few runs: that costs nearly nothing, and those that are
-# back have all of them within a second.
+# Agents that cannot be reached at all are asked about so few runs: that costs nearly nothing, and those that
+# are back have all of them within a second.
 _FEW = 4
 # A stream that outlives this is let go; the run goes on without it.
 _HOLD_SECONDS = 6 * 3600.0

@@ -39,6 +39,7 @@ T = TypeVar("T")
 SUBMIT_TRIES = 4
 # Some seconds: session replicas that died together are back by then, and no lease is waited out.
 CLAIM_TRIES = 10
+OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
 REASON_TIMEOUT = 0.5
 LOOK_TIMEOUT = 2.0
 MAX_RENEWALS = 5_000
@@ -89,7 +90,9 @@ async def _tried(
     passing: tuple[type[HermeshError], ...],
     missed: Callable[[], None],
 ) -> tuple[T, float, bool]:
-    """Make a call that may be repeated, again while it fails with what passes; `missed` is told of each such try.
+    """Make a call that may be repeated, again while it fails with what passes.
+
+    `missed` is told of each try that failed so.
 
     Returns:
         Its answer, the monotonic time at which that was asked for, and whether it was asked for again.
@@ -98,6 +101,7 @@ async def _tried(
         HermeshError: another failure, or the last of so many.
     """
     backoff = Backoff(0.05, 0.5)
+    unknown: HermeshError | None = None
     while True:
         asked_at = asyncio.get_running_loop().time()
         try:
@@ -107,8 +111,11 @@ async def _tried(
             if not isinstance(error, passing):
                 raise error from rpc_error
             missed()
+            if unknown is None and (isinstance(error, DeadlineError) or error.reason == OUTCOME_UNKNOWN):
+                unknown = error
             if backoff.attempts + 1 >= tries:
-                raise error from rpc_error
+                # What a later try did not do, an earlier one may have done.
+                raise unknown or error from rpc_error
         await backoff.sleep()
 
 

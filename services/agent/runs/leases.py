@@ -20,7 +20,7 @@ MIN_INTERVAL = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a renewal came to; `ttl` in seconds from when it was asked for, `busy` those to ask for again soon."""
+    """What a renewal came to; `ttl` in seconds from when it was asked for, `busy` to be asked for again."""
 
     lost: Sequence[str]
     cancelled: Sequence[str]

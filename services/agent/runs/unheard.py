@@ -1,8 +1,8 @@
 """Leases that were granted to this process by calls whose answer never came: nobody works under them.
 
-A claim may commit after whoever waited for it gave up: its session replica died, or PostgreSQL stood still with the
-statement in hand. By PostgreSQL's word the run is then ours, so that nobody else takes it before the lease ends.
-Only this process can tell such a lease from one that it works under, so it looks, and gives them up.
+A claim may commit after whoever waited for it gave up: its session replica died, or PostgreSQL stood still
+with the statement in hand. By PostgreSQL's word the run is then ours, so that nobody else takes it before the
+lease ends. Only this process can tell such a lease from one that it works under: it looks, and gives them up.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from services.agent import metrics
 _log = structlog.get_logger("agent.unheard")
 
 LOOK_SECONDS = 0.5
-# So long after the last call without an answer, and after the last look without one, its statement may still commit:
-# PostgreSQL's own limits on a statement and on the wait for a lock end it by then.
+# So long after the last call without an answer, and after the last look without one, its statement may still
+# commit: PostgreSQL's own limits on a statement and on the wait for a lock end it by then.
 SETTLED_SECONDS = 8.0
 
 
@@ -56,7 +56,7 @@ class Unheard:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Make a call inside that may be granted a lease; when it gets no answer, what came of it is looked for."""
+        """Make a call inside that may be granted a lease; without an answer, what it brought is looked for."""
         call = object()
         self._asking[call] = self._monotonic()
         try:
@@ -92,8 +92,8 @@ class Unheard:
         """Look once, and give up what nobody waits for.
 
         Args:
-            seen: when leases were first found that are not worked on, by run; kept between looks. A call that was
-                under way then may still bring one of them.
+            seen: when leases were first found that are not worked on, by run; kept between looks. A call that
+                was under way then may still bring one of them.
         """
         found = {run_id: (session_id, fence) for session_id, run_id, fence in await self._port.leases()}
         now = self._monotonic()

@@ -305,7 +305,21 @@ class Journal(Protocol):
         ...
 
 
-class Store(Tenants, Conversations, Runs, Log, Journal, Protocol):
+class Durable(Protocol):
+    """What a store with a standby promises."""
+
+    async def synchronous(self) -> bool:
+        """Returns whether commits wait for a standby; looked up, and kept for `confirm`."""
+        ...
+
+    async def confirm(self) -> None:
+        """Returns once all that could be read until now survives the loss of the server; at once where nothing
+        waits for a standby. Raises UnavailableError when no standby says so in time.
+        """
+        ...
+
+
+class Store(Tenants, Conversations, Runs, Log, Journal, Durable, Protocol):
     """All of it."""
 
     @property

@@ -224,6 +224,9 @@ class PostgresLog(PostgresPart):
             NotFoundError: RUN_NOT_FOUND.
         """
         rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+        if rows:
+            # Readers are shown nothing that a failover could take back.
+            await self.confirm()
         if rows and rows[0]["seq"] == seq + 1:
             return [Event(run_id, *row) for row in rows]
         # Nothing that follows the cursor: either it is the end of the log, or older events are gone.
@@ -232,6 +235,7 @@ class PostgresLog(PostgresPart):
             raise not_found("run", run_id)
         if not rows:
             rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+            await self.confirm()
         if (rows and rows[0]["seq"] != seq + 1) or (not rows and run["last_seq"] > seq):
             raise OutOfRangeError(
                 "CURSOR_EXPIRED",

@@ -387,6 +387,12 @@ class FakeStore:
         await self.get_run(tenant_id, run_id)
         return []
 
+    async def synchronous(self) -> bool:
+        return False
+
+    async def confirm(self) -> None:
+        pass
+
     async def maintain(self) -> None:
         pass
 

@@ -120,6 +120,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
     ERROR_REASON_APPROVAL_REQUIRED: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+    ERROR_REASON_OUTCOME_UNKNOWN: _ErrorReason.ValueType  # 61
+    """UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
+    same request again with the same key or request id, and it is done once; a request without one may be done twice.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -225,3 +229,7 @@ ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
 ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason.ValueType  # 61
+"""UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
+same request again with the same key or request id, and it is done once; a request without one may be done twice.
+"""
