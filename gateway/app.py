@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc.aio
 from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.requests import Request
 from starlette.routing import Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -19,6 +20,7 @@ from gateway.door import Door, DoorMetrics
 from gateway.edge import Edge, HttpMetrics, no_such_path, routes
 from gateway.endpoints import Endpoint
 from gateway.login import CookieSeal
+from gateway.problems import UpgradeRequiredError
 from gateway.routes import chat, login, runs, sessions, system, web
 from gateway.settings import GatewaySettings
 from gateway.streams import StreamHub, StreamMetrics
@@ -80,7 +82,12 @@ def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> Edg
 
     The caller enters `gateway.mesh` and `gateway.hub` around its serving, and runs `refusals.report` beside.
     """
-    served = [*api_endpoints(), *web.docs_endpoints(*_documents()), *web.page_endpoints()]
+    served = [
+        *api_endpoints(),
+        *web.docs_endpoints(*_documents()),
+        *web.page_endpoints(),
+        Endpoint("GET", WEBSOCKET_PATH, _needs_upgrade, "A WebSocket", {}, public=True),
+    ]
 
     async def websocket(scope: Scope, receive: Receive, send: Send) -> None:
         scope["hermesh.route"] = WEBSOCKET_PATH
@@ -92,6 +99,10 @@ def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> Edg
         default=no_such_path,
     )
     return Edge(router, HttpMetrics(registry))
+
+
+async def _needs_upgrade(gateway: Gateway, request: Request) -> ASGIApp:
+    raise UpgradeRequiredError(message="this path is a WebSocket's: it takes a handshake of version 13")
 
 
 @functools.cache

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.problems import BodyTimeoutError, BodyTooLargeError
+from gateway.problems import BodyTimeoutError, BodyTooLargeError, UnsupportedCodingError
 from hermesh.common.v1.event_pb2 import InputMessage
 from meshkit.errors import CancelledCallError, FieldViolation, InvalidArgumentError
+from meshkit.outside_json import JsonError, has_nul, read_json
 
 MAX_BODY = 1024 * 1024
 # New input: its text, as every way in counts it, and the JSON around it, which may spell a byte as six.
@@ -36,8 +36,13 @@ async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float =
     Raises:
         BodyTooLargeError: It is larger than `limit` bytes, by its header or while it arrives.
         BodyTimeoutError: It did not arrive within `timeout` seconds.
+        UnsupportedCodingError: It is compressed.
         CancelledCallError: The client left before its end.
     """
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        await _discard(request)
+        raise UnsupportedCodingError(message=f"the body is {coding[:40]}; send it without Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         await _discard(request)
@@ -100,32 +105,17 @@ def parse_json(body: bytes) -> Any:
     """Parses JSON.
 
     Raises:
-        InvalidArgumentError: It is not UTF-8, not JSON, or has a NUL character, which nothing here stores.
+        InvalidArgumentError: It is not UTF-8, not JSON, too deep, or has a NUL character, which nothing here
+            stores.
     """
     try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        try:
-            body.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidArgumentError(
-                message=f"the body is not UTF-8: byte {error.start} is wrong"
-            ) from None
-        raise InvalidArgumentError(
-            message="the body is empty, JSON is needed" if not body.strip() else "the body is not JSON"
-        ) from None
+        value = read_json(body)
+    except JsonError as error:
+        raise InvalidArgumentError(message=f"the body {error}") from None
     # NUL as an escape or, which JSON forbids, raw: only the escape gets here.
-    if b"\\u0000" in body and _has_nul(value):
+    if b"\\u0000" in body and has_nul(value):
         raise InvalidArgumentError(message="the body has a NUL character, which text must not contain")
     return value
-
-
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any("\0" in key or _has_nul(item) for key, item in value.items())
-    return isinstance(value, list) and any(_has_nul(item) for item in value)
 
 
 def validate(model: type[M], value: Any) -> M:

@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,11 +20,22 @@ from gateway.problems import (
     NoSuchPathError,
     openai_response,
     problem_response,
+    violation,
 )
 from gateway.refusals import Refusals
 from meshkit import tracing
-from meshkit.context import REQUEST_ID_KEY, TRACEPARENT_KEY, accept_request_id, request_id_var
-from meshkit.errors import HermeshError, InternalError
+from meshkit.context import (
+    FORWARDED_KEY,
+    REQUEST_ID_KEY,
+    TRACEPARENT_KEY,
+    accept_request_id,
+    client_address,
+    client_var,
+    request_id_var,
+)
+from meshkit.errors import HermeshError, InternalError, InvalidArgumentError
+from meshkit.floods import Floods
+from meshkit.identity import current_identity
 
 _log = structlog.get_logger("gateway.http")
 
@@ -33,6 +45,7 @@ _ROUTE = "hermesh.route"
 _REFUSED = "hermesh.refused"
 _REQUEST_ID = REQUEST_ID_KEY.encode()
 _TRACEPARENT = TRACEPARENT_KEY.encode()
+_FORWARDED = FORWARDED_KEY.encode()
 _TRACESTATE = tracing.TRACESTATE_KEY.encode()
 _BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0)
 
@@ -73,10 +86,11 @@ class PathApp:
         self._gateway = gateway
         self._path = path
         self._methods = {endpoint.method: endpoint for endpoint in endpoints}
-        for endpoint in endpoints:
-            if endpoint.method == "GET" and endpoint.public:
-                self._methods["HEAD"] = endpoint
+        if "GET" in self._methods:
+            self._methods["HEAD"] = self._methods["GET"]
+        self._allowed = sorted({*self._methods, "OPTIONS"})
         self._errors = endpoints[0].errors
+        self._takes_slashes = ":path}" in path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request."""
@@ -84,12 +98,21 @@ class PathApp:
         endpoint = self._methods.get(scope["method"])
         form = endpoint.errors if endpoint is not None else self._errors
         try:
+            self._check(scope)
+            if scope["method"] == "OPTIONS":
+                # No other site's page is told more: there is nothing of CORS here.
+                await Response(status_code=204, headers={"allow": ", ".join(self._allowed)})(
+                    scope, receive, send
+                )
+                return
             if endpoint is None:
-                raise MethodNotAllowedError(sorted(self._methods))
+                raise MethodNotAllowedError(self._allowed)
             request = Request(scope, receive)
             if not endpoint.public:
                 await self._gateway.identify(request, endpoint.method)
             response = await endpoint.handler(self._gateway, request)
+            if scope["method"] == "HEAD" and not isinstance(response, Response):
+                response = _Head(endpoint.answers[200].media_type or "")
             await response(scope, receive, send)
         except HermeshError as error:
             if scope.get(_STARTED):
@@ -97,6 +120,29 @@ class PathApp:
             scope[_REFUSED] = error.reason == "OVERLOADED"
             render = openai_response if form == "openai" else problem_response
             await render(error)(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """Refuses what a proxy or a program before us may read as something else than we do."""
+        if not self._takes_slashes:
+            raw = scope["raw_path"].lower()
+            if b"%2f" in raw or b"%5c" in raw:
+                raise InvalidArgumentError(message="an escaped slash is taken in the name of a model only")
+        for name, _ in scope["headers"]:
+            if b"_" in name:
+                text = name.decode("latin-1")[:100]
+                raise violation(text, "the name of a header has no underscore here; write a hyphen")
+
+
+class _Head:
+    """Answers HEAD where GET would be answered by a stream."""
+
+    def __init__(self, media_type: str) -> None:
+        self._media_type = media_type
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", self._media_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def routes(gateway: Gateway, endpoints: Sequence[Endpoint]) -> list[Route]:
@@ -128,10 +174,11 @@ class Edge:
         self._app = app
         self._metrics = metrics
         self.refusals = Refusals()
+        self._floods = Floods()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request or a WebSocket."""
-        offered = traceparent = None
+        offered = traceparent = forwarded = None
         tracestate = ""
         for name, value in scope["headers"]:
             if name == _REQUEST_ID:
@@ -140,6 +187,10 @@ class Edge:
                 traceparent = value.decode("latin-1")
             elif name == _TRACESTATE:
                 tracestate = value.decode("latin-1")
+            elif name == _FORWARDED:
+                # Of several lines Envoy's is the last.
+                forwarded = value.decode("latin-1")
+        client_var.set(client_address(forwarded, (scope.get("client") or ("",))[0]))
         request_id = accept_request_id(offered)
         request_id_var.set(request_id)
         method = scope.get("method", "WS")
@@ -180,6 +231,14 @@ class Edge:
             log = _log.debug
         else:
             log = _log.warning if status >= 500 else _log.info
+        more: dict[str, str | int] = {}
+        if 400 <= status < 500 and current_identity().tenant_id is None:
+            # Anybody can have as many of these as they like.
+            kind = f"{route} {status}"
+            if not self._floods.take(kind):
+                return
+            more["client"] = client_var.get()
+            more.update(self._floods.left_out(kind))
         log(
             "request",
             method=method,
@@ -187,6 +246,7 @@ class Edge:
             status=status,
             first_byte_ms=round((started - exchange.began) * 1000, 1),
             total_ms=round((time.monotonic() - exchange.began) * 1000, 1),
+            **more,
         )
 
 

@@ -56,6 +56,21 @@ class BodyTimeoutError(InvalidArgumentError, HttpError):
     headers = (("connection", "close"),)
 
 
+class UnsupportedCodingError(InvalidArgumentError, HttpError):
+    """The body is compressed, which nothing here unpacks."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    # What RFC 9110 has such an answer say.
+    headers = (("accept-encoding", "identity"), ("connection", "close"))
+
+
+class UpgradeRequiredError(UnimplementedError, HttpError):
+    """The path is a WebSocket's."""
+
+    status = HTTPStatus.UPGRADE_REQUIRED
+    headers = (("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13"))
+
+
 class NoSuchPathError(UnimplementedError, HttpError):
     """Nothing is served at this path."""
 
@@ -227,6 +242,8 @@ __all__ = [
     "NoSuchPathError",
     "OpenAIError",
     "OriginRefusedError",
+    "UnsupportedCodingError",
+    "UpgradeRequiredError",
     "error_headers",
     "openai_kind",
     "openai_object",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
@@ -18,11 +19,14 @@ from gateway.app import make_app, make_gateway
 from gateway.body import MAX_INPUT_BODY
 from gateway.clients import SAFE_METHODS
 from gateway.context import Gateway
+from gateway.problems import problem_response
 from gateway.settings import GatewaySettings
 from gateway.streams import ABORT_EXTENSION
 from gateway.watch_stream import CLIENT_EXTENSION
 from meshkit import failpoints, tracing
 from meshkit.channel import open_channel
+from meshkit.context import REQUEST_ID_KEY, accept_request_id, request_id_var
+from meshkit.errors import InvalidArgumentError
 from meshkit.lifecycle import (
     StopSignals,
     bind_failure,
@@ -46,6 +50,8 @@ _SOCKETS_SECONDS = 3.0
 # Longer than proxies keep idle connections (Envoy: an hour), so that it is never we who close one just as a
 # request comes.
 _KEEP_ALIVE_SECONDS = 3700
+_WEBSOCKET_URL = re.compile(rb"/v1/sessions/[^/?]+/ws(?:\?.*)?")
+_NOT_HTTP = "the request is not HTTP as it is taken here: its first line, its path or a header is malformed"
 
 
 class _Protocol(HttpToolsProtocol):
@@ -72,6 +78,35 @@ class _Protocol(HttpToolsProtocol):
     def abort(self) -> None:
         """Cuts the connection."""
         self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP; uvicorn's own words are bare text."""
+        token = request_id_var.set(accept_request_id(None))
+        try:
+            response = problem_response(InvalidArgumentError(message=_NOT_HTTP))
+            headers = [*response.raw_headers, (REQUEST_ID_KEY.encode(), request_id_var.get().encode())]
+        finally:
+            request_id_var.reset(token)
+        lines = [b"HTTP/1.1 400 Bad Request", *(b": ".join(header) for header in headers)]
+        lines += [b"connection: close", b"", bytes(response.body)]
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        # A handshake that is incomplete, or at another path, would fail in bare text; as the GET that it is,
+        # too, it gets a problem document.
+        headers = dict(self.headers)
+        return (
+            super()._should_upgrade()
+            and _WEBSOCKET_URL.fullmatch(self.url) is not None
+            and b"sec-websocket-key" in headers
+            and headers.get(b"sec-websocket-version") == b"13"
+        )
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Has the connection end with the answer: the parser reads nothing after an upgrade."""
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def resume_writing(self) -> None:
         super().resume_writing()

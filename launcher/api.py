@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -64,9 +64,9 @@ class Api:
                 return found
             page["page_token"] = answer["next_page_token"]
 
-    def cancel(self, run_id: str) -> None:
-        """Asks for a run to be cancelled."""
-        self._json("POST", f"/v1/runs/{run_id}/cancel", json={})
+    def cancel(self, run_id: str) -> dict[str, Any]:
+        """Asks for a run to be cancelled, and returns it as it is then."""
+        return self._json("POST", f"/v1/runs/{quote(run_id, safe='')}/cancel", json={})
 
     def problem(self) -> str:
         """What of the mesh does not answer, and what to do; empty when all does."""
@@ -142,10 +142,23 @@ class Api:
             json={"input": text, "stream": True},
             headers={"Idempotency-Key": str(uuid.uuid4())},
         )
+        return self._follow(submit)
+
+    def watch(self, run_id: str) -> Iterator[dict[str, Any]]:
+        """Yields a run's events from its first to its last, and comes back by cursor as `run` does.
+
+        Raises:
+            LaunchError: The gateway refuses, or nothing came for `PATIENCE_SECONDS`.
+        """
+        return self._follow(partial(self._stream, "GET", f"/v1/runs/{quote(run_id, safe='')}/events"))
+
+    def _follow(
+        self, first: Callable[[], AbstractContextManager[Iterator[dict[str, Any]]]]
+    ) -> Iterator[dict[str, Any]]:
         last: dict[str, Any] | None = None
         since = time.monotonic()
         while last is None or last["type"] not in TERMINAL:
-            stream = submit if last is None else partial(self._watch, last)
+            stream = first if last is None else partial(self._watch, last)
             before = last
             try:
                 with stream() as events:

@@ -8,30 +8,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from shlex import quote
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from launcher import control
-from launcher.actions import DECISIONS, full_id, lines
+from launcher import control, conversation, kept
+from launcher.common import (
+    Json,
+    api_of,
+    console,
+    grpc_address,
+    http_url,
+    notes,
+    require_running,
+    settings_here,
+    settings_of_mesh,
+)
 from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
-from launcher.patience import explained
 from launcher.plan import Plan, fingerprint, parse_replicas
 from launcher.ports import port_problem
 from launcher.restart import parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import State
-from launcher.talk import show
-from meshkit.settings import load
-
-if TYPE_CHECKING:
-    from launcher.api import Api
+from meshkit import variables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,38 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Runs a Hermesh mesh on this machine and talks to it.",
 )
-# Where nobody watches, a line is a line: tables and paths are not folded to 80 columns.
-console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
-notes = Console(stderr=True)
-
 # PostgreSQL asks for its log 16 MiB at a time.
 FULL_BYTES = 16 * 1024 * 1024
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-
-def _settings() -> tuple[LauncherSettings, Folder]:
-    settings = load(LauncherSettings)
-    return settings, Folder(settings.folder)
-
-
-def _require_running(folder: Folder) -> None:
-    if control.supervisor_of(folder) is None:
-        raise LaunchError(f"no mesh runs in {folder.root}; start it with: hermesh up")
-
-
-def _api(folder: Folder, settings: LauncherSettings) -> Api:
-    _require_running(folder)
-    # Only what talks to the mesh pays for an HTTP client.
-    from launcher.api import Api
-
-    key = settings.api_key.get_secret_value()
-    if not key:
-        if not folder.api_key_file.exists():
-            raise LaunchError("the mesh was started with a key of yours; set HERMESH_API_KEY to it here too")
-        key = folder.secret("api-key")
-    address = State.load(folder.state_file).addresses.get("http", f"127.0.0.1:{settings.http_port}")
-    return Api(f"http://{address}", key)
 
 
 def _progress(text: str) -> Any:
@@ -85,21 +60,33 @@ def _progress(text: str) -> Any:
 def up(
     replicas: Annotated[str, typer.Option(help="How many of what, such as agent=3,session=2.")] = "",
     reply: Annotated[bool, typer.Option(help="Stream one real reply when all is up.")] = True,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Start on other stores than last time without asking.")
+    ] = False,
 ) -> None:
-    """Start the mesh in the background, or what is missing of it, and wait until it is ready."""
+    """Start the mesh in the background, or what is missing of it, and wait until it is ready.
+
+    Settings that this shell does not name are those of the last start; NAME= hermesh up takes one back.
+    """
     began = time.monotonic()
     wanted = parse_replicas(replicas)
-    settings, folder = _settings()
+    for unknown in variables.unknown(os.environ):
+        notes.print(str(unknown), style="yellow", markup=False, highlight=False, soft_wrap=True)
+    here = kept.told(os.environ)
+    settings, folder = settings_here()
     folder.prepare()
     fresh = control.supervisor_of(folder) is None
+    alone = fresh and not any(child.identity.alive for child in State.load(folder.state_file).children)
     if fresh:
+        _check_stores(folder, yes=yes)
+        _show_kept(folder, here)
         _check_ports(settings, folder)
         plan = Plan(settings, folder, {"mesh": 0, "model": 0})
         if plan.postgres:
             # What is wrong with the data is said at once, before anything runs.
             plan.postgres.initialize()
             link_data(folder.postgres, plan.postgres)
-    with _progress("starting the mesh") as status, _all_or_nothing(folder, fresh=fresh):
+    with _progress("starting the mesh") as status, _all_or_nothing(folder, fresh=alone):
 
         def said(text: str) -> None:
             if status is not None:
@@ -117,12 +104,12 @@ def up(
     console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
     key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
     console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
-    _warn_of_settings(changed=answer["settings_changed"])
+    _warn_of_settings(folder, changed=answer["settings_changed"])
     if reply:
         question = "What is the capital of France?"
         console.print(f"\n> {question}", highlight=False)
-        with _api(folder, settings) as api:
-            show(_explained(api, api.run(api.create_session("Hello"), question)), console)
+        with api_of(folder, settings) as api:
+            conversation.ask(api, question)
 
 
 @contextmanager
@@ -137,6 +124,49 @@ def _all_or_nothing(folder: Folder, *, fresh: bool) -> Iterator[None]:
             raise
         rest = "what was started is stopped again" if fresh else "what runs goes on"
         raise LaunchError(f"interrupted; {rest}") from None
+
+
+def _check_stores(folder: Folder, *, yes: bool) -> None:
+    """Has a person know when what is kept would be looked for elsewhere than last time.
+
+    Raises:
+        LaunchError: It would, and nobody said that it may.
+    """
+    before = kept.Kept.load(folder)
+    moved = kept.moved(before, kept.told(os.environ), folder)
+    if not moved:
+        return
+    said = "; ".join(f"the {was.what} was {was.place} and would now be {now.place}" for was, now in moved)
+    names = " and ".join(now.variable for _, now in moved)
+    safe = "What is there stays as it is, but this mesh would show none of it"
+    # Only what another one has taken the place of is in this shell; the rest comes from the folder.
+    back = f"for those of last time leave {names} unset" if before.exists else f"for that one unset {names}"
+    if yes:
+        stays = f"{said}. What was there stays as it is."
+        notes.print(stays, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return
+    if not _somebody_there():
+        raise LaunchError(f"not started: {said}. {safe}: {back}; to start on the others: hermesh up --yes")
+    notes.print(f"{said}.\n{safe}: {back}.", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if not typer.confirm("Start on the others?", err=True):
+        raise LaunchError("not started; nothing was changed")
+
+
+def _somebody_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _show_kept(folder: Folder, here: Mapping[str, str]) -> None:
+    """Says which settings come from last time: nothing holds that nobody sees."""
+    used = {name: value for name, value in kept.told(os.environ).items() if name not in here}
+    if used:
+        console.print("As last time (NAME= hermesh up takes one back):", highlight=False)
+        _print_settings(used)
+
+
+def _print_settings(settings: Mapping[str, str]) -> None:
+    for name, value in settings.items():
+        console.print(f"  {name}={kept.shown(name, value)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
@@ -155,7 +185,7 @@ def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
 @app.command()
 def down() -> None:
     """Stop the mesh and everything embedded; the data stays."""
-    _, folder = _settings()
+    _, folder = settings_here()
     with _progress("stopping the mesh"):
         count = control.stop(folder)
     console.print(f"Stopped {count} processes." if count else "Nothing runs.", highlight=False)
@@ -164,7 +194,7 @@ def down() -> None:
 @app.command()
 def status(as_json: Json = False) -> None:
     """Show every process: where it is and how it is."""
-    _, folder = _settings()
+    _, folder = settings_here()
     rows: list[dict[str, Any]] = []
     if control.supervisor_of(folder) is not None:
         rows = control.ask(folder, {"command": "status"})
@@ -199,6 +229,9 @@ def status(as_json: Json = False) -> None:
     console.print(table)
     if any(row["health"] == "unsupervised" for row in rows):
         console.print("The supervisor is gone; hermesh up takes these over, hermesh down ends them.")
+    if told := kept.Kept.load(folder).variables:
+        console.print("Started with (hermesh env has the values):", highlight=False)
+        _print_settings(told)
 
 
 @app.command()
@@ -207,8 +240,8 @@ def scale(
 ) -> None:
     """Change how many replicas run; nothing else restarts."""
     wanted = parse_replicas(",".join(replicas))
-    _, folder = _settings()
-    _require_running(folder)
+    _, folder = settings_here()
+    require_running(folder)
     with _progress("scaling"):
         control.ask(folder, {"command": "scale", "replicas": wanted})
     console.print(", ".join(f"{name}: {number}" for name, number in wanted.items()), highlight=False)
@@ -229,20 +262,24 @@ def restart(
 
     Without --rolling all replicas of a service end before the new ones start: calls fail meanwhile.
     """
-    _, folder = _settings()
+    _, folder = settings_here()
     parse_service(service)
-    _require_running(folder)
+    require_running(folder)
     request = {"command": "restart", "service": service, "rolling": rolling, "settings": fingerprint()}
     began = time.monotonic()
     answer = control.ask(folder, request, lambda text: console.print(text, highlight=False))
     console.print(f"Restarted {service} in {time.monotonic() - began:.1f} s.", highlight=False)
-    _warn_of_settings(changed=answer["settings_changed"])
+    _warn_of_settings(folder, changed=answer["settings_changed"])
 
 
-def _warn_of_settings(*, changed: bool) -> None:
-    if changed:
-        console.print("[yellow]The settings here are not those that the mesh was started with.[/yellow]")
-        console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
+def _warn_of_settings(folder: Folder, *, changed: bool) -> None:
+    if not changed:
+        return
+    before, now = kept.Kept.load(folder).variables, kept.told(os.environ)
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    which = f" ({', '.join(names)})" if names else ""
+    console.print(f"[yellow]The settings here{which} are not those that the mesh was started with.[/yellow]")
+    console.print("[yellow]They take effect after hermesh down and hermesh up.[/yellow]")
 
 
 @app.command()
@@ -252,7 +289,7 @@ def logs(
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines of each file.")] = 100,
 ) -> None:
     """Show what the processes log."""
-    _, folder = _settings()
+    _, folder = settings_here()
     files = sorted(folder.logs.glob("*.log")) if folder.logs.is_dir() else []
     files = [path for path in files if service in ("", path.stem, path.stem.rpartition("-")[0])]
     if not files:
@@ -264,139 +301,12 @@ def logs(
 
 
 @app.command()
-def run(
-    message: Annotated[str, typer.Argument(help="What to say.")],
-    session: Annotated[str, typer.Option(help="Go on with this session.")] = "",
-    as_json: Json = False,
-) -> None:
-    """Say one thing and stream the reply; with --json, its events."""
-    settings, folder = _settings()
-    with _api(folder, settings) as api:
-        events = _explained(api, api.run(session or api.create_session(), message))
-        if not as_json:
-            show(events, console)
-            return
-        failed = ""
-        for event in events:
-            typer.echo(json.dumps(event, ensure_ascii=False))
-            if event["type"] == "run.failed":
-                failed = event["data"]["message"]
-        if failed:
-            raise LaunchError(f"the run failed: {failed}")
-
-
-def _explained(api: Api, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Has a run that is silent say what it waits for, on stderr: the output is the reply's."""
-    return explained(events, api.problem, lambda text: notes.print(text, style="dim", highlight=False))
-
-
-@app.command()
-def chat(
-    session: Annotated[str, typer.Option(help="Resume this session; see hermesh sessions.")] = "",
-) -> None:
-    """Chat in the terminal; Ctrl-C stops a reply, Ctrl-D leaves."""
-    settings, folder = _settings()
-    with _api(folder, settings) as api:
-        if session:
-            for message in api.messages(session):
-                if message["role"] in ("user", "assistant") and message["content"]:
-                    mark = "> " if message["role"] == "user" else ""
-                    console.print(f"{mark}{message['content']}", markup=False, highlight=False)
-        else:
-            session = api.create_session()
-        console.print(f"[dim]session {session}; Ctrl-D leaves[/dim]", highlight=False)
-        while True:
-            try:
-                text = console.input("[bold]> [/bold]").strip()
-            except (EOFError, KeyboardInterrupt):
-                console.print()
-                return
-            if text:
-                _exchange(api, session, text)
-
-
-def _exchange(api: Api, session: str, text: str) -> None:
-    current = ""
-
-    def noted(events: Any) -> Any:
-        nonlocal current
-        for event in events:
-            current = event["run_id"]
-            yield event
-
-    try:
-        show(noted(_explained(api, api.run(session, text))), console)
-    except KeyboardInterrupt:
-        if current:
-            api.cancel(current)
-        console.print("\n[dim]stopped[/dim]")
-    except LaunchError as error:
-        notes.print(str(error), markup=False, highlight=False)
-
-
-@app.command()
-def sessions(as_json: Json = False) -> None:
-    """List the sessions, last changed first."""
-    settings, folder = _settings()
-    with _api(folder, settings) as api:
-        found = api.sessions()
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-        return
-    table = Table()
-    for name in ("session", "title", "messages", "changed"):
-        table.add_column(name, overflow="fold")
-    for one in found:
-        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(one["update_time_ms"]) / 1000))
-        table.add_row(one["session_id"], one["title"], str(one["message_count"]), changed)
-    console.print(table)
-
-
-@app.command()
-def actions(as_json: Json = False) -> None:
-    """List the tool calls that wait for a person, in all sessions, with the commands that settle them."""
-    settings, folder = _settings()
-    with _api(folder, settings) as api:
-        found = api.actions()
-    if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    if not found:
-        console.print("Nothing waits for a person.")
-    for action in found:
-        for line in lines(action, time.time()):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def resolve(
-    run: Annotated[str, typer.Argument(help="The run, as hermesh actions lists it.")],
-    call: Annotated[str, typer.Argument(help="The call, such as 1:0, or its whole id.")],
-    decision: Annotated[
-        str,
-        typer.Argument(
-            help="completed (it was done), failed (it was not), retry (run it again), abandon (give the run "
-            "up); of a call that needs approval: approve or deny."
-        ),
-    ],
-    content: Annotated[str, typer.Option(help="The result or the reason, for the model.")] = "",
-) -> None:
-    """Decide about a tool call that waits for a person; its run goes on, on whichever replica is free."""
-    if decision not in DECISIONS:
-        raise LaunchError(f"{decision[:100]!r} is no decision; it is one of: {', '.join(DECISIONS)}")
-    settings, folder = _settings()
-    with _api(folder, settings) as api:
-        settled = api.resolve(run, full_id(run, call), decision, content)
-    console.print(f"{decision}; the run is {settled['status']}", markup=False, highlight=False)
-
-
-@app.command()
 def migrate() -> None:
     """Bring the database's schema up to date, as `up` does by itself."""
-    settings, folder = _settings()
+    settings, folder = settings_of_mesh()
     plan = Plan(settings, folder, State.load(folder.state_file).ports)
     if plan.postgres:
-        _require_running(folder)
+        require_running(folder)
     for what, command, environment in plan.setup_commands():
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -410,10 +320,16 @@ def migrate() -> None:
 
 @app.command()
 def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.")] = "") -> None:
-    """Print where the stores are, for psql, redis-cli and the like. The URLs hold passwords."""
-    settings, folder = _settings()
+    """Print what the running mesh works with: where it and its stores are, and what it was told.
+
+    For psql, redis-cli, curl and the like. The values hold passwords and keys.
+    """
+    settings, folder = settings_of_mesh()
     plan = Plan(settings, folder, State.load(folder.state_file).ports or {"mesh": 0, "model": 0})
-    values = {
+    values = kept.told(os.environ) | {
+        "HERMESH_DATA_DIR": str(folder.root),
+        "HERMESH_HTTP_URL": http_url(folder, settings),
+        "HERMESH_GRPC_ADDRESS": grpc_address(folder, settings),
         "HERMESH_DATABASE_URL": plan.database_url,
         "HERMESH_REDIS_URL": plan.redis_url,
         "HERMESH_OBJECT_STORE_URL": plan.object_store_url,
@@ -423,7 +339,7 @@ def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.
     }
     if name and name not in values:
         raise LaunchError(f"{name} is not one of {', '.join(values)}")
-    typer.echo(values[name] if name else "\n".join(f"{key}={value}" for key, value in values.items()))
+    typer.echo(values[name] if name else "\n".join(f"{key}={quote(value)}" for key, value in values.items()))
 
 
 @app.command(
@@ -442,7 +358,7 @@ def doctor() -> None:
     """Look for what would keep the mesh from running, and say what to do."""
     from launcher.doctor import findings
 
-    settings = load(LauncherSettings)
+    settings, _ = settings_here()
     wrong = 0
     for finding in findings(settings):
         wrong += bool(finding.remedy)
@@ -452,6 +368,9 @@ def doctor() -> None:
             console.print(f"    {finding.remedy}", highlight=False, soft_wrap=True, markup=False)
     if wrong:
         raise SystemExit(1)
+
+
+app.registered_commands += conversation.app.registered_commands
 
 
 def main() -> None:
@@ -467,7 +386,7 @@ def main() -> None:
 def _full_disk(said: str) -> str:
     """The reason behind many a failure, where it is this one and nobody has said so."""
     try:
-        root = _settings()[1].root
+        root = settings_here()[1].root
         free = shutil.disk_usage(root).free
     except OSError:
         return ""

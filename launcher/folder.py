@@ -31,6 +31,11 @@ class Folder:
         return self.root / "state.json"
 
     @property
+    def settings_file(self) -> Path:
+        """What the mesh was told; see `launcher.kept`."""
+        return self.root / "settings.json"
+
+    @property
     def api_key_file(self) -> Path:
         """The API key of the first tenant."""
         return self.root / "api-key"

@@ -73,7 +73,12 @@ class Spec:
 
 def fingerprint() -> str:
     """Changes when a setting does that a running mesh would not notice."""
-    passed = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("HERMESH_"))
+    # Neither how the folder is named nor a variable without a value makes another mesh.
+    passed = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if value and name.startswith("HERMESH_") and name != "HERMESH_DATA_DIR"
+    )
     return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
 
 
@@ -225,6 +230,8 @@ class Plan:
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
                 agent_policy=self.settings.agent_lb,
+                max_connections=self.settings.edge_max_connections,
+                max_heap_mib=self.settings.edge_max_heap_mib,
                 pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),
         )

@@ -25,13 +25,14 @@ from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
 from launcher.hangs import HangWatch
+from launcher.kept import Kept, told
 from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
 from launcher.processes import identify, raise_open_files
 from launcher.restart import Restart, parse_service
 from launcher.settings import LauncherSettings
-from launcher.state import State
+from launcher.state import Remembered, State
 from meshkit.lifecycle import schedule_in_batches
 from meshkit.settings import load
 
@@ -85,6 +86,7 @@ class Supervisor:
         self.stopped = asyncio.Event()
         self.lock = asyncio.Lock()
         self.unwritten = asyncio.Event()
+        self.kept: Kept | None = None
 
     def close(self) -> None:
         """Lets another one supervise this folder."""
@@ -166,7 +168,7 @@ class Supervisor:
                 return await self.status()
             case "up":
                 await self._unless_stopped(self.up(request.get("replicas") or {}, say))
-                # Whatever became of the files meanwhile.
+                # What it was told is kept, now that it works.
                 self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "scale":
@@ -230,6 +232,8 @@ class Supervisor:
             for service, default in DEFAULT_REPLICAS.items()
         }
         await self.scale(wanted, say)
+        # Kept once it works: a start that comes to nothing must not be what the next one repeats.
+        self.kept = Kept(told(os.environ), self.state.settings, exists=True)
 
     async def scale(self, wanted: dict[str, int], say: Say) -> None:
         """Brings services to these numbers of replicas and returns when Envoy has them."""
@@ -250,6 +254,8 @@ class Supervisor:
         if surplus:
             await say(f"draining {', '.join(child.spec.replica for child in surplus)}")
             await asyncio.gather(*(self._take_out(child) for child in surplus))
+        # Whatever became of the files meanwhile: from others Envoy would wait in vain.
+        self.publish()
         await say("waiting until Envoy finds every replica healthy")
         await self._wait_balanced([child for service in SERVICES for child in self.children.of(service)])
 
@@ -317,12 +323,12 @@ class Supervisor:
         if spec.replica not in self.children.all:
             self.children.start(spec, self.leftovers.pop(spec.replica, None))
 
+    def _waiting(self, service: str) -> list[Remembered]:
+        """What an earlier supervisor left of a service and this one does not keep yet."""
+        return [child for child in self.leftovers.values() if child.service == service]
+
     def _left(self, service: str) -> list[int]:
-        return [
-            int(child.replica.rpartition("-")[2])
-            for child in self.leftovers.values()
-            if child.service == service
-        ]
+        return [int(child.replica.rpartition("-")[2]) for child in self._waiting(service)]
 
     def free_number(self, service: str) -> int:
         """The lowest number from 1 that no replica of a service has, not even one that is about to end."""
@@ -353,13 +359,24 @@ class Supervisor:
         eds = self.folder.envoy / "eds"
         for service in envoy.CLUSTERS:
             # A replica that died keeps its place until its successor says where it is: an empty list
-            # would take the cluster away, and health checks already keep calls off it.
-            known = [child.address for child in self.children.of(service) if child.address]
+            # would take the cluster away, and health checks already keep calls off it. So does one of an
+            # earlier supervisor's that is still to be taken over: it serves all the time.
+            known = {child.address for child in self.children.of(service)}
+            known |= {child.address for child in self._waiting(service)}
             try:
-                envoy.write_endpoints(eds, service, sorted(known))
+                envoy.write_endpoints(eds, service, sorted(filter(None, known)))
             except OSError as error:
                 self._failed_to_write(f"the endpoints of {service}", error)
         self.save()
+        self._keep_settings()
+
+    def _keep_settings(self) -> None:
+        if self.kept is None or Kept.load(self.folder) == self.kept:
+            return
+        try:
+            self.kept.save(self.folder)
+        except OSError as error:
+            self._failed_to_write(str(self.folder.settings_file), error)
 
     def save(self) -> None:
         """Writes `state.json`."""

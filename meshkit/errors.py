@@ -309,7 +309,7 @@ def from_rpc_error(error: grpc.RpcError) -> HermeshError:
     if rich is not None:
         return from_status(rich)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in _details_of(error):
-        return InvalidArgumentError("INPUT_TOO_LARGE", "the message is larger than the limit of 16 MiB")
+        return InvalidArgumentError("INPUT_TOO_LARGE", "the message is larger than the service takes")
     return _plain(code)
 
 

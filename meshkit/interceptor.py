@@ -1,9 +1,15 @@
 """The one server interceptor: what happens around every RPC.
 
-In this order: request id, trace, metrics and log line; deadline; identity; validation of the request; the
-method; and every failure turned into a rich status. One interceptor in place of five, because grpc.aio pays
-for each one on each RPC; a method's handler is wrapped once and kept. Streams pay per message for one loop
-step and nothing else.
+In this order: request id, trace, metrics and log line; deadline; identity; a place among the calls; the
+arrival of the request and its validation; the method; and every failure turned into a rich status. One
+interceptor in place of five, because grpc.aio pays for each one on each RPC; a method's handler is wrapped
+once and kept. Streams pay per message for one loop step and nothing else.
+
+Nothing of a request is read before its caller proved who it is, and then it has to arrive in time. gRPC by
+itself reads a unary request first, counts a call from its headers on, and waits for the rest for ever:
+callers without a key could fill a replica's places and its memory, health checks would find none, and Envoy
+would take the replica out of the mesh. So every method is served as one whose requests are a stream, which is
+the same on the wire, and the calls are counted here, health checks not among them.
 """
 
 from __future__ import annotations
@@ -24,23 +30,29 @@ from grpc_status import rpc_status
 from meshkit import tracing
 from meshkit.auth import Authenticator, invalid_key
 from meshkit.context import (
+    FORWARDED_KEY,
     REQUEST_ID_KEY,
     TRACEPARENT_KEY,
     accept_request_id,
+    client_address,
+    client_var,
     deadline_var,
     request_id_var,
 )
 from meshkit.errors import (
+    CancelledCallError,
     DeadlineError,
     HermeshError,
     InternalError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
     from_rpc_error,
     to_status,
 )
+from meshkit.floods import Floods
 from meshkit.identity import (
     ANONYMOUS,
     AUTHORIZATION_KEY,
@@ -65,6 +77,13 @@ _BEARER = "bearer "
 _STOPPING = "this replica is stopping; try again"
 _STOPPING_RETRY_MS = 200
 
+MAX_CALLS = 10_000
+_FULL_RETRY_MS = 500
+# Health watches and reflection are nobody's work; who opens them needs few.
+_MAX_WATCHES = 500
+# A health check is a few bytes, from next door.
+_HEALTH_SECONDS = 5.0
+
 # Codes that say that we, not the caller, are at fault.
 _FAULTS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 
@@ -72,14 +91,28 @@ _FAULTS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of a server."""
 
-    def __init__(self, *, authenticator: Authenticator | None, mesh_token: str, metrics: RpcMetrics) -> None:
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator | None,
+        mesh_token: str,
+        metrics: RpcMetrics,
+        max_calls: int = MAX_CALLS,
+        arrival_seconds: float = 20.0,
+    ) -> None:
         """Makes the interceptor.
 
         Args:
             authenticator: For calls with an API key; None refuses them all.
             mesh_token: The mesh's shared secret; calls from the mesh are refused if it is empty.
             metrics: Where RPCs are counted.
+            max_calls: Most calls at once whose callers are known; more are refused.
+            arrival_seconds: How long a unary request may take to arrive.
         """
+        self._max_calls = max_calls
+        self._arrival_seconds = arrival_seconds
+        self._calls = 0
+        self._floods = Floods()
         self._authenticator = authenticator
         self._mesh_token = mesh_token.encode()
         self._metrics = metrics
@@ -117,13 +150,13 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        # A unary request is read here and not by gRPC, whose answer to broken bytes is a bare INTERNAL.
+        # gRPC's own answer to bytes that are no message is a bare INTERNAL: they are read here, too.
         read = handler.request_deserializer or _as_is
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 self._streaming(name, handler.unary_stream, read), None, handler.response_serializer
             )
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             self._single(name, handler.unary_unary, read), None, handler.response_serializer
         )
 
@@ -136,8 +169,10 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             call = _Call(self, name, context)
             try:
                 call.begin()
-                await self._identify(call)
-                result = await behavior(check(request) if check is not None else request, context)
+                await self._admit(call)
+                if check is not None:
+                    request = check(await self._arrival(call, context))
+                result = await behavior(request, context)
                 call.code = _set_code(context)
                 return result
             except BaseException as error:
@@ -157,14 +192,13 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         async def serve(request: Any, context: Any) -> None:
             call = _Call(self, name, context)
             task = asyncio.current_task() if watches is not None else None
-            if watches is not None and task is not None:
-                watches.add(task)
-                task.add_done_callback(watches.discard)
             try:
                 call.begin()
-                await self._identify(call)
+                await self._admit(call)
+                if watches is not None and task is not None:
+                    _watch(watches, task)
                 if check is not None:
-                    request = check(request)
+                    request = check(await self._arrival(call, context))
                 if generates:
                     write = context.write
                     responses = behavior(request, context)
@@ -188,13 +222,41 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
         return serve
 
-    async def _identify(self, call: _Call) -> None:
-        if call.name.startswith(_HEALTH_PREFIX):
+    async def _admit(self, call: _Call) -> None:
+        """Finds out who calls and takes a place for the call; a health check needs neither."""
+        if call.health:
             return
+        await self._identify(call)
+        if self._calls >= self._max_calls:
+            raise ResourceExhaustedError(
+                "OVERLOADED",
+                f"{self._max_calls} calls are being served; nothing was done",
+                retry_after_ms=_FULL_RETRY_MS,
+            )
+        self._calls += 1
+        call.counted = True
+
+    async def _arrival(self, call: _Call, context: Any) -> bytes:
+        """Returns the bytes of a unary request once they are all there."""
+        seconds = min(self._arrival_seconds, _HEALTH_SECONDS) if call.health else self._arrival_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                data = await context.read()
+        except TimeoutError:
+            raise DeadlineError(
+                message=f"the request did not arrive within {seconds:g} s; nothing was done"
+            ) from None
+        if data is grpc.aio.EOF:
+            raise CancelledCallError(message="the call ended before its request was complete")
+        request: bytes = data
+        return request
+
+    async def _identify(self, call: _Call) -> None:
         token = call.metadata.get(MESH_TOKEN_KEY)
         if token is not None:
             identity_var.set(self._mesh_identity(token, call.metadata.get(TENANT_KEY)))
             return
+        client_var.set(client_address(_text(call.metadata.get(FORWARDED_KEY)), call.peer()))
         authorization = call.metadata.get(AUTHORIZATION_KEY)
         if authorization is None:
             raise UnauthenticatedError(
@@ -232,6 +294,8 @@ class _Call:
         "_span",
         "_started",
         "code",
+        "counted",
+        "health",
         "internal",
         "metadata",
         "name",
@@ -245,6 +309,8 @@ class _Call:
         self._reason = ""
         self._started = time.monotonic()
         self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
+        self.counted = False
+        self.health = name.startswith(_HEALTH_PREFIX)
         self.internal = name[1:].partition("/")[0].endswith(_INTERNAL_SUFFIX)
         # The task is the RPC's own, so that what is set here ends with it.
         self._request_id = accept_request_id(_text(self.metadata.get(REQUEST_ID_KEY)))
@@ -257,6 +323,11 @@ class _Call:
         )
         self._span.enter()
         owner._metrics.started(name)
+
+    def peer(self) -> str:
+        """Returns who is connected, as gRPC names it."""
+        peer: str = self._context.peer()
+        return peer
 
     def begin(self) -> None:
         """Takes over the deadline and announces the request id.
@@ -327,13 +398,16 @@ class _Call:
         return InternalError()
 
     def finish(self) -> None:
-        """Counts and logs the RPC and ends its span."""
+        """Counts and logs the RPC, ends its span and gives its place back."""
+        if self.counted:
+            self._owner._calls -= 1
         seconds = time.monotonic() - self._started
         code = self.code
         self._owner._metrics.handled(self.name, code, seconds)
         self._span.end(code, failed=code in _FAULTS)
-        tenant_id = identity_var.get().tenant_id
-        probe = tenant_id == PROBE_TENANT or self.name.startswith(_HEALTH_PREFIX)
+        identity = identity_var.get()
+        tenant_id = identity.tenant_id
+        probe = tenant_id == PROBE_TENANT or self.health
         if probe and code in ("OK", "CANCELLED"):
             # Envoy asks each second, and who depends on us each few: a line each would bury the rest.
             return
@@ -343,7 +417,13 @@ class _Call:
             write = _log.error
         else:
             write = _log.warning
-        more = {"reason": self._reason} if self._reason else {}
+        more: dict[str, str | int] = {"reason": self._reason} if self._reason else {}
+        if identity == ANONYMOUS and self._reason:
+            # Anybody can have as many of these as they like.
+            if not self._owner._floods.take(self._reason):
+                return
+            more["client"] = client_var.get()
+            more.update(self._owner._floods.left_out(self._reason))
         write(
             "rpc",
             method=self.name[1:],
@@ -373,6 +453,15 @@ def _checker(name: str, read: Callable[[bytes], Any] | None) -> Callable[[Any], 
         return message
 
     return check
+
+
+def _watch(watches: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
+    if len(watches) >= _MAX_WATCHES:
+        raise ResourceExhaustedError(
+            "OVERLOADED", f"{_MAX_WATCHES} watches are open; nothing was done", retry_after_ms=_FULL_RETRY_MS
+        )
+    watches.add(task)
+    task.add_done_callback(watches.discard)
 
 
 def _as_is(data: bytes) -> bytes:

@@ -19,7 +19,7 @@ from meshkit.auth import Authenticator
 from meshkit.channel import MAX_MESSAGE_BYTES
 from meshkit.context import current_request_id, remaining
 from meshkit.errors import StartupError
-from meshkit.interceptor import RpcInterceptor
+from meshkit.interceptor import MAX_CALLS, RpcInterceptor
 from meshkit.lifecycle import (
     StopSignals,
     bind_failure,
@@ -38,7 +38,6 @@ from meshkit.telemetry import rpc_metrics, setup_logging, watch_loop
 
 _log = structlog.get_logger("meshkit.server")
 
-_MAX_CONCURRENT_RPCS = 10_000
 _HEALTH_PERIOD = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -46,11 +45,15 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 DrainCallback = Callable[[], Awaitable[None]]
 
 
-def server_options() -> list[tuple[str, Any]]:
-    """Returns the channel arguments of every server in the mesh."""
+def server_options(max_request_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, Any]]:
+    """Returns the channel arguments of every server in the mesh.
+
+    Args:
+        max_request_bytes: The largest message that it takes.
+    """
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_request_bytes),
         # One process a port: siblings on one port would sit idle behind Envoy's one connection a worker, and
         # a port in use would go unnoticed.
         ("grpc.so_reuseport", 0),
@@ -88,6 +91,8 @@ class Server:
         authenticator: Authenticator | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         configure_logging: bool = True,
+        max_request_bytes: int = MAX_MESSAGE_BYTES,
+        max_calls: int = MAX_CALLS,
     ) -> None:
         """Makes a server that is not started.
 
@@ -97,6 +102,8 @@ class Server:
             authenticator: For calls with an API key; None admits only the mesh.
             interceptors: The service's own; they run inside of the common one.
             configure_logging: False in tests that keep their own logging.
+            max_request_bytes: The largest message that any of its methods takes.
+            max_calls: Most calls at once, health checks not counted; more are refused.
         """
         self._settings = settings
         self._service = service
@@ -104,8 +111,11 @@ class Server:
             authenticator=authenticator,
             mesh_token=settings.mesh_token.get_secret_value(),
             metrics=rpc_metrics(),
+            max_calls=max_calls,
+            arrival_seconds=settings.arrival_seconds,
         )
         self._interceptors = tuple(interceptors)
+        self._max_request_bytes = max_request_bytes
         self._configure_logging = configure_logging
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
@@ -155,8 +165,8 @@ class Server:
     def _make(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=(self._common, *self._interceptors),
-            options=server_options(),
-            maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
+            # Calls are counted by the interceptor: gRPC's own limit counts those that nobody may make.
+            options=server_options(self._max_request_bytes),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server

@@ -77,6 +77,9 @@ class MeshSettings(BaseSettings):
         le=60,
         description="Seconds between reporting NOT_SERVING and refusing calls: Envoy's time to notice.",
     )
+    arrival_seconds: float = Field(
+        20.0, gt=0, le=600, description="Longest time in seconds that a unary request may take to arrive."
+    )
     trace_file: Path | None = Field(
         None, description="File to which finished spans are appended as JSON lines."
     )

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import reprlib
 import sys
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -25,9 +26,12 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from meshkit import tracing
+from meshkit import tracing, variables
 from meshkit.context import current_request_id
 from meshkit.settings import MeshSettings
+from meshkit.tracebacks import bounded, exception_text
+
+_log = structlog.get_logger("meshkit.telemetry")
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -37,6 +41,16 @@ _SECRET_KEYS = frozenset(
     | {"x-hermesh-mesh", "x_hermesh_mesh", "llm_api_key"}
 )
 _REDACTED = "[redacted]"
+
+_MAX_VALUE = 2_000
+_MAX_ITEMS = 40
+_MAX_ITEM = 200
+_NUMBERS = (int, float, type(None))
+_COLLECTIONS = (dict, list, tuple, set, frozenset)
+_repr = reprlib.Repr()
+_repr.maxlevel = 4
+_repr.maxdict = _repr.maxlist = _repr.maxtuple = _repr.maxset = _repr.maxfrozenset = 20
+_repr.maxstring = _repr.maxother = _MAX_ITEM
 
 Event = MutableMapping[str, Any]
 
@@ -84,12 +98,65 @@ def redact(_: Any, __: str, event: Event) -> Event:
     return event
 
 
+def _add_exception(_: Any, __: str, event: Event) -> Event:
+    """Replaces `exc_info` by its text; a structlog processor."""
+    given = event.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()
+    error = given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        event["exception"] = exception_text(error)
+    return event
+
+
+def _bound(_: Any, __: str, event: Event) -> Event:
+    """Bounds each value; a structlog processor. What a caller sent may be in any of them."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            if len(value) > _MAX_VALUE and key != "exception":
+                event[key] = bounded(value, _MAX_VALUE)
+        elif isinstance(value, _NUMBERS):
+            if isinstance(value, int) and value.bit_length() > 64:
+                event[key] = _text(value)
+        elif isinstance(value, _COLLECTIONS):
+            event[key] = _flat(value)
+        elif not key.startswith("_"):
+            event[key] = _text(value)
+    return event
+
+
+def _flat(value: Any) -> Any:
+    """Returns a collection as it is if it is small and holds nothing but texts and numbers, else its text."""
+    items = [*value, *value.values()] if isinstance(value, dict) else list(value)
+    if len(items) <= _MAX_ITEMS and all(
+        isinstance(item, _NUMBERS) or (isinstance(item, str) and len(item) <= _MAX_ITEM) for item in items
+    ):
+        return value
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    # `repr` of what came from outside could be as long and as deep as that was.
+    try:
+        return bounded(_repr.repr(value) if isinstance(value, _COLLECTIONS) else str(value), _MAX_VALUE)
+    except Exception:
+        return f"[a {type(value).__name__}]"
+
+
+def _printable(_: Any, __: str, event: Event) -> Event:
+    """Escapes what a terminal would obey: nobody outside writes lines of ours; a structlog processor."""
+    for key, value in event.items():
+        if isinstance(value, str) and key != "exception" and not value.isprintable():
+            event[key] = value.encode("unicode_escape").decode("ascii")
+    return event
+
+
 def _render_json(_: Any, __: str, event: Event) -> bytes:
     try:
         return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
     except TypeError:
         # A lone surrogate, a huge integer, a cycle: a log line must come out all the same.
-        return json.dumps({str(key): str(value) for key, value in event.items()}).encode()
+        return json.dumps({str(key): _text(value) for key, value in event.items()}).encode()
 
 
 def setup_logging(settings: MeshSettings, service: str, replica: str | None = None) -> None:
@@ -113,13 +180,18 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
         add_static,
         _add_context,
         redact,
+        _add_exception,
+        _bound,
     ]
     if settings.log_format == "json":
-        render: list[Callable[..., Any]] = [structlog.processors.format_exc_info, _render_json]
-        foreign: list[Callable[..., Any]] = [structlog.processors.format_exc_info, _decode_json]
+        render: list[Callable[..., Any]] = [_render_json]
+        foreign: list[Callable[..., Any]] = [_decode_json]
     else:
-        console = structlog.dev.ConsoleRenderer(colors=False)
-        render = foreign = [console]
+        # An exception is text by now: the renderer's own way prints the variables of every frame.
+        console = structlog.dev.ConsoleRenderer(
+            colors=False, exception_formatter=structlog.dev.plain_traceback
+        )
+        render = foreign = [_printable, console]
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -137,6 +209,8 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
     root.handlers[:] = [handler]
     # Libraries tell what is wrong, not what they do.
     root.setLevel(max(level, logging.WARNING))
+    for unknown in variables.unknown(os.environ):
+        _log.warning("unknown setting", variable=unknown.name, nearest=unknown.nearest)
 
 
 def _decode_json(logger: Any, name: str, event: Event) -> str:
@@ -147,7 +221,12 @@ class _LibraryHandler(logging.Handler):
     """Writes the standard library's log records the same way as ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _Stderr().msg(self.format(record))
+        try:
+            line = self.format(record)
+        except Exception as error:
+            # Arguments that do not fit their text: a library's bug must not become its caller's.
+            line = f"a log record of {record.name} cannot be shown: {type(error).__name__}"
+        _Stderr().msg(line)
 
 
 # The time at which each series began doubles the text of /metrics and is used by nobody here.

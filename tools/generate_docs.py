@@ -1,4 +1,4 @@
-"""Writes the files that come from the code: pages of settings and error reasons, compose's Envoy.
+"""Writes the files that come from the code: pages of settings and reasons, settings' names, compose's Envoy.
 
 Run by `make docs`; `--check` (in `make check`) fails where a file is not what the code says.
 """
@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from gateway.settings import GatewaySettings
-from launcher.envoy import render_compose
+from launcher.envoy import render_chart, render_compose
 from launcher.settings import LauncherSettings
-from meshkit.settings import settings_table
+from meshkit.settings import env_name, settings_table
 from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
@@ -38,9 +38,23 @@ def settings_page() -> str:
             "Made from the code by `make docs`. Every setting is an environment variable. The command",
             "`hermesh` gives each process what it reads; under compose or Kubernetes set them yourself.",
             "",
+            "`hermesh up` keeps what it was told in `settings.json` in the data folder, for its owner only,",
+            "passwords in URLs and keys included, as those of the embedded parts are. The next `up`, from",
+            "any shell, goes by it: what a shell sets goes before, and `NAME= hermesh up` takes one back.",
+            "`hermesh status` shows what a mesh was started with, `hermesh env` all values. A start on",
+            "another database or object store than last time asks at a terminal and is refused without one,",
+            "unless `--yes` says that it is meant. A variable that begins with `HERMESH_` and is none of",
+            "these is named by `hermesh up` and in each process's log.",
+            "",
             settings_table(*SETTINGS),
         ]
     )
+
+
+def variables() -> str:
+    """The names of all settings, one a line."""
+    names = {env_name(cls, field) for cls in SETTINGS for field in cls.model_fields}
+    return "".join(f"{name}\n" for name in sorted(names))
 
 
 def errors_page() -> str:
@@ -72,7 +86,9 @@ def main() -> None:
     files = {
         "docs/settings.md": settings_page(),
         "docs/errors.md": errors_page(),
+        "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
+        "deploy/kubernetes/hermesh/files/envoy.yaml": render_chart(),
     }
     for name, text in files.items():
         path = ROOT / name

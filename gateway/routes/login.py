@@ -13,6 +13,9 @@ from gateway.endpoints import Answer, Endpoint, json_response, read_model
 from gateway.login import COOKIE, check_origin, set_cookie
 from meshkit.errors import UnauthenticatedError
 
+# Nobody has shown a key yet: a key and the JSON around it, and no more, is read.
+MAX_LOGIN_BODY = 4 * 1024
+
 
 class Login(StrictModel):
     """What a person signs in with."""
@@ -29,7 +32,7 @@ class LoginState(BaseModel):
 async def login(gateway: Gateway, request: Request) -> ASGIApp:
     """POST /auth/login."""
     check_origin(request, "POST")
-    body = await read_model(gateway, request, Login)
+    body = await read_model(gateway, request, Login, limit=MAX_LOGIN_BODY)
     key = body.api_key.strip()
     await gateway.authenticator.authenticate(key)
     response = Response(status_code=204)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from hermesh.agent.v1 import agent_service_pb2_grpc
 from meshkit.auth import MeshAuthenticator
@@ -22,6 +23,7 @@ from services.agent.model.backends import Backends, Retry
 from services.agent.model.catalog import ModelCatalog
 from services.agent.model.http import Origin, Timeouts
 from services.agent.model.openai import OpenAIModel
+from services.agent.model.profiles import Profile, ProfileError, Profiles
 from services.agent.runs.leases import LeaseKeeper
 from services.agent.runs.link import AppendLink
 from services.agent.runs.ports import World
@@ -31,6 +33,8 @@ from services.agent.servicer import AgentServicer
 from services.agent.settings import AgentSettings
 
 SERVICE_NAME = "hermesh.agent.v1.AgentService"
+# New input, which the session service measures by its text, and the options of its run.
+_MAX_REQUEST_BYTES = 4 * 1024 * 1024
 SAFE_METHODS = (
     "hermesh.session.v1.SessionInternalService/Authenticate",
     "hermesh.tool.v1.ToolService/ListTools",
@@ -71,11 +75,12 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
                 settings,
                 service="agent",
                 authenticator=MeshAuthenticator(channel, settings),
+                max_request_bytes=_MAX_REQUEST_BYTES,
                 configure_logging=configure_logging,
             )
         )
         model = Backends(
-            [_backend(settings, url, stack) for url in settings.llm_base_urls],
+            _backends(settings, stack),
             retry=Retry(attempts=settings.llm_attempts),
             monotonic=monotonic,
         )
@@ -88,7 +93,13 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         runs = await stack.enter_async_context(TaskOwner("agent-runs"))
 
         def limits(spec: RunSpec) -> Limits:
-            return Limits(spec.max_turns, spec.max_output_tokens, settings.llm_resumes)
+            return Limits(
+                spec.max_turns,
+                spec.max_output_tokens,
+                settings.llm_resumes,
+                settings.llm_spare_requests,
+                settings.max_run_bytes,
+            )
 
         world = World(
             replica=settings.replica,
@@ -97,6 +108,7 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
             tools=tools,
             memory=memory,
             reasons=session,
+            contexts=session,
             tool_mode=settings.llm_tool_mode,
             can_prefill=settings.llm_prefill,
             context_tokens=settings.llm_context_tokens,
@@ -134,7 +146,25 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         yield server
 
 
-def _backend(settings: AgentSettings, url: str, stack: AsyncExitStack) -> tuple[str, OpenAIModel]:
+def _backends(settings: AgentSettings, stack: AsyncExitStack) -> list[tuple[str, OpenAIModel]]:
+    """Return the model backends, each with its name.
+
+    Raises:
+        StartupError: a profile is named that there is not, or the file of profiles is not one.
+    """
+    try:
+        profiles = Profiles(Path(settings.llm_profile_file) if settings.llm_profile_file else None)
+        return [
+            _backend(settings, url, profiles.chosen(settings.llm_profiles, place), profiles, stack)
+            for place, url in enumerate(settings.llm_base_urls)
+        ]
+    except ProfileError as error:
+        raise StartupError(str(error)) from error
+
+
+def _backend(
+    settings: AgentSettings, url: str, profile: Profile | None, profiles: Profiles, stack: AsyncExitStack
+) -> tuple[str, OpenAIModel]:
     """Return a model backend's name and its adapter, which closes with the stack."""
     model = OpenAIModel(
         url,
@@ -143,6 +173,8 @@ def _backend(settings: AgentSettings, url: str, stack: AsyncExitStack) -> tuple[
         timeouts=Timeouts(
             settings.llm_connect_timeout, settings.llm_first_byte_timeout, settings.llm_idle_timeout
         ),
+        profile=profile,
+        profiles=profiles,
     )
     stack.push_async_callback(model.aclose)
     return Origin.parse(url).place, model

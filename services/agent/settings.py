@@ -24,6 +24,17 @@ class AgentSettings(MeshSettings):
     llm_model: str = Field(
         "", description="Default model; empty = the first one that the backend lists.", max_length=200
     )
+    llm_profile: str = Field(
+        "auto",
+        description=(
+            "What kind of server the model's is, for what it takes: a name of docs/models.md, `unknown`, or "
+            "`auto` = found out by its host and its answers. For several URLs one for all, or one for each."
+        ),
+    )
+    llm_profile_file: str = Field(
+        "",
+        description="A TOML file of further kinds of model servers, in the form of profiles.toml.",
+    )
     llm_tool_mode: Literal["native", "json", "none"] = Field(
         "native",
         description=(
@@ -60,6 +71,15 @@ class AgentSettings(MeshSettings):
     llm_resumes: int = Field(
         1, ge=0, le=10, description="How often a reply that broke off midway is taken up again."
     )
+    llm_spare_requests: int = Field(
+        32,
+        ge=0,
+        le=10_000,
+        description=(
+            "Requests to the model that a run may make beyond one for each of its turns: tries again, "
+            "replies taken up again, takeovers. The next one fails the run with MODEL_REQUEST_LIMIT."
+        ),
+    )
     instructions: str = Field(
         "", description="System prompt of the default agent; a run's own instructions replace it."
     )
@@ -80,6 +100,16 @@ class AgentSettings(MeshSettings):
         0,
         ge=0,
         description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
+    )
+    max_run_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1024 * 1024,
+        le=1024 * 1024 * 1024,
+        description=(
+            "Most bytes that one run may write to its log: text, reasoning, tool calls and results. A run "
+            "that has passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds "
+            "disk, memory and the time of a takeover; a model's window, some MB at most, is far smaller."
+        ),
     )
     max_appends_per_second: float = Field(
         6000.0,
@@ -117,6 +147,11 @@ class AgentSettings(MeshSettings):
             except ValueError:
                 raise ValueError("must be http(s) URLs such as http://127.0.0.1:8000/v1") from None
         return value
+
+    @property
+    def llm_profiles(self) -> tuple[str, ...]:
+        """The names of the backends' profiles, one for all or one for each."""
+        return tuple(words(self.llm_profile))
 
     @property
     def llm_base_urls(self) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from services.memory.settings import MemorySettings
 from services.memory.store.postgres import MIGRATIONS, SCHEMA, PostgresStore
 
 SERVICE_NAME = "hermesh.memory.v1.MemoryService"
+# What Recall looks for has 1 MiB at most.
+_MAX_REQUEST_BYTES = 2 * 1024 * 1024
 
 
 async def apply_migrations(settings: MemorySettings) -> list[str]:
@@ -69,7 +71,12 @@ async def serve(settings: MemorySettings) -> None:
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("memory"))
         server = await stack.enter_async_context(
-            Server(settings, service="memory", authenticator=MeshAuthenticator(channel, settings))
+            Server(
+                settings,
+                service="memory",
+                authenticator=MeshAuthenticator(channel, settings),
+                max_request_bytes=_MAX_REQUEST_BYTES,
+            )
         )
         ranking = Ranking(settings.memory_min_score, settings.memory_importance_weight)
         server.add(

@@ -30,8 +30,8 @@ _MAX_REATTACHING = 32
 _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
-# A cut is tried for so long: while PostgreSQL is away nobody could take a run over anyway, and when it is back
-# whoever waits for the run should not wait for the lease's own end as well.
+# A cut is tried for so long: while PostgreSQL is away nobody could take a run over, and when it is back whoever
+# waits for the run should not wait for the lease's own end as well.
 _CUT_TRIES_S = 60.0
 # Between two looks at whether the runs that writers hold here are theirs still.
 _LOOK_S = 10.0
@@ -170,7 +170,7 @@ class AppendHub:
         return Cut(count, locked)
 
     async def _insist(self, why: str, cut: Callable[[], Awaitable[Cut]]) -> int:
-        """Cuts leases, again while PostgreSQL is away or somebody has them locked; returns how many it cut."""
+        """Cuts leases, again while PostgreSQL is away or somebody has them locked; returns how many."""
         backoff = Backoff(first=0.05, limit=0.5)
         count = 0
         try:

@@ -23,8 +23,8 @@ _log = structlog.get_logger("session.flusher")
 _WRITE_TIMEOUT = 8.0
 _MAX_FLUSH_BYTES = 8 * 1024 * 1024
 
-# An append whose lease somebody has locked is tried again by itself, after pauses from the first to the longest,
-# for so long; then its writer is told to send again. Far below what the writer waits for an answer.
+# An append whose lease somebody has locked is tried again by itself, after pauses from the first to the
+# longest, for so long; then its writer is told to send again. Far below what the writer waits for an answer.
 _LOCKED_FIRST = 0.002
 _LOCKED_PAUSE = 0.05
 _LOCKED_SECONDS = 5.0

@@ -26,6 +26,8 @@ from services.tool.servicer import ToolServicer
 from services.tool.settings import ToolSettings, split
 
 SERVICE_NAME = "hermesh.tool.v1.ToolService"
+# A call's arguments, in whatever characters, and its ids.
+_MAX_REQUEST_BYTES = 5 * 1024 * 1024
 _BUILTIN: tuple[ModuleType, ...] = (calculator, current_time)
 
 
@@ -79,7 +81,12 @@ async def serve(settings: ToolSettings) -> None:
             complete_seconds=settings.tool_complete_seconds,
         )
         server = await stack.enter_async_context(
-            Server(settings, service="tool", authenticator=MeshAuthenticator(channel, settings))
+            Server(
+                settings,
+                service="tool",
+                authenticator=MeshAuthenticator(channel, settings),
+                max_request_bytes=_MAX_REQUEST_BYTES,
+            )
         )
         reconciler = Reconciler(registry, journal, results, max_looks=settings.tool_max_calls)
         servicer = ToolServicer(registry, executor, reconciler, results)

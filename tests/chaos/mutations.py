@@ -20,7 +20,9 @@ from tests.chaos.faults.plan import Planned
 _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy", "tests", "pyproject.toml")
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
+_CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
 _ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
+_ENDS = "services/session/store/migrations/0006_pre_ends.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "running-call-runs-again",
         "A takeover lets a call that may have acted run again, whatever its effect.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.tool_call t SET state = 5\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         "UPDATE session.tool_call t SET state = 1\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         faults=_points(
@@ -169,7 +171,7 @@ MUTATIONS = (
     Mutation(
         "reused-fence",
         "A takeover keeps the fence of the one before.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,",
         "UPDATE session.lease l SET run_id = p_run, fence = greatest(l.fence, 1), attach = 0, next_seq = v_next,",
         faults=_AGENTS_DIE,
@@ -204,26 +206,34 @@ MUTATIONS = (
     Mutation(
         "next-run-forgotten",
         "The end of a run does not make the session's next one due.",
-        _FUNCTIONS,
-        "WHERE run_id = v_next AND status = 1 AND dispatch_after IS NULL;",
-        "WHERE run_id = v_next AND status = 1 AND dispatch_after IS NULL AND false;",
+        _ENDS,
+        "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL;",
+        "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL AND false;",
         faults=[Planned(2.0, _kill_gateway)],
         tries=1,
     ),
     Mutation(
         "lease-kept",
         "A run that is over keeps its session's lease.",
-        _FUNCTIONS,
+        _ENDS,
         "UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;",
         "PERFORM 1;",
         faults=[Planned(2.0, _kill_gateway)],
         tries=1,
     ),
     Mutation(
+        "queued-input-forgotten",
+        "Input that is interrupted while it waits does not join the conversation.",
+        _ENDS,
+        "PERFORM session.join_input(v_ended);",
+        "UPDATE session.run SET input = NULL WHERE run_id = v_ended;",
+        faults=[Planned(2.0, _kill_gateway)],
+    ),
+    Mutation(
         "silent-splice",
         "A reply that is begun anew does not tell its readers to drop what they have of it.",
         "services/agent/runs/runner.py",
-        "self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)",
+        "self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)",
         "pass",
         faults=_AGENTS_DIE,
         prefill=False,

@@ -145,7 +145,7 @@ async def test_input_while_a_run_waits_for_a_person_abandons_it(tools: ToolsMesh
         assert [f.event for f in await ended(client, behind)] == ["run.created", "run.cancelled"]
         assert (await ended(client, second))[-1].event == "run.completed"
         said = [text for role, text in await text_of(client, session) if role == "user"]
-        kept = [f"dropped {LOSE}"] if policy == "interrupt" else []
+        kept = [f"dropped {LOSE}", "behind [[tokens=3]]"] if policy == "interrupt" else []
         assert said == [*kept, "next [[tokens=3]]"]
         call = f"{first}:1:0"
         late = await client.post(f"/v1/runs/{first}/actions/{call}", json={"decision": "retry"})
@@ -184,7 +184,8 @@ async def test_input_passes_by_all_that_are_queued(tools: ToolsMesh, policy: str
         assert (await ended(client, first))[-1].event == "run.cancelled"
         assert (await ended(client, last))[-1].event == "run.completed"
         said = [text for role, text in await text_of(client, session) if role == "user"]
-        assert said == [f"first {SLOW}", "last [[tokens=3]]"][policy == "rollback" :]
+        kept = [f"first {SLOW}", *(f"queued {n}" for n in range(3))] if policy == "interrupt" else []
+        assert said == [*kept, "last [[tokens=3]]"]
         assert await session_order(client, session, last) == [first, *queued, last]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
 
-from services.agent.model.port import ChatMessage, ModelRequest, ToolOffer
+from services.agent.domain.loop import Turn
+from services.agent.model.port import ChatMessage, ModelRequest, ToolOffer, Usage
 
 ToolMode = Literal["native", "json", "none"]
 
@@ -158,7 +159,9 @@ def plain(message: ChatMessage) -> ChatMessage:
     if message.role == "tool":
         return ChatMessage("user", f"The tool returned: {message.content}\nUse it to answer my question.")
     if message.tool_calls:
-        calls = [{"name": use.name, "arguments": orjson.loads(use.arguments)} for use in message.tool_calls]
+        calls = [
+            {"name": use.name, "arguments": orjson.Fragment(use.arguments)} for use in message.tool_calls
+        ]
         text = "\n".join(orjson.dumps(call).decode() for call in calls)
         return ChatMessage("assistant", f"{message.content}\n{text}".strip())
     return message
@@ -190,7 +193,7 @@ def _answered_only(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             called |= {use.call_id for use in kept}
             if not kept and not message.content:
                 continue
-            message = ChatMessage(message.role, message.content, kept)
+            message = replace(message, tool_calls=kept)
         out.append(message)
     return out
 
@@ -201,8 +204,16 @@ def estimate(text: str) -> int:
 
 
 def _size(message: ChatMessage) -> int:
-    uses = sum(estimate(use.name) + estimate(use.arguments) for use in message.tool_calls)
-    return estimate(message.content) + uses + _OVERHEAD
+    uses = sum(
+        estimate(use.name) + estimate(use.arguments) + estimate(use.provider) for use in message.tool_calls
+    )
+    return estimate(message.content) + estimate(message.provider) + uses + _OVERHEAD
+
+
+def estimated_usage(request: ModelRequest, turn: Turn) -> Usage:
+    """Estimate the tokens of a turn that was cut before its backend said how many they are."""
+    written = estimate(turn.text) + sum(estimate(call.name) + estimate(call.arguments) for call in turn.calls)
+    return Usage(sum(_size(message) for message in request.messages), written)
 
 
 def fit(system: str, messages: Sequence[ChatMessage], room: int) -> list[ChatMessage]:

@@ -22,6 +22,7 @@ from services.agent.model.errors import (
     ModelError,
     ModelRateLimitedError,
     ModelRejectedError,
+    ModelRequestLimitError,
     ModelTimeoutError,
     ModelUnavailableError,
 )
@@ -58,7 +59,8 @@ class Retry:
             attempt: the try that failed, from 1.
             error: how it failed.
         """
-        if attempt >= self.attempts or not isinstance(error, ModelRateLimitedError | ModelUnavailableError):
+        passes = isinstance(error, ModelRateLimitedError | ModelUnavailableError) and error.retryable
+        if attempt >= self.attempts or not passes:
             return None
         if error.retry_after is not None:
             return error.retry_after if error.retry_after <= self.cap else None
@@ -126,6 +128,8 @@ class Backends:
                             yield batch
                     backend.failures = 0
                     return
+                except ModelRequestLimitError:
+                    raise  # nothing was sent
                 except ModelError as error:
                     self._fails(backend, error)
                     if isinstance(error, ModelRejectedError):

@@ -7,7 +7,8 @@ ModelError
 ├── ModelUnavailableError  5xx, or no connection
 ├── ModelTruncatedError    the stream ended before the reply did
 ├── ModelProtocolError     the answer is not the protocol
-└── ModelTimeoutError      no connection, no first byte, no next byte or no end of the turn in time
+├── ModelTimeoutError      no connection, no first byte, no next byte or no end of the turn in time
+└── ModelRequestLimitError the run has made all the requests that it may make; none was sent
 """
 
 from __future__ import annotations
@@ -80,3 +81,11 @@ class ModelTimeoutError(ModelError):
 
     code = "DEADLINE_EXCEEDED"
     reason = "MODEL_TIMEOUT"
+
+
+class ModelRequestLimitError(ModelError):
+    """The run has made all the requests that it may make; none was sent."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "MODEL_REQUEST_LIMIT"
+    retryable = False

@@ -45,12 +45,13 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a base URL points: its server and the path that requests are put under."""
+    """Where a base URL points: its server, the path of requests, the query that all of them have."""
 
     host: str
     port: int
     tls: bool
     path: str
+    query: str = ""
 
     @classmethod
     def parse(cls, url: str) -> Origin:
@@ -63,7 +64,8 @@ class Origin:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"not an http(s) URL with a host: {url!r}")
         tls = parts.scheme == "https"
-        return cls(parts.hostname, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+        port = parts.port or (443 if tls else 80)
+        return cls(parts.hostname, port, tls, parts.path.rstrip("/"), parts.query)
 
     @property
     def place(self) -> str:
@@ -353,7 +355,8 @@ class HttpPool:
         self._idle.clear()
 
     def _render(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
-        lines = [f"{method} {self.origin.path}{path} HTTP/1.1", f"Host: {self.origin.authority}"]
+        query = f"?{self.origin.query}" if self.origin.query else ""
+        lines = [f"{method} {self.origin.path}{path}{query} HTTP/1.1", f"Host: {self.origin.authority}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]

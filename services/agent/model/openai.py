@@ -1,13 +1,15 @@
-"""The adapter for OpenAI-compatible backends: vLLM, SGLang, llama.cpp, and the hosted ones."""
+"""The adapter for servers of the Chat Completions protocol, local and hosted ones, each by its profile."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import orjson
+import structlog
 
-from services.agent.model import wire
+from services.agent.model import faults, wire
 from services.agent.model.errors import (
     ModelError,
     ModelProtocolError,
@@ -16,6 +18,16 @@ from services.agent.model.errors import (
 )
 from services.agent.model.http import HttpPool, Response, Timeouts
 from services.agent.model.port import ModelEvent, ModelInfo, ModelRequest
+from services.agent.model.profiles import TOLERANT, Profile, Profiles
+from services.agent.model.request import NOTHING, Learned, encode_request, learn
+
+_log = structlog.get_logger("agent.model")
+
+# A request that is refused is sent again without the parameter that the refusal names, so often at most: each
+# time it names another one.
+MAX_SECOND_TRIES = 3
+_MAX_MODELS = 256
+_MAX_ERROR = 64 * 1024
 
 
 class OpenAIModel:
@@ -23,9 +35,12 @@ class OpenAIModel:
 
     Args:
         base_url: the backend's URL with its /v1.
-        api_key: sent as a bearer token when not empty.
+        api_key: sent as the profile says when not empty.
         connections: the most at once.
-        timeouts: of one request; nothing is sent again here (see `Backends`).
+        timeouts: of one request; nothing is sent again here (see `Backends`), except what was refused for a
+            parameter that it can do without.
+        profile: what kind of server it is; None = it is found out by `profiles`.
+        profiles: the kinds that there are.
     """
 
     def __init__(
@@ -35,65 +50,139 @@ class OpenAIModel:
         api_key: str = "",
         connections: int = 512,
         timeouts: Timeouts | None = None,
+        profile: Profile | None = None,
+        profiles: Profiles | None = None,
     ) -> None:
         self._pool = HttpPool(base_url, connections, timeouts or Timeouts())
+        self._profiles = profiles or Profiles()
+        known = profile or self._profiles.by_host(self._pool.origin.host)
+        self._certain = known is not None
+        self.profile = known or TOLERANT
+        self._learned: dict[str, Learned] = {}
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "hermesh-agent"}
-        if api_key:
+        if api_key and self.profile.auth == "api-key":
+            self._headers["api-key"] = api_key
+        elif api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Sequence[ModelEvent], None]:
         """See `Model.stream`."""
-        body = wire.encode_request(request)
-        headers = {**self._headers, "Accept": "text/event-stream"}
-        if request.cache_key:
-            headers["x-hermesh-affinity"] = request.cache_key
-        async with self._pool.request("POST", "/chat/completions", headers, body) as response:
-            if response.status != 200:
-                raise await _error_of(response)
-            parser = wire.StreamParser()
+        async with AsyncExitStack() as stack:
+            response = await self._ask(request, stack)
+            parser = wire.StreamParser(self.profile)
             try:
                 while not parser.done and (data := await response.read()):
                     events = parser.feed(data)
                     if events:
                         yield events
-            except ModelTruncatedError:
-                if not parser.said_anything:
-                    raise ModelUnavailableError("the backend broke off before its first token") from None
-                if not parser.finish_reason:
+                    if parser.failed is not None:
+                        raise parser.failed
+                cut = None
+            except ModelTruncatedError as error:
+                if parser.failed is not None:
                     raise
+                cut = error
+            events = parser.close()  # a last line may lack its newline
+            if events:
+                yield events
+            if parser.failed is not None:
+                raise parser.failed
             if not parser.done and not parser.finish_reason:
                 if not parser.said_anything:
+                    if cut is not None:
+                        raise ModelUnavailableError("the backend broke off before its first token")
                     raise ModelProtocolError("the model's answer is not a stream of events")
-                raise ModelTruncatedError("the model's stream ended before its reply did")
+                raise cut or ModelTruncatedError("the model's stream ended before its reply did")
             response.release()
-            yield (parser.finished(),)
+            yield parser.end()
+
+    async def _ask(self, request: ModelRequest, stack: AsyncExitStack) -> Response:
+        """Send a request, again without what it is refused for, and return the reply that begins.
+
+        Raises:
+            ModelError: it is refused.
+        """
+        headers = {**self._headers, "Accept": "text/event-stream"}
+        if request.cache_key:
+            headers["x-hermesh-affinity"] = request.cache_key
+        tries = 0
+        while True:
+            body = encode_request(request, self.profile, self._learned.get(request.model, NOTHING))
+            request.asking()
+            response = await stack.enter_async_context(
+                self._pool.request("POST", "/chat/completions", headers, body)
+            )
+            if not self._certain:
+                self._recognize(response.headers)
+            if response.status == 200:
+                return response
+            answer = await _error_body(response)
+            tries += 1
+            if tries > MAX_SECOND_TRIES or not self._learn(request.model, response.status, answer, body):
+                raise _error_of(response, answer)
+            await stack.aclose()
 
     async def list_models(self) -> Sequence[ModelInfo]:
         """See `Model.list_models`."""
         async with self._pool.request("GET", "/models", self._headers) as response:
             if response.status != 200:
-                raise await _error_of(response)
+                raise _error_of(response, await _error_body(response))
             body = await response.read_all()
         try:
-            data = orjson.loads(body)["data"]
-            return [
+            data = orjson.loads(body)
+            entries = data if isinstance(data, list) else data["data"]
+            models = [
                 ModelInfo(str(entry["id"]), str(entry.get("owned_by") or ""))
-                for entry in data
+                for entry in entries
                 if isinstance(entry.get("id"), str)
             ]
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ModelProtocolError("the backend's list of models is not the protocol's JSON") from error
+        if not self._certain:
+            self._recognize(response.headers, {model.owned_by for model in models})
+        return models
 
     async def aclose(self) -> None:
         """Close the pooled connections."""
         await self._pool.aclose()
 
+    def _recognize(self, headers: Mapping[str, str], owners: set[str] | None = None) -> None:
+        """See by an answer what kind of server this is."""
+        found = self._profiles.by_answer(headers, owners or ())
+        if found is not None:
+            self.profile, self._certain = found, True
+            _log.info("a model backend is known", backend=self._pool.origin.place, profile=found.name)
 
-async def _error_of(response: Response) -> ModelError:
+    def _learn(self, model: str, status: int, answer: bytes, sent: bytes) -> bool:
+        """Note what a refusal names; whether a second try may go better."""
+        known = self._learned.get(model, NOTHING)
+        learned = learn(known, status, answer, sent)
+        if learned is None:
+            return False
+        if len(self._learned) >= _MAX_MODELS:
+            self._learned.clear()
+        self._learned[model] = learned
+        _log.warning(
+            "a model backend refused a request for what it can do without",
+            backend=self._pool.origin.place,
+            profile=self.profile.name,
+            model=model,
+            refused=sorted(learned.refused - known.refused),
+            wanted=sorted(learned.wanted - known.wanted),
+        )
+        return True
+
+
+async def _error_body(response: Response) -> bytes:
     """Read an error answer; one that cannot be read still has its status."""
-    body = b""
     with contextlib.suppress(ModelError):
-        body = await response.read_all(limit=64 * 1024)
-    return wire.error_of_status(
-        response.status, wire.message_of_body(body), wire.retry_after_of(response.headers)
+        return await response.read_all(limit=_MAX_ERROR)
+    return b""
+
+
+def _error_of(response: Response, body: bytes) -> ModelError:
+    return faults.error_of_status(
+        faults.status_of_answer(response.status, body),
+        faults.message_of_body(body),
+        faults.retry_after_of(response.headers),
     )

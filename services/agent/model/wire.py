@@ -1,98 +1,50 @@
-"""The Chat Completions protocol: requests as bytes, and a streamed reply's bytes as events."""
+"""A streamed reply's bytes as events, whatever server of the Chat Completions protocol sent them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
 
+from meshkit import verbatim
+from services.agent.model.calls import CallPieces
 from services.agent.model.errors import (
-    ModelAuthError,
     ModelError,
     ModelProtocolError,
-    ModelRateLimitedError,
-    ModelRejectedError,
+    ModelTruncatedError,
     ModelUnavailableError,
 )
+from services.agent.model.faults import error_of_body, is_error
+from services.agent.model.kept import KeptFields
+from services.agent.model.numbers import usage_of
 from services.agent.model.port import (
-    ChatMessage,
     Finished,
     ModelEvent,
-    ModelRequest,
     ReasoningDelta,
+    RefusalDelta,
     TextDelta,
-    ToolCallDelta,
-    ToolOffer,
-    Usage,
 )
+from services.agent.model.profiles import TOLERANT, Profile
+from services.agent.model.torn import mended, whole
 
 # One SSE line may not grow without end: a backend that never sends a newline is broken.
 MAX_LINE = 4 * 1024 * 1024
 TEMPLATE_TRIES = 8
 _PROBE = b"where the token stands"
-_FINISH = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "length"}
-
-
-def encode_request(request: ModelRequest) -> bytes:
-    """Render the body of POST /chat/completions; only what is set is sent."""
-    body: dict[str, Any] = {
-        "model": request.model,
-        "messages": _messages(request.messages),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if request.tools and request.tool_choice != "none":
-        body["tools"] = [_tool(tool) for tool in request.tools]
-        if request.tool_choice not in ("", "auto"):
-            body["tool_choice"] = (
-                "required"
-                if request.tool_choice == "required"
-                else {"type": "function", "function": {"name": request.tool_choice}}
-            )
-    if request.max_tokens:
-        body["max_tokens"] = request.max_tokens
-    if request.temperature is not None:
-        body["temperature"] = request.temperature
-    if request.top_p is not None:
-        body["top_p"] = request.top_p
-    if request.seed is not None:
-        body["seed"] = request.seed
-    if request.stop:
-        body["stop"] = list(request.stop)
-    if request.response_schema is not None:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "reply", "strict": True, "schema": request.response_schema},
-        }
-    return orjson.dumps(body)
-
-
-def _messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Render messages; call ids become short ones by their order, as some backends bound their length."""
-    short: dict[str, str] = {}
-    out: list[dict[str, Any]] = []
-    for message in messages:
-        entry: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            entry["tool_calls"] = [
-                {
-                    "id": short.setdefault(call.call_id, f"call_{len(short)}"),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in message.tool_calls
-            ]
-        if message.tool_call_id:
-            entry["tool_call_id"] = short.setdefault(message.tool_call_id, f"call_{len(short)}")
-        out.append(entry)
-    return out
-
-
-def _tool(tool: ToolOffer) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-    return {"type": "function", "function": function}
+_BOM = b"\xef\xbb\xbf"
+_DONE = b"[DONE]"
+_NOT_JSON = object()
+_FINISH = {
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use", "tool_call"), "tool_calls"),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "recitation", "prohibited_content"), "content_filter"),
+    "refusal": "refusal",
+}
+# Reasons that say that the reply is no reply. Of these a server may well give one when it is asked again.
+_FAILED = ("error", "insufficient_system_resource", "malformed_function_call")
 
 
 class StreamParser:
@@ -102,17 +54,34 @@ class StreamParser:
 
     The chunks of one reply differ in their token and in nothing else. So the bytes around the token of a
     parsed chunk are kept, and one that has the same around a plain token is known without parsing it.
+
+    Lines are those of the SSE standard. A data line that is JSON by itself is taken at once; one that is not
+    waits for the event's end and is joined to the others.
+
+    Args:
+        profile: what the server wants to have back is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, profile: Profile = TOLERANT) -> None:
         self._rest = b""
+        self._closing = False
         self._before = self._after = b""
         self._tries = TEMPLATE_TRIES
         self._finish = ""
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._open = False
+        self._event = b""
+        self._pending: list[bytes] = []
+        self._bare: list[bytes] = []
+        # Whether the chunk was JSON only by a loose reading, or half a character waits for the other half.
+        self._careful = False
+        self._halves: dict[str, str] = {}
+        self._calls = CallPieces(profile.call_fields)
+        self._kept = KeptFields(profile.message_fields)
         self.done = False
         self.said_anything = False
+        self.failed: ModelError | None = None
 
     @property
     def finish_reason(self) -> str:
@@ -125,30 +94,66 @@ class StreamParser:
         Args:
             data: body bytes, cut anywhere.
 
+        Returns:
+            The events; where an error came after some, it is in `failed`.
+
         Raises:
             ModelError: the backend reported an error, or the bytes are not the protocol.
         """
         if self._rest:
             data = self._rest + data
         end = data.rfind(b"\n") + 1
-        self._rest = data[end:]
+        if not end and b"\r" in data[:-1]:  # lines may end with that alone
+            # The newline after a last one may come.
+            data, held = (data[:-1], data[-1:]) if data.endswith(b"\r") else (data, b"")
+            data = data.replace(b"\r", b"\n")
+            end = data.rfind(b"\n") + 1
+            self._rest = data[end:] + held
+        else:
+            self._rest = data[end:]
         if len(self._rest) > MAX_LINE:
             raise ModelProtocolError("the model's stream has a line without end")
         out: list[ModelEvent] = []
-        for line in data[:end].split(b"\n"):
-            if not line:
-                continue
-            if line.startswith(b"data:"):
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    self.done = True
-                elif payload and not self._plain(payload):
-                    self._chunk(payload, out)
-            elif line.startswith(b"error:"):  # llama.cpp's way to fail in mid-stream
-                self._chunk(b'{"error":' + (line[6:].strip() or b"null") + b"}", out)
-            elif line.startswith((b"{", b"<")):
-                raise ModelProtocolError("the model's answer is not a stream of events")
+        if not end:
+            return out
+        try:
+            for line in data[: end - 1].split(b"\n"):
+                if not line:
+                    if self._open:
+                        self._end_event(out)
+                elif line.startswith(b"data:"):
+                    payload = line[5:].strip()
+                    if payload and not self._plain(payload):
+                        self._data(payload, out)
+                else:
+                    self._field(line, out)
+        except ModelError as error:
+            self._flush(out)
+            if not out:
+                raise
+            self.failed = error  # what was said before it is not lost
+            return out
         self._flush(out)
+        return out
+
+    def close(self) -> list[ModelEvent]:
+        """Parse what is left at the stream's end: a last line may lack its newline.
+
+        Raises:
+            ModelError: as `feed`.
+        """
+        self._closing = True
+        self._rest = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        out = self.feed(b"\n\n")
+        if self._bare and not self._finish:
+            raise ModelProtocolError("the model's answer is not a stream of events")
+        if self._halves:
+            rest = {channel: whole(half) for channel, half in self._halves.items()}
+            self._halves = {}
+            self._text.append(rest.get("text", ""))
+            self._flush(out)
+            if rest.get("reasoning"):
+                out.append(ReasoningDelta(rest["reasoning"]))
         return out
 
     def _plain(self, payload: bytes) -> bool:
@@ -190,65 +195,257 @@ class StreamParser:
                     self._before, self._after = before, after
             return
 
-    def _chunk(self, payload: bytes, out: list[ModelEvent]) -> None:
+    # events and lines
+
+    def _data(self, payload: bytes, out: list[ModelEvent]) -> None:
+        """Take the data line of an event."""
+        if payload == _DONE:
+            self.done = True
+        elif self._pending:
+            self._wait(payload)
+        elif self._event == b"error":
+            self._fail(payload)
+        elif not self._chunk(payload, out):
+            if b"\r" in payload:  # more than one line, of those that end so
+                self._field(b"data:" + payload, out)
+            elif payload.startswith((b"{", b"[")):
+                self._wait(payload)  # else it is a sign of life, and not JSON
+
+    def _wait(self, payload: bytes) -> None:
+        self._open = True
+        self._pending.append(payload)
+        if sum(len(one) for one in self._pending[-64:]) > MAX_LINE or len(self._pending) > MAX_LINE // 64:
+            raise ModelProtocolError("the model's stream has an event without end")
+
+    def _end_event(self, out: list[ModelEvent]) -> None:
+        """Take the data lines of an event that is over, if they are no JSON one by one."""
+        event, lines = self._event, self._pending
+        self._open, self._event, self._pending = False, b"", []
+        if not lines:
+            return
+        payload = b"\n".join(lines)
+        if event == b"error":
+            self._fail(payload)
+        elif not self._chunk(payload, out) and not (self._finish or self._closing):
+            raise ModelProtocolError("the model's stream is not the protocol's JSON")
+
+    def _field(self, line: bytes, out: list[ModelEvent]) -> None:
+        """Take a line of another kind, or one that other lines hid."""
+        if line == b"\r":  # CR and LF: a blank line
+            if self._open:
+                self._end_event(out)
+            return
+        line = line.removesuffix(b"\r").removeprefix(_BOM)
+        if b"\r" in line:
+            for one in line.split(b"\r"):
+                self._field(one or b"\r", out)
+            return
+        if line.startswith(b"data:"):
+            self._data(line[5:].strip(), out)
+            return
+        if self._bare or line.startswith((b"{", b"[")):
+            # JSON that is no event: an error, lines of JSON, or a whole reply that is not streamed.
+            self._bare.append(line)
+            if (len(self._bare) == 1 or line.startswith((b"}", b"]"))) and self._chunk(
+                b"\n".join(self._bare), out
+            ):
+                self._bare = []
+            elif sum(len(one) for one in self._bare[-64:]) > MAX_LINE or len(self._bare) > MAX_LINE // 64:
+                raise ModelProtocolError("the model's answer is not a stream of events")
+            return
+        name, _, value = line.partition(b":")
+        if name == b"event":
+            self._event, self._open = value.strip(), True
+        elif name == b"error":  # llama.cpp's way to fail in mid-stream
+            self._fail(value.strip())
+        elif line.startswith(b"<"):
+            raise ModelProtocolError("the model's answer is not a stream of events")
+
+    def _fail(self, payload: bytes) -> None:
+        """Fail as the server says, unless the reply is whole already."""
+        if self._finish or self.done:
+            return
+        body = self._loads(payload)
+        raise error_of_body(payload.decode("utf-8", "replace") if body is _NOT_JSON else body)
+
+    def _loads(self, payload: bytes) -> Any:
+        """Decode JSON: strictly, or as loosely as servers write it (NaN, halves of characters)."""
+        try:
+            return orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            self._careful = True
+            return _exact(payload)
+
+    # chunks
+
+    def _chunk(self, payload: bytes, out: list[ModelEvent]) -> bool:
+        """Take a chunk in; False if it is not JSON."""
         try:
             chunk = orjson.loads(payload)
+            if self._careful:
+                self._careful = bool(self._halves)
+        except orjson.JSONDecodeError:
+            chunk = self._loads(payload)
+            if chunk is _NOT_JSON:
+                return False
+        try:
+            if type(chunk) is list:  # Gemini's errors
+                chunk = chunk[0]
             if chunk.get("error"):
+                if self._finish:
+                    return True
                 raise error_of_body(chunk)
-            for choice in chunk.get("choices") or ():
+            choices = chunk.get("choices")
+            for choice in choices or ():
                 delta = choice.get("delta") or {}
-                if len(delta) == 1 and type(content := delta.get("content")) is str and not self._reasoning:
+                if (
+                    len(delta) == 1
+                    and type(content := delta.get("content")) is str
+                    and not (self._reasoning or self._careful)
+                ):
                     # A token of text and nothing else, as nearly all chunks are.
                     if content:
                         self._text.append(content)
                         self.said_anything = True
                         if (
                             self._tries
-                            and len(chunk["choices"]) == 1
+                            and len(choices) == 1
                             and not (choice.get("finish_reason") or chunk.get("usage"))
                         ):
                             self._keep(payload, content)
                 else:
-                    self._delta(delta, out)
+                    if not delta and not self.said_anything:
+                        delta = choice.get("message") or {}  # a whole reply, not streamed
+                    self._delta(delta, out, payload, choices.index(choice))
                 reason = choice.get("finish_reason")
                 if reason:
-                    self._finish = _FINISH.get(reason, str(reason))
+                    self._finishes(str(reason))
+                    self._count(choice.get("usage"), out)
             if chunk.get("usage"):
-                self._flush(out)
-                out.append(usage_of(chunk["usage"]))
+                self._count(chunk["usage"], out)
+            elif not choices or self._finish:
+                self._aside(chunk, out)
         except ModelError:
             raise
-        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ModelProtocolError("the model's stream is not the protocol's JSON") from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+            if not self._finish:
+                raise ModelProtocolError("the model's stream is not the protocol's JSON") from error
+        return True
 
-    def _delta(self, delta: Mapping[str, Any], out: list[ModelEvent]) -> None:
+    def _aside(self, chunk: Mapping[str, Any], out: list[ModelEvent]) -> None:
+        """Look at a chunk that ends a reply, or says nothing of one."""
+        groq = chunk.get("x_groq")
+        if isinstance(groq, Mapping):
+            self._count(groq.get("usage"), out)
+            if groq.get("error") and not self._finish:
+                raise error_of_body(groq)
+        if not self._finish and not chunk.get("choices") and is_error(chunk):
+            raise error_of_body(chunk)
+
+    def _count(self, usage: object, out: list[ModelEvent]) -> None:
+        if usage:
+            self._flush(out)
+            out.append(usage_of(usage))
+
+    def _finishes(self, reason: str) -> None:
+        said = reason.lower()
+        if said in _FAILED or said.startswith("function_call_filter"):
+            raise ModelUnavailableError(f"the model backend ended its reply with {reason[:100]!r}")
+        if said == "abort":
+            raise ModelTruncatedError("the model backend aborted its reply")
+        if self._finish in ("", "stop"):
+            self._finish = _FINISH.get(said, "stop")
+
+    def _delta(self, delta: Mapping[str, Any], out: list[ModelEvent], payload: bytes, place: int) -> None:
+        name = "reasoning_content"
+        thought = delta.get(name)
+        if not thought:
+            name = "reasoning"
+            thought = delta.get(name)
+        details = delta.get("reasoning_details")
+        if details:
+            self._kept.entries("reasoning_details", details)
+        if thought and isinstance(thought, str):
+            self._think(thought, out)
+            self._kept.text(name, thought)
+            if len(delta) == 1:
+                return
+        elif details:
+            self._think("".join(_texts(details)), out)
         content = delta.get("content")
         if content:
-            if not isinstance(content, str):
-                raise TypeError
-            if self._reasoning:
-                self._flush(out)
-            self._text.append(content)
-            self.said_anything = True
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if isinstance(thought, str) and thought:
-            if self._text:
-                self._flush(out)
-            self._reasoning.append(thought)
-            self.said_anything = True
+            self._content(content, out)
+        if refusal := delta.get("refusal"):
+            self._refuse(str(refusal), out)
         calls = delta.get("tool_calls")
+        if isinstance(calls, Mapping):
+            calls = [calls]
+        if not calls and (old := delta.get("function_call")):
+            calls = [{"function": old}]
         if calls:
             self._flush(out)
             self.said_anything = True
-            for call in calls:
-                function = call.get("function") or {}
-                out.append(
-                    ToolCallDelta(
-                        int(call.get("index") or 0),
-                        str(function.get("name") or ""),
-                        str(function.get("arguments") or ""),
-                    )
-                )
+            for number, call in enumerate(calls):
+                function = call.get("function")
+                if function and not isinstance(function.get("arguments"), str | None):
+                    arguments = _exactly(payload, place, number) or function["arguments"]
+                    call = {**call, "function": {**function, "arguments": arguments}}
+                out.append(self._calls.piece(call))
+
+    def _content(self, content: object, out: list[ModelEvent]) -> None:
+        """Take content in: text, or a list of parts of several kinds."""
+        if isinstance(content, str):
+            self._say(content, out)
+            return
+        if isinstance(content, Mapping):
+            content = [content]
+        if not isinstance(content, list):
+            raise TypeError
+        for part in content:
+            if isinstance(part, str):
+                self._say(part, out)
+                continue
+            kind = part.get("type")
+            if kind in ("thinking", "reasoning"):
+                inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
+                self._think(inner if isinstance(inner, str) else "".join(_texts(inner)), out)
+            elif kind == "refusal":
+                self._refuse(str(part.get("refusal") or ""), out)
+            elif isinstance(part.get("text"), str):
+                self._say(part["text"], out)
+
+    def _mended(self, channel: str, text: str) -> str:
+        """Return a text with halves of characters put together, those of the pieces before among them."""
+        if not self._careful:
+            return text
+        text, half = mended(self._halves.pop(channel, "") + text)
+        if half:
+            self._halves[channel] = half
+            self._before = b""  # the token after it is not to be taken unparsed
+        return text
+
+    def _say(self, text: str, out: list[ModelEvent]) -> None:
+        text = self._mended("text", text)
+        if text:
+            if self._reasoning:
+                self._flush(out)
+            self._text.append(text)
+            self.said_anything = True
+
+    def _think(self, text: str, out: list[ModelEvent]) -> None:
+        text = self._mended("reasoning", text)
+        if text:
+            if self._text:
+                self._flush(out)
+            self._reasoning.append(text)
+            self.said_anything = True
+
+    def _refuse(self, text: str, out: list[ModelEvent]) -> None:
+        text = self._mended("refusal", text)
+        if text:
+            self._flush(out)
+            out.append(RefusalDelta(text))
+            self.said_anything = True
 
     def _flush(self, out: list[ModelEvent]) -> None:
         if self._text:
@@ -258,68 +455,36 @@ class StreamParser:
             out.append(ReasoningDelta("".join(self._reasoning)))
             self._reasoning = []
 
-    def finished(self) -> Finished:
-        """Return the reply's end, once the stream is over."""
-        return Finished(self._finish or "stop")
+    def end(self) -> tuple[ModelEvent, ...]:
+        """Return the reply's last events, once the stream is over."""
+        kept = self._kept.event()
+        finished = Finished(self._finish or "stop")
+        return (finished,) if kept is None else (kept, finished)
 
 
-def usage_of(usage: Mapping[str, Any]) -> Usage:
-    """Read a usage object; counts that are absent are 0."""
-    details = usage.get("prompt_tokens_details") or {}
-    return Usage(
-        int(usage.get("prompt_tokens") or 0),
-        int(usage.get("completion_tokens") or 0),
-        int(details.get("cached_tokens") or 0),
-    )
+def _texts(parts: Iterable[object]) -> Iterable[str]:
+    """Yield the texts of parts, whatever they are of."""
+    for part in parts:
+        if isinstance(part, Mapping):
+            part = part.get("text") or part.get("summary")
+        if isinstance(part, str):
+            yield part
 
 
-def error_of_body(body: object) -> ModelError:
-    """Make the typed error of an error object that came inside a stream."""
-    error = body.get("error") if isinstance(body, dict) else None
-    code = error.get("code") if isinstance(error, dict) else None
-    status = code if isinstance(code, int) else 500
-    return error_of_status(status if status >= 400 else 500, _message_of(error), None)
-
-
-def error_of_status(status: int, message: str, retry_after: float | None) -> ModelError:
-    """Make the typed error of an HTTP status.
-
-    Args:
-        status: the backend's status, 400 or above (or a redirect, which is not followed).
-        message: what the backend said; only used where it speaks about the request.
-        retry_after: seconds, from the Retry-After header.
-    """
-    if status in (401, 403):
-        # What the backend said may quote the key: it stays in the log.
-        return ModelAuthError(f"the model backend refused the API key (HTTP {status})")
-    if status == 429:
-        return ModelRateLimitedError("the model backend's rate limit was reached", retry_after)
-    if status == 408 or status >= 500:
-        return ModelUnavailableError(f"the model backend failed (HTTP {status})", retry_after)
-    if status >= 400:
-        said = f": {message}" if message else ""
-        return ModelRejectedError(f"the model backend refused the request (HTTP {status}){said}")
-    return ModelProtocolError(f"the model backend answered HTTP {status}")
-
-
-def message_of_body(body: bytes) -> str:
-    """Return the message of an error body, "" if it has none."""
+def _exact(payload: bytes) -> Any:
+    """Decode JSON loosely and without loss: whole numbers of any size, halves of characters, NaN."""
     try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        return json.loads(payload.decode("utf-8", "surrogateescape"), strict=False)
+    except (ValueError, RecursionError):
+        return _NOT_JSON
+
+
+def _exactly(payload: bytes, place: int, number: int) -> str:
+    """Return arguments that are an object as they were written, "" where they are not found so."""
+    try:
+        choice = verbatim.members(verbatim.elements(verbatim.members(payload.decode())["choices"])[place])
+        calls = verbatim.members(choice.get("delta") or choice["message"])["tool_calls"]
+        call = verbatim.elements(calls)[number] if calls.startswith("[") else calls
+        return verbatim.members(verbatim.members(call)["function"])["arguments"]
+    except (ValueError, KeyError, IndexError):
         return ""
-    return _message_of(data.get("error", data.get("detail")) if isinstance(data, dict) else None)
-
-
-def _message_of(error: object) -> str:
-    message = error.get("message") if isinstance(error, dict) else error
-    return " ".join(message.replace("\x00", "").split())[:300] if isinstance(message, str) else ""
-
-
-def retry_after_of(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of a Retry-After header; dates and nonsense count as absent."""
-    try:
-        seconds = float(headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < 86_400 else None

@@ -56,7 +56,7 @@ class Unheard:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Make a call inside that may be granted a lease; without an answer, what it brought is looked for."""
+        """Make a call inside that may be granted a lease; without an answer, what it got is looked for."""
         call = object()
         self._asking[call] = self._monotonic()
         try:

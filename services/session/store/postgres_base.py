@@ -113,8 +113,8 @@ class PostgresPart:
     async def confirm(self) -> None:
         """Returns once all that could be read until now is where a failover keeps it.
 
-        A read may see what only this server has: what was committed while a wait for the standby was cancelled, or
-        before a crash. All who ask while one such commit is under way share the next.
+        A read may see what only this server has: what was committed while a wait for the standby was cancelled,
+        or before a crash. All who ask while one such commit is under way share the next.
 
         Raises:
             UnavailableError: No standby says so in time.

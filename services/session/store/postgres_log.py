@@ -22,6 +22,7 @@ from services.session.domain import (
     RunAppend,
     StepCommit,
 )
+from services.session.store.port import PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, Record, not_found
 from services.session.store.rows import error_json, intents_json, messages_json
 
@@ -223,7 +224,7 @@ class PostgresLog(PostgresPart):
         Raises:
             NotFoundError: RUN_NOT_FOUND.
         """
-        rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+        rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
         if rows:
             # Readers are shown nothing that a failover could take back.
             await self.confirm()
@@ -234,7 +235,7 @@ class PostgresLog(PostgresPart):
         if run is None:
             raise not_found("run", run_id)
         if not rows:
-            rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+            rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
             await self.confirm()
         if (rows and rows[0]["seq"] != seq + 1) or (not rows and run["last_seq"] > seq):
             raise OutOfRangeError(

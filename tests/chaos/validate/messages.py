@@ -73,17 +73,33 @@ def _beginning(facts: Facts, row: Record) -> Iterator[Violation]:
 
 
 def _input(facts: Facts, row: Record) -> Iterator[Violation]:
-    """The input's place in the conversation is taken at the first claim."""
+    """The input's place in the conversation is taken at the first claim, or at its turn if it ended before.
+
+    Only a rollback that came before the claim leaves nothing of it.
+    """
     run = row["run"]
     said = [message for message in facts.messages_of.get(run, []) if message["role"] == "user"]
     if len(said) > 1:
         yield Violation(1, f"the input of run {run} is in the conversation {len(said)} times", said)
-    if row["attempt"] and not said:
+    if not said and (row["attempt"] or (_had_its_turn(facts, row) and not _dropped(facts, row))):
         yield Violation(1, f"the input of run {run} is not in the conversation", [row])
     submits = [submit for key in facts.keys_of.get(run, []) for submit in facts.submits.get(key, [])]
     for message in said:
         if submits and message["digest"] not in {submit["digest"] for submit in submits}:
             yield Violation(1, f"the input of run {run} is not what was submitted", [*submits, message])
+
+
+def _had_its_turn(facts: Facts, row: Record) -> bool:
+    """Whether a run and all before it have ended."""
+    return all(
+        other["status"] >= COMPLETED
+        for other in facts.sessions[row["session"]]
+        if other["ordinal"] <= row["ordinal"]
+    )
+
+
+def _dropped(facts: Facts, row: Record) -> bool:
+    return bool(row["cancel_requested"] and facts.came_with(row, "rollback"))
 
 
 def _replies(facts: Facts, row: Record) -> Iterator[Violation]:
@@ -164,7 +180,7 @@ def _rolled_back(facts: Facts, kept: list[Record], gone: list[Record]) -> Iterat
             continue
         if row["status"] < COMPLETED:
             yield Violation(1, f"the messages of run {run} were rolled back before it ended", [*of, row])
-        if not row["cancel_requested"] or not facts.came_with(row, "rollback"):
+        if not _dropped(facts, row):
             yield Violation(1, f"the messages of run {run} were rolled back, and nobody wished it", of)
 
 

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.agent.domain.loop import CallState
 from services.agent.domain.prompt import Background, RunSpec, build_prompt, fit, system_prompt
-from services.agent.domain.turn import BAD_ARGUMENTS, TurnBuilder
+from services.agent.domain.turn import BAD_ARGUMENTS, LONG_ARGUMENTS, MAX_CALLS, TurnBuilder
 from services.agent.model import wire
 from services.agent.model.errors import ModelProtocolError
 from services.agent.model.port import (
@@ -17,6 +18,7 @@ from services.agent.model.port import (
     ToolUse,
     Usage,
 )
+from services.agent.model.request import encode_request
 
 SPEC = RunSpec("r", "s", "t", "m", instructions="Be brief.")
 USER = ChatMessage("user", "hi")
@@ -104,13 +106,13 @@ def test_a_call_id_is_short_on_the_wire_and_the_same_in_call_and_result():
         ChatMessage("assistant", "", (ToolUse(long, "add", "{}"),)),
         ChatMessage("tool", "4", (), long),
     ]
-    body = orjson.loads(wire.encode_request(prompt(spec(), messages).request))
-    assert body["messages"][1]["tool_calls"][0]["id"] == body["messages"][2]["tool_call_id"] == "call_0"
+    body = orjson.loads(encode_request(prompt(spec(), messages).request))
+    assert body["messages"][1]["tool_calls"][0]["id"] == body["messages"][2]["tool_call_id"] == "call00000"
     assert body["stream_options"] == {"include_usage": True}
 
 
 def test_only_what_is_set_is_sent():
-    body = orjson.loads(wire.encode_request(prompt(spec(), tools=()).request))
+    body = orjson.loads(encode_request(prompt(spec(), tools=()).request))
     assert set(body) == {"model", "messages", "stream", "stream_options"}
 
 
@@ -187,14 +189,20 @@ def test_what_cannot_be_stored_is_left_out():
     assert (turn.text, text, thought, turn.calls[0].name) == ("ab", "ab", "", "add")
 
 
-def test_endless_arguments_are_an_error():
-    with pytest.raises(ModelProtocolError):
-        build(*[ToolCallDelta(0, "add", "x" * 100_000)] * 20)
+def test_endless_arguments_fail_the_call_and_tell_the_model():
+    turn, _, _ = build(*[ToolCallDelta(0, "add", "{}"), *[ToolCallDelta(1, "sub", "x" * 100_000)] * 20])
+    first, second = turn.calls
+    assert (first.state, first.arguments) == (CallState.INTENT, "{}")
+    assert (second.state, second.arguments, second.content) == (CallState.FAILED, "{}", LONG_ARGUMENTS)
+    assert turn.finish_reason == "length"
 
 
-def test_a_flood_of_calls_is_an_error():
-    with pytest.raises(ModelProtocolError):
-        build(*(ToolCallDelta(index, "add", "{}") for index in range(1000)))
+def test_of_a_flood_of_calls_the_first_are_run_and_the_model_is_told():
+    turn, _, _ = build(*(ToolCallDelta(index, "add", "{}") for index in range(1000)))
+    assert len(turn.calls) == MAX_CALLS + 1
+    assert {call.state for call in turn.calls[:MAX_CALLS]} == {CallState.INTENT}
+    assert turn.calls[-1].state is CallState.FAILED
+    assert "1000 calls" in turn.calls[-1].content
 
 
 @given(st.integers(1, 60))
@@ -210,4 +218,4 @@ def test_a_stream_is_read_the_same_however_it_is_cut(size):
     assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "Héllo"
     assert events[-1] == Usage(3, 2, 0)
     assert parser.done
-    assert parser.finished() == Finished("stop")
+    assert parser.end() == (Finished("stop"),)

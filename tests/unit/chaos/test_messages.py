@@ -52,14 +52,16 @@ def test_a_refusal_that_asks_to_come_again_may_hide_an_acceptance() -> None:
     assert_clean(world)
 
 
-def test_input_that_never_had_its_turn_is_not_in_the_conversation() -> None:
+def test_input_that_ended_while_it_waited_joins_the_conversation_at_its_turn() -> None:
     world = World()
     session = world.session()
     first = world.submit(session)
     waiting = world.submit(session)
     world.claim(first)
     world.cancel(waiting)
+    assert [message["run"] for message in session.messages] == [first.name]
     world.finish(first)
+    assert of(world, "message", run=waiting.name)
     assert_clean(world)
 
 
@@ -136,6 +138,35 @@ def test_a_log_that_begins_with_something_else(world: World) -> None:
     first, second = (of(world, "log", seq=seq, run=world.runs[0].name)[0] for seq in (1, 2))
     first["type"], second["type"] = second["type"], first["type"]
     assert_found(world, 1, "does not begin with run.created")
+
+
+def test_an_input_that_was_interrupted_while_it_waited_and_is_forgotten() -> None:
+    world = World()
+    session = world.session()
+    first = world.submit(session)
+    world.claim(first)
+    waiting = world.submit(session, policy="interrupt")
+    last = world.submit(session, policy="interrupt")
+    world.finish(first, "run.cancelled")
+    world.whole(last)
+    assert_clean(world)
+    drop(world, *of(world, "message", run=waiting.name))
+    for place, message in enumerate(of(world, "message"), start=1):
+        message["ordinal"] = place
+    assert_found(world, 1, f"the input of run {waiting.name} is not in the conversation")
+
+
+def test_a_rollback_leaves_nothing_of_what_waited() -> None:
+    world = World()
+    session = world.session()
+    first = world.submit(session)
+    world.claim(first)
+    waiting = world.submit(session)
+    last = world.submit(session, policy="rollback")
+    world.finish(first, "run.cancelled")
+    world.whole(last)
+    assert not of(world, "message", run=waiting.name)
+    assert_clean(world)
 
 
 def test_an_input_that_is_not_in_the_conversation(world: World) -> None:

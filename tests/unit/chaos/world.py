@@ -42,6 +42,7 @@ class Run:
     attempt: int = 0
     cancel_requested: bool = False
     rollback: bool = False
+    joined: bool = False
     log: list[Record] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
@@ -191,7 +192,7 @@ class World:
         session.next_seq = run.last_seq + 1
         self._grant(session)
         if not run.attempt:
-            self._message(run, "user", run.text)
+            self._join(run)
         run.attempt += 1
         run.status = 2
         for call in run.calls:
@@ -251,6 +252,16 @@ class World:
             for one in session.messages:
                 one["rolled_back"] = one["rolled_back"] or one["run"] == run.name
             assert [one["ordinal"] for one in kept] == list(range(1, len(kept) + 1))
+            run.joined = True
+        for ended in session.runs:
+            if not ended.over:
+                break
+            if not ended.joined:
+                self._join(ended)
+
+    def _join(self, run: Run) -> None:
+        self._message(run, "user", run.text)
+        run.joined = True
 
     def unheld(self, run: Run, *types: str, call: str | None = None) -> None:
         session = run.session

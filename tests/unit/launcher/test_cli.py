@@ -11,6 +11,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.folder import Folder
+from launcher.kept import Kept, told
 from launcher.ports import free_port, port_problem
 from launcher.processes import identify
 from launcher.state import Remembered, State
@@ -21,6 +22,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     for name in [name for name in os.environ if name.startswith("HERMESH_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HERMESH_DATA_DIR", str(tmp_path / "data"))
+    # A command adds to its environment; the next test is another command.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     return Folder(tmp_path / "data")
 
 
@@ -205,6 +208,112 @@ def test_an_interrupted_up_leaves_what_it_found(
     assert hermesh(monkeypatch, "up") == 1
     assert "interrupted" in capsys.readouterr().err
     assert bool(stopped) is fresh
+
+
+class Started(Exception):
+    """Stands for a supervisor that is started."""
+
+
+def starts(monkeypatch: pytest.MonkeyPatch, folder: Folder, *arguments: str) -> dict[str, str] | str:
+    """Returns the settings that `hermesh up` would start a supervisor with."""
+    found: dict[str, str] = {}
+
+    def start(_: Folder) -> None:
+        found.update(told(os.environ))
+        raise Started
+
+    monkeypatch.setattr("launcher.control.start_supervisor", start)
+    monkeypatch.setattr("launcher.cli._check_ports", lambda *_: None)
+    monkeypatch.setattr("launcher.embedded.postgres.Postgres.initialize", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["hermesh", "up", *arguments])
+    with pytest.raises(Started):
+        main()
+    return found
+
+
+KEPT = {"HERMESH_DATABASE_URL": "postgresql://a:pw@db/x", "HERMESH_HTTP_PORT": "18080"}
+
+
+def keep(folder: Folder, settings: dict[str, str]) -> None:
+    folder.prepare()
+    Kept(settings, "f", exists=True).save(folder)
+
+
+def test_up_goes_by_what_it_was_told_last_time_and_says_so(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(folder, KEPT)
+    monkeypatch.setenv("HERMESH_HTTP_PORT", "18081")
+    assert starts(monkeypatch, folder) == KEPT | {"HERMESH_HTTP_PORT": "18081"}
+    said = capsys.readouterr()
+    assert "HERMESH_DATABASE_URL=postgresql://db/x" in said.out
+    assert "pw" not in said.out + said.err
+    assert "HERMESH_HTTP_PORT" not in said.out
+
+
+@pytest.mark.parametrize("now", ["", "postgresql://elsewhere:5433/x"])
+def test_up_on_another_database_than_last_time_needs_a_word(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: str
+) -> None:
+    keep(folder, KEPT)
+    monkeypatch.setenv("HERMESH_DATABASE_URL", now)
+    assert hermesh(monkeypatch, "up") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for part in ("postgresql://db:5432/x", now or "embedded", "--yes", "HERMESH_DATABASE_URL unset", "stays"):
+        assert part in said
+    assert "pw" not in said
+    expected = {name: value for name, value in (KEPT | {"HERMESH_DATABASE_URL": now}).items() if value}
+    assert starts(monkeypatch, folder, "--yes") == expected
+
+
+@pytest.mark.parametrize("word", [True, False])
+def test_up_on_another_database_asks_who_sits_at_a_terminal(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: bool
+) -> None:
+    keep(folder, KEPT)
+    monkeypatch.setenv("HERMESH_DATABASE_URL", "postgresql://elsewhere/x")
+    monkeypatch.setattr("launcher.cli._somebody_there", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: word)
+    if word:
+        starts(monkeypatch, folder)
+    else:
+        assert hermesh(monkeypatch, "up") == 1
+        assert "nothing was changed" in capsys.readouterr().err
+
+
+def test_up_names_a_mistyped_setting(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HERMESH_DATABSE_URL", "postgresql://db/x")
+    starts(monkeypatch, folder)
+    said = capsys.readouterr().err
+    assert "HERMESH_DATABSE_URL is no setting" in said
+    assert "is HERMESH_DATABASE_URL meant?" in said
+
+
+def test_env_is_of_the_running_mesh_whatever_the_shell_says(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(folder, KEPT | {"HERMESH_INSTRUCTIONS": "Be kind, & brief."})
+    me = identify(os.getpid())
+    assert me is not None
+    supervisor = {"pid": me.pid, "start_time": me.start_time}
+    addresses = {"http": "127.0.0.1:18080", "grpc": "127.0.0.1:15051"}
+    monkeypatch.setenv("HERMESH_DATABASE_URL", "postgresql://elsewhere/x")
+    State(supervisor=supervisor, addresses=addresses, settings="f").save(folder.state_file)
+    assert hermesh(monkeypatch, "env") == 0
+    printed = dict(line.split("=", 1) for line in capsys.readouterr().out.splitlines())
+    assert printed["HERMESH_DATABASE_URL"] == KEPT["HERMESH_DATABASE_URL"]
+    assert printed["HERMESH_HTTP_URL"] == "http://127.0.0.1:18080"
+    assert printed["HERMESH_GRPC_ADDRESS"] == "127.0.0.1:15051"
+    assert printed["HERMESH_DATA_DIR"] == str(folder.root)
+    assert printed["HERMESH_INSTRUCTIONS"] == "'Be kind, & brief.'"
+    # Another mesh is being started in its place: what is kept is not of it.
+    monkeypatch.setenv("HERMESH_DATABASE_URL", "postgresql://elsewhere/x")
+    State(supervisor=supervisor, addresses=addresses, settings="g").save(folder.state_file)
+    assert hermesh(monkeypatch, "env", "HERMESH_DATABASE_URL") == 0
+    assert capsys.readouterr().out == "postgresql://elsewhere/x\n"
 
 
 def test_logs_are_of_one_service_or_replica(

@@ -70,6 +70,43 @@ async def test_a_child_that_leaves_is_no_endpoint_any_more(supervisor: Superviso
         assert "4242" not in endpoints.read_text()
 
 
+async def test_what_an_earlier_supervisor_left_is_an_endpoint_until_it_is_taken_over(
+    supervisor: Supervisor,
+) -> None:
+    endpoints = supervisor.folder.envoy / "eds" / "tool.yaml"
+    async with asyncio.TaskGroup() as group:
+        serving(supervisor, group)
+        # Its parts are taken over first, and each says where it is before the services' turn comes.
+        supervisor.leftovers["tool-2"] = Remembered("tool", "tool-2", os.getpid(), 1, "127.0.0.1:4343")
+        supervisor.leftovers["tool-3"] = Remembered("tool", "tool-3", os.getpid(), 1)
+        supervisor.publish()
+        assert "4242" in endpoints.read_text()
+        assert "4343" in endpoints.read_text()
+        del supervisor.leftovers["tool-2"]
+        supervisor.publish()
+        assert "4343" not in endpoints.read_text()
+
+
+async def test_endpoints_that_somebody_broke_are_right_before_envoy_is_waited_for(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoints = supervisor.folder.envoy / "eds" / "tool.yaml"
+    seen: list[str] = []
+
+    async def balanced(_: object) -> None:
+        seen.append(endpoints.read_text())
+
+    async def say(_: str) -> None:
+        pass
+
+    monkeypatch.setattr(supervisor, "_wait_balanced", balanced)
+    async with asyncio.TaskGroup() as group:
+        serving(supervisor, group).ready.set()
+        endpoints.write_text("resources: 7")
+        await supervisor.scale({"tool": 1}, say)
+    assert "4242" in seen[0]
+
+
 async def test_the_state_names_who_runs(supervisor: Supervisor) -> None:
     async with asyncio.TaskGroup() as group:
         serving(supervisor, group)

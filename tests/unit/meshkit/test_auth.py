@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import UUID, uuid4
 
+import grpc
 import pytest
 
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from meshkit.auth import CachingAuthenticator, MeshAuthenticator, hash_key
 from meshkit.channel import open_channel
-from meshkit.errors import InternalError, UnauthenticatedError, UnavailableError
+from meshkit.context import client_var
+from meshkit.errors import HermeshError, InternalError, UnauthenticatedError, UnavailableError
 from meshkit.identity import Identity, use_identity
 from meshkit.settings import MeshSettings
 from tests.unit.meshkit.support import TENANT, Servicer, serve
@@ -127,8 +131,8 @@ async def test_the_cache_is_bounded_and_holds_no_key() -> None:
     keys, _ = cached(source, max_entries=10)
     for i in range(50):
         await keys.authenticate(f"k{i}")
-    assert len(keys._entries) == 10
-    assert set(keys._entries) == {hash_key(f"k{i}") for i in range(40, 50)}
+    assert len(keys._good) == 10
+    assert set(keys._good) == {hash_key(f"k{i}") for i in range(40, 50)}
 
 
 @pytest.mark.parametrize("api_key", ["", "x" * 501])
@@ -173,3 +177,117 @@ async def test_no_session_service_is_unavailable(settings: MeshSettings) -> None
             await MeshAuthenticator(channel, settings).authenticate("hm_1")
     assert error.value.reason == "SERVICE_UNAVAILABLE"
     assert "127.0.0.1" not in error.value.message
+
+
+async def refused(keys: CachingAuthenticator, key: str) -> HermeshError:
+    with pytest.raises(HermeshError) as caught:
+        await keys.authenticate(key)
+    return caught.value
+
+
+@contextmanager
+def client(address: str) -> Iterator[None]:
+    token = client_var.set(address)
+    try:
+        yield
+    finally:
+        client_var.reset(token)
+
+
+async def test_wrong_keys_never_push_a_right_one_out_of_the_cache() -> None:
+    source = Source(good=TENANT)
+    keys, _ = cached(source, max_entries=10, burst=1_000)
+    await keys.authenticate("good")
+    for number in range(100):
+        assert (await refused(keys, f"wrong-{number}")).reason == "API_KEY_INVALID"
+    asked = len(source.asked)
+    assert await keys.authenticate("good") == TENANT
+    assert len(source.asked) == asked
+    # Wrong ones are remembered, too, the last ten of them.
+    await refused(keys, "wrong-99")
+    assert len(source.asked) == asked
+    await refused(keys, "wrong-0")
+    assert len(source.asked) == asked + 1
+
+
+async def test_unknown_keys_of_one_address_are_looked_up_only_so_often() -> None:
+    source = Source(good=TENANT, other=TENANT)
+    keys, clock = cached(source, burst=10, rate=2)
+    with client("203.0.113.7"):
+        await keys.authenticate("good")
+        reasons = [(await refused(keys, f"wrong-{number}")).reason for number in range(100)]
+        assert reasons == ["API_KEY_INVALID"] * 10 + ["TOO_MANY_WRONG_KEYS"] * 90
+        assert len(source.asked) == 11
+        error = await refused(keys, "wrong-100")
+        assert (error.code, error.retry_after_ms) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 500)
+        # A key that was right here goes on working, also once it has to be looked up again.
+        clock.now = 0.3
+        assert await keys.authenticate("good") == TENANT
+        clock.now = 31
+        source.asked.clear()
+        for number in range(100, 200):
+            await refused(keys, f"wrong-{number}")
+        assert await keys.authenticate("good") == TENANT
+        assert source.asked == [f"wrong-{number}" for number in range(100, 110)] + ["good"]
+    with client("203.0.113.8"):
+        assert await keys.authenticate("other") == TENANT
+        assert (await refused(keys, "wrong-1000")).reason == "API_KEY_INVALID"
+
+
+async def test_right_keys_cost_an_address_nothing_however_many_come_at_once() -> None:
+    names = [f"k{number}" for number in range(200)]
+    source = Source(**dict.fromkeys(names, TENANT))
+    keys, _ = cached(source, burst=5, rate=1)
+    source.gate.clear()
+    with client("203.0.113.7"):
+        asking = [asyncio.ensure_future(keys.authenticate(name)) for name in names]
+        await source.entered.wait()
+        source.gate.set()
+        assert await asyncio.gather(*asking) == [TENANT] * 200
+        assert (await refused(keys, "wrong")).reason == "API_KEY_INVALID"
+
+
+async def test_an_address_in_debt_waits_the_longer() -> None:
+    source = Source()
+    keys, _ = cached(source, burst=5, rate=1)
+    source.gate.clear()
+    with client("203.0.113.7"):
+        asking = [asyncio.ensure_future(refused(keys, f"wrong-{number}")) for number in range(50)]
+        await source.entered.wait()
+        source.gate.set()
+        await asyncio.gather(*asking)
+        assert (await refused(keys, "another")).retry_after_ms == 46_000
+
+
+async def test_more_lookups_at_once_than_there_are_places_for_are_refused() -> None:
+    source = Source()
+    keys, _ = cached(source, max_lookups=3, burst=100)
+    source.gate.clear()
+    asking = [asyncio.ensure_future(refused(keys, f"wrong-{number}")) for number in range(3)]
+    async with asyncio.timeout(5):
+        while len(source.asked) < 3:  # noqa: ASYNC110 -- the source tells only of the first
+            await asyncio.sleep(0)
+    error = await refused(keys, "one-more")
+    assert (type(error), error.retry_after_ms) == (UnavailableError, 500)
+    source.gate.set()
+    assert {error.reason for error in await asyncio.gather(*asking)} == {"API_KEY_INVALID"}
+
+
+async def test_a_lookup_that_failed_is_not_held_against_its_address() -> None:
+    source = Source(good=TENANT)
+    keys, _ = cached(source, burst=1, rate=0.001)
+    source.error = UnavailableError(message="down")
+    for _ in range(20):
+        assert type(await refused(keys, "good")) is UnavailableError
+    source.error = None
+    assert await keys.authenticate("good") == TENANT
+
+
+async def test_a_key_that_was_revoked_is_wrong_from_then_on() -> None:
+    source = Source(k=TENANT)
+    keys, clock = cached(source)
+    await keys.authenticate("k")
+    del source.keys["k"]
+    clock.now = 31
+    assert [(await refused(keys, "k")).reason for _ in range(3)] == ["API_KEY_INVALID"] * 3
+    assert len(source.asked) == 2

@@ -549,7 +549,7 @@ async def test_a_call_whose_deadline_has_passed_is_not_begun(logs: Logs) -> None
     handler = await interceptor.intercept_service(continuation, Details())
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_unary(b"", context)
+        await handler.stream_unary(None, context)
     assert context.sent[0] is grpc.StatusCode.DEADLINE_EXCEEDED
     assert not called
     assert logs.entries[0]["code"] == "DEADLINE_EXCEEDED"

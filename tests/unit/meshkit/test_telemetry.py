@@ -47,10 +47,10 @@ except KeyError:
 """
 
 
-def child(log_format: str) -> list[str]:
+def child(log_format: str, program: str = CHILD) -> list[str]:
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, log_format],
+        [sys.executable, "-c", program, log_format],
         env=env,
         capture_output=True,
         text=True,
@@ -166,3 +166,58 @@ async def test_what_python_holds_is_counted(loop_figures: CollectorRegistry) -> 
 
 def test_importing_does_not_touch_logging() -> None:
     assert logging.getLogger("meshkit").handlers == []
+
+
+HOSTILE = """
+import logging, sys
+import structlog
+from meshkit.settings import MeshSettings
+from meshkit.telemetry import setup_logging
+
+setup_logging(MeshSettings(log_format=sys.argv[1], replica="r-1"), "svc")
+log = structlog.get_logger("own")
+
+def descend(secret, deep, levels):
+    if levels == 0:
+        raise ValueError("at the bottom " + "x" * 100_000)
+    ascend(secret, deep, levels)
+
+def ascend(secret, deep, levels):
+    descend(secret, deep, levels - 1)
+
+deep = []
+for _ in range(900):
+    deep = [deep, {"key": "hm_" + "very-secret", "more": "y" * 1_000}]
+for library in (False, True):
+    try:
+        try:
+            descend("hm_" + "very-secret", deep, 400)
+        except ValueError as error:
+            raise ExceptionGroup("several", [error] * 50) from error
+    except ExceptionGroup:
+        if library:
+            logging.getLogger("lib").exception("it failed")
+        else:
+            log.exception("it failed", deep=[[[[[[["z" * 10_000]]]]]]])
+path = "/x\\n2026 [info] forged\\x1b[2J"
+log.warning("a text\\nwith lines", path=path, many=list(range(100_000)), big=1 << 40_000)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_deep_traceback_is_short_and_names_no_variable(log_format: str) -> None:
+    lines = child(log_format, HOSTILE)
+    text = "\n".join(lines)
+    assert "ValueError: at the bottom xxx" in text
+    assert "frames left out" in text
+    assert "in descend" in text
+    assert "very-secret" not in text
+    assert "1 of 50" in text
+    assert "forged" in text
+    assert "\x1b" not in text
+    assert len(text) < 40_000
+    if log_format == "json":
+        assert len(lines) == 3
+        assert all(len(line) < 12_000 for line in lines)
+    else:
+        assert not any(line.startswith("2026 [info]") for line in lines)

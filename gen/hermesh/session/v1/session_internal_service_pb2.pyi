@@ -88,6 +88,29 @@ APPEND_OUTCOME_RETRY: AppendOutcome.ValueType  # 4
 APPEND_OUTCOME_INVALID: AppendOutcome.ValueType  # 5
 """Refused: the write itself breaks a rule, and sending it again cannot help."""
 
+class _FailCause:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FailCauseEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_FailCause.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    FAIL_CAUSE_UNSPECIFIED: _FailCause.ValueType  # 0
+    """Not used."""
+    FAIL_CAUSE_INTERNAL: _FailCause.ValueType  # 1
+    """An error of the agent's own."""
+    FAIL_CAUSE_REFUSED: _FailCause.ValueType  # 2
+    """The store refused what the run wrote, and its failed event, too."""
+
+class FailCause(_FailCause, metaclass=_FailCauseEnumTypeWrapper):
+    """FailCause says why a run's holder could not write its end."""
+
+FAIL_CAUSE_UNSPECIFIED: FailCause.ValueType  # 0
+"""Not used."""
+FAIL_CAUSE_INTERNAL: FailCause.ValueType  # 1
+"""An error of the agent's own."""
+FAIL_CAUSE_REFUSED: FailCause.ValueType  # 2
+"""The store refused what the run wrote, and its failed event, too."""
+
 class _BeginOutcome:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -213,7 +236,7 @@ class ClaimRunResponse(message.Message):
 
     @builtins.property
     def context(self) -> resources_pb2.RunContext:
-        """Set when claimed."""
+        """Set when claimed: its first page."""
 
     @builtins.property
     def options(self) -> resources_pb2.RunOptions:
@@ -232,6 +255,58 @@ class ClaimRunResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["context", b"context", "grant", b"grant", "options", b"options", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["context", b"context", "grant", b"grant", "options", b"options", "outcome", b"outcome", "run", b"run", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadContextRequest(message.Message):
+    """The request of ReadContext."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    FENCE_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    fence: builtins.int
+    """A fence of this claim."""
+    @builtins.property
+    def position(self) -> resources_pb2.ContextPosition:
+        """Where to go on: `next` of the claim's context, or of the last page that came."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        fence: builtins.int = ...,
+        position: resources_pb2.ContextPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["fence", b"fence", "position", b"position", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadContextResponse(message.Message):
+    """One message of ReadContext's stream."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def context(self) -> resources_pb2.RunContext:
+        """The next page: messages, events and tool calls only."""
+
+    def __init__(
+        self,
+        *,
+        context: resources_pb2.RunContext | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["context", b"context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,6 +813,52 @@ class ListLeasesResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["leases", b"leases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FailRunRequest(message.Message):
+    """The request of FailRun."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    cause: FailCause.ValueType
+    """Why."""
+    @builtins.property
+    def lease(self) -> LeaseRef:
+        """The lease; any fence of the current claim will do."""
+
+    def __init__(
+        self,
+        *,
+        lease: LeaseRef | None = ...,
+        cause: FailCause.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cause", b"cause", "lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FailRunResponse(message.Message):
+    """The response of FailRun."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ENDED_FIELD_NUMBER: builtins.int
+    ended: builtins.bool
+    """Whether the run was the caller's until now, and has ended."""
+    def __init__(
+        self,
+        *,
+        ended: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["ended", b"ended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

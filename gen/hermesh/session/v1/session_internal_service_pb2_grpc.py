@@ -45,6 +45,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.FromString,
                 _registered_method=True)
+        self.ReadContext = channel.unary_stream(
+                '/hermesh.session.v1.SessionInternalService/ReadContext',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.FromString,
+                _registered_method=True)
         self.Append = channel.stream_stream(
                 '/hermesh.session.v1.SessionInternalService/Append',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.AppendRequest.SerializeToString,
@@ -64,6 +69,11 @@ class SessionInternalServiceStub:
                 '/hermesh.session.v1.SessionInternalService/ListLeases',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.FromString,
+                _registered_method=True)
+        self.FailRun = channel.unary_unary(
+                '/hermesh.session.v1.SessionInternalService/FailRun',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.FromString,
                 _registered_method=True)
         self.BeginToolCall = channel.unary_unary(
                 '/hermesh.session.v1.SessionInternalService/BeginToolCall',
@@ -110,6 +120,13 @@ class SessionInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadContext(self, request, context):
+        """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Append(self, request_iterator, context):
         """Appends events of many runs over one stream, and notifies of cancels and lost leases.
         """
@@ -134,6 +151,14 @@ class SessionInternalServiceServicer:
     def ListLeases(self, request, context):
         """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
         never got, it gives up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FailRun(self, request, context):
+        """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+        nothing that came from outside, so that nothing in it can fail as the run's own writing did.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,6 +213,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.SerializeToString,
             ),
+            'ReadContext': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadContext,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.SerializeToString,
+            ),
             'Append': grpc.stream_stream_rpc_method_handler(
                     servicer.Append,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.AppendRequest.FromString,
@@ -207,6 +237,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.ListLeases,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.SerializeToString,
+            ),
+            'FailRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.FailRun,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.SerializeToString,
             ),
             'BeginToolCall': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginToolCall,
@@ -289,6 +324,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ClaimRun',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/ReadContext',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -397,6 +459,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ListLeases',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FailRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/FailRun',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

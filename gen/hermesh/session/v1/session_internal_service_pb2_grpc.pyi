@@ -37,6 +37,8 @@ class SessionInternalServiceStub:
     """Finds the tenant of an API key. Errors: API_KEY_INVALID."""
     ClaimRun: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ClaimRunRequest, _session_internal_service_pb2.ClaimRunResponse]
     """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
+    ReadContext: _grpc.UnaryStreamMultiCallable[_session_internal_service_pb2.ReadContextRequest, _session_internal_service_pb2.ReadContextResponse]
+    """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
     Append: _grpc.StreamStreamMultiCallable[_session_internal_service_pb2.AppendRequest, _session_internal_service_pb2.AppendResponse]
     """Appends events of many runs over one stream, and notifies of cancels and lost leases."""
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.RenewLeasesRequest, _session_internal_service_pb2.RenewLeasesResponse]
@@ -46,6 +48,10 @@ class SessionInternalServiceStub:
     ListLeases: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ListLeasesRequest, _session_internal_service_pb2.ListLeasesResponse]
     """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
     never got, it gives up.
+    """
+    FailRun: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]
+    """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+    nothing that came from outside, so that nothing in it can fail as the run's own writing did.
     """
     BeginToolCall: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.BeginToolCallRequest, _session_internal_service_pb2.BeginToolCallResponse]
     """Records that a tool is about to act. Nothing may act without it."""
@@ -69,6 +75,8 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Finds the tenant of an API key. Errors: API_KEY_INVALID."""
     ClaimRun: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ClaimRunRequest, _session_internal_service_pb2.ClaimRunResponse]  # type: ignore[assignment]
     """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
+    ReadContext: _aio.UnaryStreamMultiCallable[_session_internal_service_pb2.ReadContextRequest, _session_internal_service_pb2.ReadContextResponse]  # type: ignore[assignment]
+    """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
     Append: _aio.StreamStreamMultiCallable[_session_internal_service_pb2.AppendRequest, _session_internal_service_pb2.AppendResponse]  # type: ignore[assignment]
     """Appends events of many runs over one stream, and notifies of cancels and lost leases."""
     RenewLeases: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.RenewLeasesRequest, _session_internal_service_pb2.RenewLeasesResponse]  # type: ignore[assignment]
@@ -78,6 +86,10 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     ListLeases: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ListLeasesRequest, _session_internal_service_pb2.ListLeasesResponse]  # type: ignore[assignment]
     """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
     never got, it gives up.
+    """
+    FailRun: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]  # type: ignore[assignment]
+    """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+    nothing that came from outside, so that nothing in it can fail as the run's own writing did.
     """
     BeginToolCall: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.BeginToolCallRequest, _session_internal_service_pb2.BeginToolCallResponse]  # type: ignore[assignment]
     """Records that a tool is about to act. Nothing may act without it."""
@@ -112,6 +124,14 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
 
     @_abc_1.abstractmethod
+    def ReadContext(
+        self,
+        request: _session_internal_service_pb2.ReadContextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_internal_service_pb2.ReadContextResponse], _abc.AsyncIterator[_session_internal_service_pb2.ReadContextResponse]]:
+        """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
+
+    @_abc_1.abstractmethod
     def Append(
         self,
         request_iterator: _MaybeAsyncIterator[_session_internal_service_pb2.AppendRequest],
@@ -143,6 +163,16 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_session_internal_service_pb2.ListLeasesResponse, _abc.Awaitable[_session_internal_service_pb2.ListLeasesResponse]]:
         """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
         never got, it gives up.
+        """
+
+    @_abc_1.abstractmethod
+    def FailRun(
+        self,
+        request: _session_internal_service_pb2.FailRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_internal_service_pb2.FailRunResponse, _abc.Awaitable[_session_internal_service_pb2.FailRunResponse]]:
+        """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
+        nothing that came from outside, so that nothing in it can fail as the run's own writing did.
         """
 
     @_abc_1.abstractmethod

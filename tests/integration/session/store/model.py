@@ -9,6 +9,7 @@ from services.session.domain import AppendOutcome, ClaimOutcome, ConcurrencyPoli
 from services.session.store.postgres_runs import MAX_IDLE_CLAIMS
 
 PREAMBLE = {"run.created", "run.started", "step.started", "attempt.reset"}
+TEXT = {"text.delta", "reasoning.delta"}
 
 
 @dataclass
@@ -26,6 +27,8 @@ class ModelRun:
     cancel: bool = False
     rollback: bool = False
     late: bool = False
+    # Whether its input is in the conversation, or was dropped.
+    joined: bool = False
     parked_on: str = ""
 
     @property
@@ -100,13 +103,15 @@ class Model:
             return ClaimOutcome.ALREADY_CLAIMED
         if self.end_if_due(run):
             return ClaimOutcome.FINISHED
-        if any(kind not in PREAMBLE for kind in run.log[run.claim_seq - 1 :]):
+        wrote = set(run.log[run.claim_seq - 1 :])
+        if wrote - PREAMBLE - TEXT or (wrote & TEXT and "attempt.reset" not in wrote):
             run.idle = 0
         if run.idle >= MAX_IDLE_CLAIMS and not again:
             self.end_unheld(run, RunStatus.FAILED)
             return ClaimOutcome.FINISHED
         if run.attempt == 0:
             self.messages.append((run.run_id, run.text))
+            run.joined = True
         self.taken(run)
         run.status = RunStatus.RUNNING
         run.attempt += 1
@@ -187,6 +192,15 @@ class Model:
         handle.run.idle = max(0, handle.run.idle - 1)
         return True
 
+    def fail(self, handle: Handle) -> bool:
+        """Returns True if the run was its holder's until now, and is ended here."""
+        run = handle.run
+        mine = self.leased is run and self.owner is not None and run.status is RunStatus.RUNNING
+        if not mine or not self.fence - self.attach <= handle.fence <= self.fence:
+            return False
+        self.end_unheld(run, RunStatus.CANCELLED if run.cancel else RunStatus.FAILED)
+        return True
+
     def resolve(self, run: ModelRun) -> None:
         self._write_unheld(run, "action.resolved")
         run.status = RunStatus.QUEUED
@@ -208,8 +222,19 @@ class Model:
         run.status = status
         if run.rollback:
             self.messages = [message for message in self.messages if message[0] != run.run_id]
+            run.joined = True
         if self.leased is run:
             self.owner = None
+        self.join()
+
+    def join(self) -> None:
+        """What was accepted is in the conversation at its turn, whatever became of its run."""
+        for run in self.runs:
+            if run.open:
+                return
+            if not run.joined:
+                self.messages.append((run.run_id, run.text))
+                run.joined = True
 
     def end_unheld(self, run: ModelRun, status: RunStatus) -> None:
         self._write_unheld(run, "run.cancelled" if status is RunStatus.CANCELLED else "run.failed")

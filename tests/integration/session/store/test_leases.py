@@ -247,8 +247,9 @@ async def test_cancel_of_a_queued_run_ends_it_and_leaves_the_holder_alone(kit: K
     assert (await kit.append(grant, 2)).outcome is AppendOutcome.COMMITTED
     await kit.finish(grant, 3)
     await kit.claimed(after.run.run_id)
-    # What was never its turn never was said.
-    assert [text for _, _, text in await kit.messages(grant.session_id)] == ["first", "done", "after"]
+    # It was accepted: its input is in the conversation, at its turn.
+    texts = [text for _, _, text in await kit.messages(grant.session_id)]
+    assert texts == ["first", "done", "never", "after"]
 
 
 async def test_cancel_of_a_held_run_is_the_holders_to_carry_out(kit: Kit) -> None:

@@ -243,6 +243,17 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
         def release(self, handle: Handle) -> None:
             assert run(kit.store.release(self.ref(handle))) == self.model.release(handle)
 
+        @rule(handle=handles)
+        def fail(self, handle: Handle) -> None:
+            ended = run(kit.store.fail_held(self.ref(handle), "it could not write its end"))
+            assert (ended is not None) == self.model.fail(handle)
+            assert ended is None or (ended.run_id, ended.status) == (handle.run.run_id, handle.run.status)
+
+        @rule()
+        def holder_fails(self) -> None:
+            if self.current is not None:
+                self.fail(self.current)
+
         @rule(made=runs)
         def cancel(self, made: ModelRun) -> None:
             _, terminal = run(kit.store.cancel(kit.tenant, made.run_id, "x"))

@@ -167,7 +167,8 @@ async def test_interrupt_ends_what_waits_and_asks_the_holder_to_stop(kit: Kit) -
     assert (await kit.append(grant, 2)).outcome is AppendOutcome.COMMITTED
     await kit.step(grant, 3, event("run.cancelled", '{"reason":"x"}'), status=RunStatus.CANCELLED)
     await kit.claimed(third.run.run_id)
-    assert [text for _, _, text in await kit.messages(grant.session_id)] == ["first", "third"]
+    expected = [(1, "user", "first"), (2, "user", "second"), (3, "user", "third")]
+    assert await kit.messages(grant.session_id) == expected
 
 
 async def test_interrupt_ends_a_run_whose_holder_is_gone_and_takes_its_place(kit: Kit) -> None:

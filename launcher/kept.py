@@ -1,0 +1,170 @@
+"""What `hermesh up` was told, kept in the data folder: the next one, from any shell, starts the same mesh.
+
+`settings.json` holds the settings, as variables, of the last `up` that succeeded. It is its owner's only, as
+the embedded parts' passwords beside it are: without a URL's password the mesh could not start.
+What the shell says goes before; a variable that it sets to nothing is told to be its default again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from launcher.folder import Folder, write_private
+from meshkit.settings import PREFIX
+from meshkit.variables import known
+
+# Which folder it is, what the launcher itself tells each process, and what only tests set.
+_NOT_KEPT = frozenset(
+    {
+        "HERMESH_DATA_DIR",
+        "HERMESH_FAILPOINTS",
+        "HERMESH_LISTEN",
+        "HERMESH_MESH_TOKEN",
+        "HERMESH_METRICS_LISTEN",
+        "HERMESH_READY_FILE",
+        "HERMESH_REPLICA",
+    }
+)
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+_CREDENTIALS = re.compile(r"//[^/@\s]*@")
+_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The content of `settings.json`.
+
+    Attributes:
+        variables: the settings, by variable.
+        fingerprint: of the whole environment it was started with; see `launcher.plan.fingerprint`.
+        exists: whether anything is kept at all.
+    """
+
+    variables: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    exists: bool = False
+
+    @classmethod
+    def load(cls, folder: Folder) -> Kept:
+        """Reads the file; a missing or broken one keeps nothing."""
+        try:
+            found = json.loads(folder.settings_file.read_bytes())
+            variables = {str(name): str(value) for name, value in found["variables"].items()}
+            return cls(variables, str(found["fingerprint"]), exists=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+
+    def save(self, folder: Folder) -> None:
+        """Writes the file by rename, with mode 0600."""
+        text = json.dumps({"variables": self.variables, "fingerprint": self.fingerprint}, indent=1)
+        write_private(folder.settings_file, text + "\n")
+
+
+def told(environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings that an environment holds and that are to be kept."""
+    names = known() - _NOT_KEPT
+    return {
+        name.upper(): value
+        for name, value in sorted(environment.items())
+        if value and name.upper().startswith(PREFIX) and name.upper() in names
+    }
+
+
+def fill(environment: MutableMapping[str, str], kept: Kept) -> list[str]:
+    """Adds what is kept and what the environment says nothing of; returns its names."""
+    named = {name.upper() for name in environment}
+    added = {name: value for name, value in kept.variables.items() if name not in named}
+    environment.update(added)
+    return sorted(added)
+
+
+def replace(environment: MutableMapping[str, str], kept: Kept) -> None:
+    """Has the environment say what is kept and nothing else, whatever the shell says."""
+    for name in [name for name in environment if name.upper() in known() - _NOT_KEPT]:
+        del environment[name]
+    environment.update(kept.variables)
+
+
+def shown(name: str, value: str) -> str:
+    """A setting's value as anybody may see it: without keys, credentials and queries."""
+    if _SECRET.search(name):
+        return "(a secret)"
+    if "://" in value:
+        value = _CREDENTIALS.sub("//", value).partition("?")[0]
+    text = " ".join(value.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where something that lasts is kept.
+
+    Attributes:
+        what: its name for people.
+        variable: the setting that names it.
+        place: what tells it from others; no credentials are in it.
+    """
+
+    what: str
+    variable: str
+    place: str
+
+
+def stores(variables: Mapping[str, str], folder: Folder) -> list[Store]:
+    """The stores that settings name. Redis is none: it holds nothing that PostgreSQL does not."""
+    database = _database(variables.get("HERMESH_DATABASE_URL", ""))
+    objects = variables.get("HERMESH_OBJECT_STORE_URL", "")
+    embedded = f"the embedded one in {folder.postgres}"
+    return [
+        Store("database", "HERMESH_DATABASE_URL", database or embedded),
+        Store("object store", "HERMESH_OBJECT_STORE_URL", _objects(objects, folder)),
+    ]
+
+
+def moved(before: Kept, now: Mapping[str, str], folder: Folder) -> list[tuple[Store, Store]]:
+    """The stores that are others than last time: as they were, as they are."""
+    if not before.exists and not _used(folder.postgres):
+        return []
+    # What a folder of an earlier version holds is an embedded database, and whatever objects there are.
+    was = stores(before.variables if before.exists else {}, folder)
+    pairs = [pair for pair in zip(was, stores(now, folder), strict=True) if pair[0].place != pair[1].place]
+    return [pair for pair in pairs if before.exists or pair[0].what == "database"]
+
+
+def _used(postgres: Path) -> bool:
+    # Noted once the schema is there; a start that came to nothing leaves a folder without it.
+    try:
+        return (postgres / "hermesh-schema").exists()
+    except OSError:
+        return False
+
+
+def _database(url: str) -> str:
+    """Host, port and database, wherever in the URL they stand."""
+    if not url:
+        return ""
+    try:
+        parts = urlsplit(url)
+        query = parse_qs(parts.query)
+        host = ",".join(query.get("host", [])) or parts.netloc.rpartition("@")[2]
+        port = ",".join(query.get("port", []))
+        name = (query.get("dbname") or query.get("database") or [parts.path.lstrip("/")])[0]
+    except ValueError:
+        return shown("", url)
+    if host.startswith("/"):
+        return f"{host}{':' + port if port else ''} {name}"
+    hosts = [one if _has_port(one) else f"{one}:{port or 5432}" for one in host.split(",")]
+    return f"postgresql://{','.join(hosts)}/{name}"
+
+
+def _has_port(host: str) -> bool:
+    return re.search(r":\d+$", host) is not None
+
+
+def _objects(url: str, folder: Folder) -> str:
+    return shown("", url or folder.objects.as_uri()).rstrip("/")

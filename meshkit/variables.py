@@ -1,0 +1,79 @@
+"""The names of all settings, so that a mistyped one is named instead of silently having no effect.
+
+`variables.txt` is made from the settings classes by `make docs`: no process imports those of another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from meshkit.settings import PREFIX
+
+# What `hermesh env` prints beside settings, and what only benches and tests read.
+_BESIDE = frozenset(
+    {
+        "HERMESH_HTTP_URL",
+        "HERMESH_GRPC_ADDRESS",
+        "HERMESH_KEEP_DATA",
+        "HERMESH_CHROMIUM",
+        "HERMESH_TEST_EXAMPLES",
+        "HERMESH_WRITE_SCHEMA",
+    }
+)
+# What Kubernetes sets for a service whose name begins with hermesh: nobody typed it.
+_OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
+_NEAR = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A variable that nothing reads.
+
+    Attributes:
+        name: as it is spelt.
+        nearest: the setting that may be meant; empty when none is near.
+    """
+
+    name: str
+    nearest: str
+
+    def __str__(self) -> str:
+        meant = f"; is {self.nearest} meant?" if self.nearest else "; docs/settings.md has all that there are"
+        return f"{self.name} is no setting and has no effect{meant}"
+
+
+@cache
+def known() -> frozenset[str]:
+    """The names of all settings of all processes."""
+    return frozenset(Path(__file__).with_name("variables.txt").read_text().split())
+
+
+def unknown(environment: Mapping[str, str], others: Iterable[str] = ()) -> list[Unknown]:
+    """Finds the variables that begin as a setting does and are none.
+
+    Args:
+        environment: The environment, by name.
+        others: Further names that somebody reads.
+    """
+    taken = known() | _BESIDE | frozenset(others)
+    return [
+        Unknown(name, _nearest(name))
+        for name, value in sorted(environment.items())
+        # Some write names small; pydantic reads those as well.
+        if name.upper().startswith(PREFIX)
+        and name.upper() not in taken
+        and not _OF_A_SERVICE.search(name)
+        and not value.startswith(("tcp://", "udp://"))
+    ]
+
+
+def _nearest(name: str) -> str:
+    # Without what all have in common, which would make all of them look near.
+    rests = [one.removeprefix(PREFIX) for one in sorted(known())]
+    found = difflib.get_close_matches(name.upper().removeprefix(PREFIX), rests, 1, _NEAR)
+    return f"{PREFIX}{found[0]}" if found else ""
