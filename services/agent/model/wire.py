@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from meshkit import verbatim
 from services.agent.model.calls import CallPieces
 from services.agent.model.errors import (
     ModelError,
@@ -387,7 +388,8 @@ class StreamParser:
             for number, call in enumerate(calls):
                 function = call.get("function")
                 if function and not isinstance(function.get("arguments"), str | None):
-                    call = _exactly(payload, place, number) or call
+                    arguments = _exactly(payload, place, number) or function["arguments"]
+                    call = {**call, "function": {**function, "arguments": arguments}}
                 out.append(self._calls.piece(call))
 
     def _content(self, content: object, out: list[ModelEvent]) -> None:
@@ -477,11 +479,12 @@ def _exact(payload: bytes) -> Any:
         return _NOT_JSON
 
 
-def _exactly(payload: bytes, place: int, number: int) -> Any:
-    """Return a call whose arguments are an object, with its numbers as they were written."""
+def _exactly(payload: bytes, place: int, number: int) -> str:
+    """Return arguments that are an object as they were written, "" where they are not found so."""
     try:
-        choice = _exact(payload)["choices"][place]
-        call = (choice.get("delta") or choice.get("message"))["tool_calls"]
-        return (call if isinstance(call, list) else [call])[number]
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return None
+        choice = verbatim.members(verbatim.elements(verbatim.members(payload.decode())["choices"])[place])
+        calls = verbatim.members(choice.get("delta") or choice["message"])["tool_calls"]
+        call = verbatim.elements(calls)[number] if calls.startswith("[") else calls
+        return verbatim.members(verbatim.members(call)["function"])["arguments"]
+    except (ValueError, KeyError, IndexError):
+        return ""

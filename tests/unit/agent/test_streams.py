@@ -328,13 +328,13 @@ def test_the_old_function_call_is_a_call():
     assert turn.finish_reason == "tool_calls"
 
 
-def test_arguments_as_an_object_keep_their_whole_numbers():
-    big = 2**70
+def test_arguments_as_an_object_are_kept_as_they_were_written():
+    arguments = b'{"a": %d, "b":1.10, "c": "\\u00e9"}' % 2**70
     data = (
-        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"add","arguments":{"a":%d}}}]}}]}\n\n'
-        % big
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"add","arguments":%b}}]}}]}\n\n'
+        % arguments
     )
-    assert read(data, [])[2].calls[0].arguments == f'{{"a":{big}}}'
+    assert read(data, [])[2].calls[0].arguments == arguments.decode()
 
 
 @pytest.mark.parametrize(
