@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gateway.settings import GatewaySettings
-from launcher.envoy import render_compose
+from launcher.envoy import render_chart, render_compose
 from launcher.settings import LauncherSettings
 from meshkit.settings import env_name, settings_table
 from services.agent.settings import AgentSettings
@@ -39,12 +39,12 @@ def settings_page() -> str:
             "`hermesh` gives each process what it reads; under compose or Kubernetes set them yourself.",
             "",
             "`hermesh up` keeps what it was told in `settings.json` in the data folder, for its owner only,",
-            "passwords in URLs and keys included, as those of the embedded parts are. The next `up`, from any",
-            "shell, goes by it: what a shell sets goes before, and `NAME= hermesh up` takes one back.",
-            "`hermesh status` shows what a mesh was started with, `hermesh env` all values. A start on another",
-            "database or object store than last time asks at a terminal and is refused without one, unless",
-            "`--yes` says that it is meant. A variable that begins with `HERMESH_` and is none of these is named",
-            "by `hermesh up` and in each process's log.",
+            "passwords in URLs and keys included, as those of the embedded parts are. The next `up`, from",
+            "any shell, goes by it: what a shell sets goes before, and `NAME= hermesh up` takes one back.",
+            "`hermesh status` shows what a mesh was started with, `hermesh env` all values. A start on",
+            "another database or object store than last time asks at a terminal and is refused without one,",
+            "unless `--yes` says that it is meant. A variable that begins with `HERMESH_` and is none of",
+            "these is named by `hermesh up` and in each process's log.",
             "",
             settings_table(*SETTINGS),
         ]
@@ -88,6 +88,7 @@ def main() -> None:
         "docs/errors.md": errors_page(),
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
+        "deploy/kubernetes/hermesh/files/envoy.yaml": render_chart(),
     }
     for name, text in files.items():
         path = ROOT / name

@@ -32,9 +32,8 @@ HEADERS = {
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
-}
+} | {f"/{path.name}": (path.name, "text/javascript; charset=utf-8") for path in sorted(FOLDER.glob("*.js"))}
 
 
 class StaticBody:

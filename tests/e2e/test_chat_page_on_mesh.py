@@ -73,3 +73,54 @@ async def test_the_stop_button_stops_the_model(page: Page, mesh: Mesh) -> None:
     await page.keyboard.press("Escape")
     await expect(page.locator(".message.assistant .notice").last).to_have_text("Stopped.", timeout=30_000)
     await expect(page.locator("#stop")).to_be_hidden()
+
+
+DRAWN = "document.querySelector('#log').innerHTML.replaceAll(' open=\"\"', '')"
+
+
+async def test_calls_read_the_same_live_after_a_reload_and_in_another_tab(page: Page, mesh: Mesh) -> None:
+    big = 2**64 + 1
+    await send(page, '[[tool=calculator {"expression":"2+2"}]]')
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    await send(page, f'[[tool=calculator {{"expression":{big}}}]]')
+    await expect(page.locator(".tool")).to_have_count(2, timeout=30_000)
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    states = ["calculator completed", "calculator failed"]
+    await expect(page.locator(".tool summary")).to_have_text(states)
+    await expect(page.locator(".usage")).to_have_count(2)
+    live = await page.evaluate(DRAWN)
+    assert str(big) in live
+    await page.reload()
+    await expect(page.locator(".usage")).to_have_count(2, timeout=30_000)
+    assert await page.evaluate(DRAWN) == live
+    other = await page.context.new_page()
+    await other.goto(page.url)
+    await expect(other.locator(".usage")).to_have_count(2, timeout=30_000)
+    assert await other.evaluate(DRAWN) == live
+    await send(other, "[[tokens=5 rate=100]]")
+    await expect(page.locator(".message.assistant .text").last).to_be_visible(timeout=30_000)
+    await expect(page.locator(".message.user")).to_have_count(3)
+    await other.close()
+
+
+async def test_what_waits_for_its_turn_survives_a_reload_and_a_stop(page: Page, mesh: Mesh) -> None:
+    await send(page, "[[tokens=3000 rate=20]]")
+    await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
+    await send(page, "[[tokens=3 rate=100]] second")
+    await send(page, "[[tokens=3 rate=100]] third")
+    await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
+    await page.reload()
+    await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
+    await page.get_by_role("button", name="Cancel it").first.click()
+    notes = page.locator(".note .notice")
+    await expect(notes).to_contain_text("Stopped before its turn: it got no reply.", timeout=30_000)
+    await page.click("#stop")
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    await expect(notes).to_have_count(2, timeout=30_000)
+    await page.reload()
+    await expect(notes).to_have_count(2, timeout=30_000)
+    await expect(page.locator(".message.user")).to_have_count(3)
+    await page.get_by_role("button", name="Edit and send again").last.click()
+    await expect(page.locator("#input")).to_have_value("[[tokens=3 rate=100]] third")
+    await page.keyboard.press("Enter")
+    await expect(page.locator(".message.assistant .text")).to_have_count(2, timeout=30_000)

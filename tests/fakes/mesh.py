@@ -33,6 +33,7 @@ from meshkit.errors import (
     AlreadyExistsError,
     HermeshError,
     NotFoundError,
+    OutOfRangeError,
     UnauthenticatedError,
     UnavailableError,
     to_status,
@@ -88,9 +89,10 @@ class FakeRun:
     resolved: asyncio.Event = field(default_factory=asyncio.Event)
     decisions: list[tuple[str, int, str]] = field(default_factory=list)
     pending: list[resources.ToolCall] = field(default_factory=list)
+    begun: bool = False
 
     def proto(self) -> resources.Run:
-        status = resources.RUN_STATUS_RUNNING
+        status = resources.RUN_STATUS_RUNNING if self.begun else resources.RUN_STATUS_QUEUED
         run = resources.Run(run_id=self.run_id, session_id=self.session.session_id, ordinal=self.ordinal)
         if self.pending:
             status = resources.RUN_STATUS_REQUIRES_ACTION
@@ -102,6 +104,7 @@ class FakeRun:
         run.create_time_ms = now_ms()
         run.model = self.options.model
         run.cancel_requested = self.cancelled.is_set()
+        run.attempt = int(self.begun)
         return run
 
 
@@ -156,6 +159,9 @@ class FakeMesh:
         watch_cuts: The same for WatchRun and WatchSession.
         unary_error: Raised by every unary session call while set.
         frame_size: How many events at most go in one frame.
+        one_at_a_time: Whether a run waits until those before it in its session have ended.
+        messages_a_page: How many messages at most a page has, whatever was asked for.
+        expired: The runs whose log is older than what is kept.
         calls: Names of the calls that came.
         metadata: Their metadata.
     """
@@ -172,6 +178,11 @@ class FakeMesh:
         # Large tool results by tenant and reference; an empty piece breaks the stream there.
         self.results: dict[tuple[str, str], list[bytes]] = {}
         self.frame_size = 1
+        # Whether a session's runs wait for each other, as they do.
+        self.one_at_a_time = False
+        self.messages_a_page = 500
+        # Runs whose events are not kept any more.
+        self.expired: set[str] = set()
         self.models = ["scripted", "other"]
         self.calls: list[str] = []
         self.metadata: list[dict[str, str]] = []
@@ -270,7 +281,26 @@ class FakeMesh:
             )
         )
 
+    async def _turn(self, run: FakeRun) -> bool:
+        """Waits for a run's turn; False if it is cancelled before that."""
+        before = [other for other in run.session.runs if other.ordinal < run.ordinal]
+        ended = [asyncio.ensure_future(other.log.wait_beyond(1 << 30)) for other in before]
+        cancelled = asyncio.ensure_future(run.cancelled.wait())
+        try:
+            for one in ended:
+                await asyncio.wait({one, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            return not run.cancelled.is_set()
+        finally:
+            for task in (cancelled, *ended):
+                task.cancel()
+
     async def _work(self, run: FakeRun) -> None:
+        if self.one_at_a_time and not await self._turn(run):
+            await run.log.append(run.run_id, "run.cancelled", {"reason": "stopped at the chat page"})
+            async with self.changed:
+                self.changed.notify_all()
+            return
+        run.begun = True
         async for kind, data in self.script(run):
             if run.cancelled.is_set() and kind not in TERMINAL:
                 kind, data = "run.cancelled", {"reason": "asked to"}
@@ -301,6 +331,8 @@ class FakeMesh:
         self, run: FakeRun, after: int, cut: tuple[int, Any] | None, context: Any
     ) -> AsyncIterator[Frame]:
         """Yields a run's frames; `cut` ends them early."""
+        if run.run_id in self.expired and after < len(run.log.events):
+            raise OutOfRangeError("CURSOR_EXPIRED", "the events after this cursor are not kept any more")
         sent = 0
         while True:
             if cut is None or cut[0] > sent:
@@ -413,7 +445,12 @@ class _Sessions(session_grpc.SessionServiceServicer):
     @unary
     async def ListMessages(self, request: Any, context: Any) -> Any:
         session = self.mesh.session(request.session_id, _tenant(context))
-        return session_pb.ListMessagesResponse(messages=session.messages)
+        start = int(request.page_token or 0)
+        end = start + min(request.page_size or 100, self.mesh.messages_a_page)
+        return session_pb.ListMessagesResponse(
+            messages=session.messages[start:end],
+            next_page_token=str(end) if end < len(session.messages) else "",
+        )
 
     @unary
     async def SubmitRun(self, request: Any, context: Any) -> Any:
@@ -428,7 +465,12 @@ class _Sessions(session_grpc.SessionServiceServicer):
     @unary
     async def ListRuns(self, request: Any, context: Any) -> Any:
         session = self.mesh.session(request.session_id, _tenant(context))
-        return session_pb.ListRunsResponse(runs=[run.proto() for run in session.runs[::-1]])
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 50)
+        return session_pb.ListRunsResponse(
+            runs=[run.proto() for run in session.runs[::-1][start:end]],
+            next_page_token=str(end) if end < len(session.runs) else "",
+        )
 
     @unary
     async def CancelRun(self, request: Any, context: Any) -> Any:

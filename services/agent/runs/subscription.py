@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from hermesh.common.v1.event_pb2 import Event
 
-
 # From this size on, in characters, the rest is taken the next time.
 MAX_TAKEN = 1024 * 1024
 

@@ -17,7 +17,7 @@ import structlog
 from meshkit.errors import HermeshError
 from meshkit.tasks import TaskOwner
 from services.session import metrics
-from services.session.domain import Claim, Message, NewMessage, Run, RunAppend, Submission, Submitted
+from services.session.domain import Claim, Message, NewMessage, RunAppend, Submission, Submitted
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 
 _log = structlog.get_logger("session.cache")
@@ -171,7 +171,7 @@ class CachedContexts:
 
 
 def within_limits(messages: Sequence[Message]) -> Sequence[Message]:
-    """Returns what a context holds of what precedes a run: the newest within the limits of number and size."""
+    """Returns what a context holds of what precedes a run: the newest within both limits."""
     first = len(messages)
     size = 0
     for message in reversed(messages[-MAX_CONTEXT_MESSAGES:]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from launcher import envoy
 from tests.chaos.faults.faults import SERVICES, Stage, kill_one, stop_one
@@ -45,15 +46,29 @@ async def endpoints_bad(stage: Stage) -> None:
 
 
 async def supervisor_lost(stage: Stage) -> None:
-    """kill -9 of the supervisor, perhaps of a replica that nobody starts again, and `hermesh up`."""
+    """kill -9 of the supervisor, perhaps of a replica that nobody starts again, and `hermesh up`.
+
+    Its children go on, so that without such a replica no client may notice: that is noted as a drain.
+    """
     cluster = stage.cluster
-    async with cluster.whole, stage.broken("kill", "supervisor"):
+    alone = stage.rng.random() < 0.5
+    noted = _drain(stage, "supervisor") if alone else stage.broken("kill", "supervisor")
+    async with cluster.whole, noted:
         cluster.processes[0].send(signal.SIGKILL)
         await asyncio.sleep(stage.rng.uniform(0, 1))
-        if stage.rng.random() < 0.5:
+        if not alone:
             await kill_one(stage, stage.rng.choice(SERVICES))
         await asyncio.sleep(stage.rng.uniform(0, 2))
         await cluster.up()
+
+
+@asynccontextmanager
+async def _drain(stage: Stage, service: str) -> AsyncIterator[None]:
+    stage.recorder.write("drain", service=service, phase="begin")
+    try:
+        yield
+    finally:
+        stage.recorder.write("drain", service=service, phase="end")
 
 
 async def machine_lost(stage: Stage) -> None:

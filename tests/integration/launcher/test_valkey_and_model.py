@@ -18,6 +18,9 @@ import redis
 
 from launcher import model, probes
 from launcher.embedded.valkey import Valkey
+from services.agent.model.errors import ModelRejectedError
+from services.agent.model.openai import OpenAIModel
+from services.agent.model.port import ChatMessage, ModelRequest, TextDelta, Usage
 from tests.conftest import ValkeyServer
 
 KEY = "model-test-key"
@@ -106,3 +109,49 @@ def test_a_probe_of_what_is_not_there_is_no_error() -> None:
     assert not asyncio.run(probes.model("http://127.0.0.1:1/v1", KEY))
     assert not asyncio.run(probes.valkey("redis://127.0.0.1:1/0"))
     assert not asyncio.run(probes.postgres("postgresql://nobody@127.0.0.1:1/none"))
+
+
+async def test_the_agent_knows_llama_cpp_and_continues_a_reply_of_it(served: ModelProcess) -> None:
+    backend = OpenAIModel(served.url, api_key=KEY)
+    question = (
+        ChatMessage("system", model.INSTRUCTIONS),
+        ChatMessage("user", "What is the capital of France?"),
+    )
+
+    async def reply(*messages: ChatMessage) -> tuple[str, Usage]:
+        text, usage = "", Usage()
+        asked = ModelRequest(model.NAME, messages, temperature=0.0, seed=1, max_tokens=32)
+        async for batch in backend.stream(asked):
+            text += "".join(event.text for event in batch if isinstance(event, TextDelta))
+            usage = next((event for event in batch if isinstance(event, Usage)), usage)
+        return text, usage
+
+    try:
+        assert model.NAME in [one.name for one in await backend.list_models()]
+        assert backend.profile.name == "llama.cpp"
+        text, usage = await reply(*question)
+        assert "Paris" in text
+        assert usage.output_tokens > 0
+        rest, _ = await reply(*question, ChatMessage("assistant", text[:11]))
+        assert text[:11] + rest == text
+        # What is left of runs that failed: two of the user in a row, nothing of the assistant, a late rule.
+        accidents = (
+            question[1],
+            ChatMessage("assistant", ""),
+            ChatMessage("system", "Be brief."),
+            question[1],
+        )
+        assert "Paris" in (await reply(*question[:1], *accidents))[0]
+    finally:
+        await backend.aclose()
+
+
+async def test_an_error_of_llama_cpp_has_its_reason(served: ModelProcess) -> None:
+    backend = OpenAIModel(served.url, api_key=KEY)
+    try:
+        asked = ModelRequest(model.NAME, [ChatMessage("user", "word " * 50_000)])
+        with pytest.raises(ModelRejectedError, match="context"):
+            async for _ in backend.stream(asked):
+                pass
+    finally:
+        await backend.aclose()

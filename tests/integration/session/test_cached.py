@@ -32,6 +32,7 @@ from services.session.domain import (
     Submission,
 )
 from services.session.store.cached import CachedContexts
+from services.session.store.port import CONTEXT_PAGE_BYTES
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_conversations import RedisConversations, conversation_key
 from services.session.store.rows import context_of
@@ -91,7 +92,10 @@ class World:
 
     async def check(self, claim: Claim) -> None:
         """The claim's context is what PostgreSQL would have given."""
-        text = await self.pool.fetchval("SELECT session.run_context($1, 200, 524288)", claim.run.run_id)
+        page = CONTEXT_PAGE_BYTES if claim.run.attempt > 1 else None
+        text = await self.pool.fetchval(
+            "SELECT session.run_context($1, 200, 524288, $2)", claim.run.run_id, page
+        )
         expected = context_of(text, claim.run)
         assert claim.context is not None
         assert plain(claim.context) == plain(expected)
@@ -160,7 +164,7 @@ async def test_a_hit_reads_no_history_from_postgresql(world: World, monkeypatch:
     assert claim is not None
     await world.settle()
     await world.step(claim, 2, ("assistant", "two"), status=RunStatus.COMPLETED)
-    monkeypatch.setattr(PostgresStore, "messages_after", None)
+    monkeypatch.setattr(PostgresStore, "history", None)
     claim = await world.claimed(session_id, "three")
     assert claim is not None
     assert claim.context is not None

@@ -54,9 +54,8 @@ async def test_a_takeover_reads_a_long_run_by_pages_and_gives_the_model_the_same
     await bench.finish(bench.store.take_over(run.run_id))
     assert run.status == RUN_STATUS_COMPLETED
     assert bench.model.requests[2].messages == before
-    assert run.data("attempt.reset") == [
-        {"from_seq": run.types().index("text.delta") + 1, "reason": "taken_over"}
-    ]
+    [reset] = run.data("attempt.reset")
+    assert (reset["from_seq"], reset["reason"]) == (run.types().index("text.delta") + 1, "taken_over")
     assert bench.store.rests == ([(run.fence, page)] if 0 < page < 6 else [])
 
 

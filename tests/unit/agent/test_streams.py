@@ -277,6 +277,14 @@ def test_signs_of_life_are_no_text(more):
     )
 
 
+def test_lines_may_end_in_three_ways_within_one_stream():
+    data = b'data: {"choices":[{"delta":{"content":"a"}}]}\r\rdata: {"choices":[\rdata: {"delta":{"content":"b"}}]}\r\n\r\n'
+    data += b'data: {"choices":[\r\ndata: {"delta":{"content":"c"}}]}\n\ndata: {"choices":[{"delta":{},"finish_reason":"stop"}]}\r'
+    for cut in range(len(data)):
+        text, _, _, parser = read(data, [cut])
+        assert (text, parser.finish_reason) == ("abc", "stop")
+
+
 def test_a_reply_that_is_not_streamed_is_read_all_the_same():
     body = {
         "object": "chat.completion",
@@ -320,13 +328,13 @@ def test_the_old_function_call_is_a_call():
     assert turn.finish_reason == "tool_calls"
 
 
-def test_arguments_as_an_object_keep_their_whole_numbers():
-    big = 2**70
+def test_arguments_as_an_object_are_kept_as_they_were_written():
+    arguments = b'{"a": %d, "b":1.10, "c": "\\u00e9"}' % 2**70
     data = (
-        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"add","arguments":{"a":%d}}}]}}]}\n\n'
-        % big
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"add","arguments":%b}}]}}]}\n\n'
+        % arguments
     )
-    assert read(data, [])[2].calls[0].arguments == f'{{"a":{big}}}'
+    assert read(data, [])[2].calls[0].arguments == arguments.decode()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_every_event_type_of_the_protos_has_an_example_that_is_an_object() -> No
 
 
 def test_the_page_knows_every_event_type() -> None:
-    script = (ROOT / "gateway" / "web" / "app.js").read_text()
+    script = (ROOT / "gateway" / "web" / "fold.js").read_text()
     for kind, _ in EXAMPLE.findall(EVENTS):
         assert f'"{kind}"' in script
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.login import COOKIE, CookieSeal
-from gateway.routes.web import POLICY
+from gateway.routes.web import FOLDER, POLICY
 from meshkit.errors import UnauthenticatedError
 from tests.fakes.mesh import API_KEY
 
@@ -138,7 +138,7 @@ def test_a_cookie_that_was_changed_or_is_too_old_is_refused() -> None:
 async def test_the_page_is_served_under_a_strict_policy(browser: httpx.AsyncClient) -> None:
     for path, kind in (
         ("/", "text/html"),
-        ("/app.js", "text/javascript"),
+        *((f"/{path.name}", "text/javascript") for path in FOLDER.glob("*.js")),
         ("/app.css", "text/css"),
         ("/favicon.svg", "image/svg+xml"),
         ("/docs", "text/html"),

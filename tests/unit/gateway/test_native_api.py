@@ -611,3 +611,12 @@ async def test_an_unforeseen_error_tells_nothing_but_its_id(served: Any) -> None
     answer = await served.client.get("/v1/sessions")
     problem(answer, 500, "INTERNAL")
     assert "secret" not in answer.text
+
+
+def test_what_a_models_server_wants_back_is_in_no_message() -> None:
+    stored = (
+        '[{"call_id":"r:1:0","name":"add","arguments":{"a":1.10},"provider":{"id":"functions.add:0"},'
+        '"message_provider":{"reasoning_content":"hm"}}]'
+    )
+    shown = orjson.loads(orjson.dumps(message_json(resources.Message(role="assistant", tool_calls=stored))))
+    assert shown["tool_calls"] == [{"call_id": "r:1:0", "name": "add", "arguments": {"a": 1.1}}]

@@ -254,7 +254,9 @@ class Message(message.Message):
     content: builtins.str
     """The text."""
     tool_calls: builtins.str
-    """For an assistant message that called tools: a JSON array of {"call_id","name","arguments"}; else empty."""
+    """For an assistant message that called tools: a JSON array of {"call_id","name","arguments"}; else empty. What
+    the model's server wants to have back stands beside these and means nothing to others.
+    """
     tool_call_id: builtins.str
     """For a tool message: the call it answers."""
     create_time_ms: builtins.int
