@@ -21,7 +21,7 @@ async def page(mesh: Mesh) -> AsyncIterator[Page]:
         chromium = await playwright.chromium.launch(
             executable_path=browser.path, args=list(browser.flags), timeout=60_000
         )
-        opened = await chromium.new_page()
+        opened = await (await chromium.new_context()).new_page()
         opened.set_default_timeout(30_000)
         await opened.goto(f"{mesh.url}/#key={mesh.api_key}")
         await expect(opened.locator("#chat")).to_be_visible(timeout=30_000)
@@ -108,7 +108,7 @@ async def test_what_waits_for_its_turn_survives_a_reload_and_a_stop(page: Page, 
     await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
     await send(page, "[[tokens=3 rate=100]] second")
     await send(page, "[[tokens=3 rate=100]] third")
-    await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
+    await expect(page.locator(".waits button")).to_have_count(2, timeout=30_000)
     await page.reload()
     await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
     await page.get_by_role("button", name="Cancel it").first.click()
