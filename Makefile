@@ -75,9 +75,12 @@ bench-model-pool: $(VENV)/.dev-ready ## What keeping a session on its model serv
 ##@ Break it
 SEEDS ?= 20
 MINUTES ?= 20
-.PHONY: drill chaos chaos-mutations soak chaos-report
-drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover
+.PHONY: drill drill-report chaos chaos-mutations soak chaos-report
+drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover, and with ARGS="--rounds 10" frozen|locked|pairs|lost|scale_zero
 	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
+
+drill-report: $(VENV)/.dev-ready ## Write what the last drills of many rounds found into docs/reliability.md
+	@$(BIN)/python -m tests.chaos.report.drills build/drills --into docs/reliability.md
 
 chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check what is left: SEEDS=20, ARGS="--seed 7"
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) $(ARGS)
@@ -124,6 +127,7 @@ release-protos: $(VENV)/.dev-ready ## Record the protos as released: later chang
 
 docs: $(VENV)/.dev-ready ## Write the files that come from the code: settings, errors, compose's Envoy
 	@$(BIN)/python tools/generate_docs.py
+	@$(BIN)/python -m tests.fakes.backends --write
 
 check-docs: $(VENV)/.dev-ready ## They are up to date
 	@$(BIN)/python tools/generate_docs.py --check

@@ -182,8 +182,13 @@ def messages_of(request: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def script_text(request: Mapping[str, Any]) -> str:
-    """Return what may hold directives: the model's name, then the last user message."""
-    return f"{request.get('model', '')}\n{last_said(messages_of(request))}"
+    """Return what may hold directives: the model's name, then the last input.
+
+    An agent joins user messages in a row by empty lines: each input is steered by its own directives alone.
+    """
+    inputs = last_said(messages_of(request)).split("\n\n")
+    last = next((one for one in reversed(inputs) if "[[" in one), inputs[-1])
+    return f"{request.get('model', '')}\n{last}"
 
 
 def last_said(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -5,9 +5,9 @@ Names are the protos'. Times are Unix milliseconds.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, Field, model_validator
 
 from gateway.body import StrictModel, check_input
@@ -15,6 +15,7 @@ from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1 import resources_pb2 as resources
 from hermesh.session.v1 import session_service_pb2 as session_pb
+from meshkit import verbatim
 
 MAX_MESSAGES = 256
 
@@ -69,7 +70,7 @@ class ToolCallOfMessage(BaseModel):
 
     call_id: str
     name: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = Field(description="As the model wrote them: numbers may be of any length.")
 
 
 class Message(BaseModel):
@@ -222,7 +223,8 @@ class PendingAction(BaseModel):
         description="It is not known whether it took effect, or it needs approval."
     )
     name: str
-    arguments: Any
+    arguments: Any = Field(description="As the model wrote them: numbers may be of any length.")
+    arguments_text: str = Field(description="The same as text, for parsers that round numbers.")
     effect: str
     state: str
     may_act_ms: int = Field(description="For how many more milliseconds an earlier try may still act.")
@@ -327,11 +329,7 @@ def message_json(message: resources.Message) -> dict[str, Any]:
         "ordinal": message.ordinal,
         "role": message.role,
         "content": message.content,
-        "tool_calls": [
-            # What the model's backend wants back stands beside these, and is nobody else's.
-            {key: call[key] for key in ("call_id", "name", "arguments") if key in call}
-            for call in _json_or(message.tool_calls, [])
-        ],
+        "tool_calls": _tool_calls(message.tool_calls),
         "tool_call_id": message.tool_call_id or None,
         "create_time_ms": message.create_time_ms,
     }
@@ -377,7 +375,8 @@ def action_json(item: resources.ToolCall) -> dict[str, Any]:
         "call_id": item.call_id,
         "kind": "approval" if item.state == resources.TOOL_CALL_STATE_INTENT else "unknown",
         "name": item.name,
-        "arguments": _json_or(item.arguments, {}),
+        "arguments": verbatim.fragment(item.arguments, "{}"),
+        "arguments_text": item.arguments,
         "effect": resources.EffectClass.Name(item.effect).removeprefix("EFFECT_CLASS_").lower(),
         "state": resources.ToolCallState.Name(item.state).removeprefix("TOOL_CALL_STATE_").lower(),
         "may_act_ms": item.quiet_in_ms,
@@ -408,10 +407,20 @@ def is_finished(run: resources.Run) -> bool:
     )
 
 
-def _json_or(text: str, default: Any) -> Any:
+def _tool_calls(text: str) -> list[dict[str, Any]]:
+    """Returns the calls of a message, as the model wrote them; none of a text that holds no calls."""
     if not text:
-        return default
+        return []
     try:
-        return json.loads(text)
-    except ValueError:
-        return default
+        calls = [verbatim.members(call) for call in verbatim.elements(text)]
+        # What the model's backend wants back stands beside these, and is nobody else's.
+        return [
+            {
+                "call_id": orjson.Fragment(call["call_id"]),
+                "name": orjson.Fragment(call["name"]),
+                "arguments": orjson.Fragment(call["arguments"]),
+            }
+            for call in calls
+        ]
+    except (ValueError, KeyError):
+        return []

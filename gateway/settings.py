@@ -20,7 +20,13 @@ class GatewaySettings(MeshSettings):
         description="How long a client of an event stream may take nothing before it is dropped.",
     )
     body_timeout_seconds: float = Field(
-        30.0, gt=0, le=600, description="Longest time in seconds that a request's body may take to arrive."
+        30.0,
+        gt=0,
+        le=600,
+        description=(
+            "Longest time in seconds that a request's body may take to arrive; Envoy waits for a request "
+            "for 60 s at most."
+        ),
     )
     follow_timeout_seconds: float = Field(
         30.0,

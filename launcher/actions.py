@@ -22,7 +22,9 @@ def full_id(run_id: str, call: str) -> str:
 
 def question(action: dict[str, Any]) -> str:
     """Returns what is asked about a call."""
-    called = f"{action['name']} {json.dumps(action.get('arguments') or {}, ensure_ascii=False)}"
+    # As the model wrote it, to the letter: that is what runs.
+    arguments = action.get("arguments_text") or json.dumps(action.get("arguments") or {}, ensure_ascii=False)
+    called = f"{action['name']} {arguments}"
     if action.get("kind") == "approval":
         return f"{called} needs approval: shall it run?"
     return f"{called}: it is not known whether it took effect, and it is not repeated by itself"

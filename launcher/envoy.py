@@ -22,7 +22,7 @@ COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
 # What one connection may leave unread or unsent in Envoy: as much as the largest input.
 BUFFER_BYTES = 1024 * 1024
-MAX_HEAP_BYTES = 1024 * 1024 * 1024
+MAX_HEAP_MIB = 1024
 MAX_CONNECTIONS = 10_000
 
 
@@ -98,10 +98,13 @@ def render_local(
     mesh_port: int,
     agent_policy: Policy = DEFAULT_POLICY,
     pool: tuple[str, str] = ("", ""),
+    max_connections: int = MAX_CONNECTIONS,
+    max_heap_mib: int = MAX_HEAP_MIB,
 ) -> str:
     """The configuration for one machine: endpoints are files in `eds`, followed by rename.
 
-    `pool` is listener and cluster of the model backends, where Envoy stands before them.
+    `pool` is listener and cluster of the model backends, where Envoy stands before them; the last two bound
+    what outsiders get of it.
     """
     listener, cluster = pool
 
@@ -118,6 +121,8 @@ def render_local(
 
     return _render(
         node_id="mesh",
+        max_connections=max_connections,
+        max_heap_mib=max_heap_mib,
         admin_address=f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}",
         http_host="127.0.0.1",
         http_port=http_port,
@@ -146,6 +151,23 @@ def _quoted(path: Path) -> str:
 
 def render_compose() -> str:
     """The configuration for compose: each service's name resolves to all its replicas."""
+    return _render_by_name("%s")
+
+
+def render_chart() -> str:
+    """The configuration for the Helm chart, which fills in its names; each Service resolves to all its pods.
+
+    Of the admin interface, metrics and readiness are served to the cluster, and nothing else.
+    """
+    return _render_by_name(
+        "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
+        listeners=(TEMPLATES / "status_listener.yaml").read_text(),
+        clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
+    )
+
+
+def _render_by_name(host: str, *, listeners: str = "", clusters: str = "") -> str:
+    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
 
     def endpoints(name: str) -> str:
         port = COMPOSE_GATEWAY_PORT if name == "gateway" else COMPOSE_PORT
@@ -157,11 +179,14 @@ def render_compose() -> str:
             f"      cluster_name: {name}\n"
             "      endpoints:\n"
             "      - lb_endpoints:\n"
-            f"        - endpoint: {{address: {{socket_address: {{address: {name}, port_value: {port}}}}}}}"
+            "        - endpoint: {address: {socket_address: "
+            f"{{address: {host % name}, port_value: {port}}}}}}}"
         )
 
     return _render(
         node_id="mesh",
+        max_connections=MAX_CONNECTIONS,
+        max_heap_mib=MAX_HEAP_MIB,
         admin_address="{socket_address: {address: 127.0.0.1, port_value: 9901}}",
         http_host="0.0.0.0",  # noqa: S104 - inside its container; compose decides what is published
         http_port=8080,
@@ -170,12 +195,13 @@ def render_compose() -> str:
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
         agent_hash="",
-        listeners="",
-        clusters="\n".join(_cluster(name, endpoints(name)) for name in CLUSTERS),
+        listeners=listeners,
+        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), clusters]).rstrip("\n")
+        + "\n",
     )
 
 
-def _render(**values: object) -> str:
+def _render(*, max_heap_mib: int, **values: object) -> str:
     return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(
         values,
         http_replies=replies.http_config(),
@@ -183,12 +209,12 @@ def _render(**values: object) -> str:
         methods=replies.METHODS,
         max_headers=replies.MAX_HEADERS,
         max_headers_kb=replies.MAX_HEADERS_KB,
+        headers_seconds=replies.HEADERS_SECONDS,
         request_seconds=replies.REQUEST_SECONDS,
         grpc_request_seconds=replies.GRPC_REQUEST_SECONDS,
         max_grpc_request=replies.MAX_GRPC_REQUEST,
         buffer_bytes=BUFFER_BYTES,
-        max_heap_bytes=MAX_HEAP_BYTES,
-        max_connections=MAX_CONNECTIONS,
+        max_heap_bytes=max_heap_mib * 1024 * 1024,
     )
 
 

@@ -230,6 +230,8 @@ class Plan:
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
                 agent_policy=self.settings.agent_lb,
+                max_connections=self.settings.edge_max_connections,
+                max_heap_mib=self.settings.edge_max_heap_mib,
                 pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),
         )

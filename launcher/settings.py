@@ -45,6 +45,19 @@ class LauncherSettings(BaseSettings):
             "session, none above 1.25 times its share)."
         ),
     )
+    edge_max_connections: int = Field(
+        10_000,
+        ge=1,
+        description="Connections that Envoy takes from outside, both public ports together.",
+    )
+    edge_max_heap_mib: int = Field(
+        1024,
+        ge=64,
+        description=(
+            "Envoy's memory in MiB near which it resets the largest unfinished requests, then refuses new "
+            "ones; calls between services go on."
+        ),
+    )
     database_url: SecretStr = Field(
         SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
     )

@@ -168,7 +168,7 @@ class Supervisor:
                 return await self.status()
             case "up":
                 await self._unless_stopped(self.up(request.get("replicas") or {}, say))
-                # Whatever became of the files meanwhile.
+                # What it was told is kept, now that it works.
                 self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
             case "scale":
@@ -254,6 +254,8 @@ class Supervisor:
         if surplus:
             await say(f"draining {', '.join(child.spec.replica for child in surplus)}")
             await asyncio.gather(*(self._take_out(child) for child in surplus))
+        # Whatever became of the files meanwhile: from others Envoy would wait in vain.
+        self.publish()
         await say("waiting until Envoy finds every replica healthy")
         await self._wait_balanced([child for service in SERVICES for child in self.children.of(service)])
 

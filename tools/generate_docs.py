@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gateway.settings import GatewaySettings
-from launcher.envoy import render_compose
+from launcher.envoy import render_chart, render_compose
 from launcher.settings import LauncherSettings
 from meshkit.settings import env_name, settings_table
 from services.agent.settings import AgentSettings
@@ -88,6 +88,7 @@ def main() -> None:
         "docs/errors.md": errors_page(),
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
+        "deploy/kubernetes/hermesh/files/envoy.yaml": render_chart(),
     }
     for name, text in files.items():
         path = ROOT / name

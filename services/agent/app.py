@@ -91,7 +91,13 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         runs = await stack.enter_async_context(TaskOwner("agent-runs"))
 
         def limits(spec: RunSpec) -> Limits:
-            return Limits(spec.max_turns, spec.max_output_tokens, settings.llm_resumes)
+            return Limits(
+                spec.max_turns,
+                spec.max_output_tokens,
+                settings.llm_resumes,
+                settings.llm_spare_requests,
+                settings.max_run_bytes,
+            )
 
         world = World(
             replica=settings.replica,
@@ -100,6 +106,7 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
             tools=tools,
             memory=memory,
             reasons=session,
+            contexts=session,
             tool_mode=settings.llm_tool_mode,
             can_prefill=settings.llm_prefill,
             context_tokens=settings.llm_context_tokens,

@@ -19,6 +19,11 @@ first_token = Histogram(
     "From the claim of a run to its first token",
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
 )
+model_requests = Counter(
+    "hermesh_agent_model_requests_total",
+    "Requests sent to model backends: a turn's first, and those that a failure or a takeover made necessary",
+    ["kind"],
+)
 model_errors = Counter("hermesh_agent_model_errors_total", "Model turns that failed", ["reason"])
 backend_errors = Counter(
     "hermesh_agent_model_backend_errors_total",
@@ -32,6 +37,11 @@ unreached_calls = Counter(
 )
 degraded_contexts = Counter(
     "hermesh_agent_degraded_contexts_total", "Runs that went on without a part of their context", ["part"]
+)
+unwritten_ends = Counter(
+    "hermesh_agent_unwritten_ends_total",
+    "Runs that could not write their end, by whether the store ended them",
+    ["ended"],
 )
 unkept_exchanges = Counter(
     "hermesh_agent_unkept_exchanges_total", "Exchanges that the memory service did not keep"

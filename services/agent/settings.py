@@ -71,6 +71,15 @@ class AgentSettings(MeshSettings):
     llm_resumes: int = Field(
         1, ge=0, le=10, description="How often a reply that broke off midway is taken up again."
     )
+    llm_spare_requests: int = Field(
+        32,
+        ge=0,
+        le=10_000,
+        description=(
+            "Requests to the model that a run may make beyond one for each of its turns: tries again, "
+            "replies taken up again, takeovers. The next one fails the run with MODEL_REQUEST_LIMIT."
+        ),
+    )
     instructions: str = Field(
         "", description="System prompt of the default agent; a run's own instructions replace it."
     )
@@ -91,6 +100,16 @@ class AgentSettings(MeshSettings):
         0,
         ge=0,
         description="Most tokens that a run writes when it sets no limit; 0 = the model's own.",
+    )
+    max_run_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1024 * 1024,
+        le=1024 * 1024 * 1024,
+        description=(
+            "Most bytes that one run may write to its log: text, reasoning, tool calls and results. A run that has "
+            "passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds disk, memory and "
+            "the time of a takeover; a model's window, some MB at most, is far smaller."
+        ),
     )
     max_appends_per_second: float = Field(
         6000.0,

@@ -9,6 +9,7 @@ from hermesh.session.v1 import resources_pb2 as resources
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from meshkit.errors import FieldViolation, InvalidArgumentError
 from services.session.domain import (
+    ContextPosition,
     EffectClass,
     Event,
     Grant,
@@ -178,7 +179,18 @@ def context_to_proto(context: RunContext) -> resources.RunContext:
         agent=context.agent,
         omitted_messages=context.omitted_messages,
         approval_tools=context.approval_tools,
+        next=None
+        if context.next is None
+        else resources.ContextPosition(
+            message=context.next.message, call=context.next.call, event=context.next.event
+        ),
+        written_bytes=context.written_bytes,
     )
+
+
+def position_of(position: resources.ContextPosition) -> ContextPosition:
+    """Returns the domain's form of a position."""
+    return ContextPosition(position.message, position.call, position.event)
 
 
 def options_of(stored: bytes) -> resources.RunOptions:

@@ -378,8 +378,24 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextPosition:
+    """How far a run's context was read: the ordinal of the last message, the place of the last call in the
+    journal, the seq of the last event.
+    """
+
+    message: int = 0
+    call: int = 0
+    event: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RunContext:
-    """What an agent needs to go on with a run, as of the claim."""
+    """What an agent needs to go on with a run, as of the claim, or one page of it.
+
+    Attributes:
+        next: where the rest begins; None when this is all, or the last page.
+        written_bytes: with a claim: how many bytes the data of the run's events has.
+    """
 
     messages: Sequence[Message]
     events: Sequence[Event]
@@ -388,6 +404,8 @@ class RunContext:
     agent: str
     omitted_messages: int = 0
     approval_tools: Sequence[str] = ()
+    next: ContextPosition | None = None
+    written_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

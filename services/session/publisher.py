@@ -17,8 +17,11 @@ from services.session.domain import Event, NewEvent, Run, RunAppend
 _log = structlog.get_logger("session.publisher")
 
 _MAX_QUEUED = 20_000
-_MAX_QUEUED_BYTES = 64 * 1024 * 1024
+_MAX_QUEUED_BYTES = 16 * 1024 * 1024
+# Data of events beyond so many characters stays out of Redis, whose memory is dear: watchers read it where it is.
+_LARGE = 4096
 _BATCH = 64
+_MAX_BATCH_BYTES = 1024 * 1024
 # Before a batch is taken more of it may gather: several appends of one run become one publication. It is
 # behind the acknowledgement, and watchers on other replicas do not notice a few milliseconds.
 _GATHER_S = 0.004
@@ -41,7 +44,7 @@ class Reply(StrEnum):
 
 @dataclass(slots=True)
 class Publication:
-    """Committed events of one run in a row.
+    """Committed events of one run in a row; the data of one that is too large for Redis is left out ("").
 
     Not frozen, because one is made of nearly every append, and freezing doubles what that costs.
     """
@@ -105,6 +108,8 @@ class RedisPublisher:
 
     def offer(self, append: RunAppend) -> None:
         """Takes a committed append."""
+        if append.size > _LARGE:
+            append = _slim(append)
         if self._streams.refuses and self._queue:
             # One waits as the breaker's trial; the others would only be late.
             metrics.publishes.labels("dropped").inc()
@@ -142,9 +147,11 @@ class RedisPublisher:
         """Takes what is queued, at most one publication a run unless its fence or place jumps."""
         batch: list[Publication] = []
         of_run: dict[UUID, Publication] = {}
-        while self._queue and len(batch) < _BATCH:
+        size = 0
+        while self._queue and len(batch) < _BATCH and size < _MAX_BATCH_BYTES:
             append = self._queue.popleft()
             self._size -= append.size
+            size += append.size
             item = of_run.get(append.run_id)
             if (
                 item is not None
@@ -192,3 +199,13 @@ class RedisPublisher:
             elif item.fence >= fence:
                 found.append(item)
         return found
+
+
+def _slim(append: RunAppend) -> RunAppend:
+    """Returns an append as Redis gets it: without the data of large events, and without its commit."""
+    events = [
+        event if len(event.data) <= _LARGE else NewEvent(event.type, event.time_ms, "")
+        for event in append.events
+    ]
+    size = sum(len(event.data) for event in events)
+    return RunAppend(append.session_id, append.run_id, append.fence, append.first_seq, events, size=size)

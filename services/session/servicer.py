@@ -173,8 +173,8 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
         run = await self._store.get_run(tenant_id, _id(request.run_id, "run_id"))
         response = pb.GetRunResponse(run=convert.run_to_proto(run))
         if run.status is RunStatus.REQUIRES_ACTION:
-            calls = await self._store.calls_of_run(tenant_id, run.run_id)
-            response.pending_actions.extend(convert.tool_call_to_proto(call) for call in calls if call.waits)
+            calls = await self._store.waiting_calls(tenant_id, run.run_id)
+            response.pending_actions.extend(convert.tool_call_to_proto(call) for call in calls)
         return response
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:

@@ -1,5 +1,6 @@
 """SessionInternalService: glue between the mesh's own services and this one."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from meshkit.identity import require_mesh
 from services.session import convert
 from services.session.append_hub import AppendHub
 from services.session.commits import Commits
-from services.session.domain import BeginOutcome, ClaimOutcome, ToolCallState
+from services.session.domain import BeginOutcome, ClaimOutcome, ContextPosition, ToolCallState
 from services.session.store.cached import Contexts
 from services.session.store.port import Store
 from services.session.watch_hub import WatchHub
@@ -27,6 +28,8 @@ FAIL_MESSAGES = {
     pb.FAIL_CAUSE_INTERNAL: "an internal error ended the run",
     pb.FAIL_CAUSE_REFUSED: "the run's events were refused by the store",
 }
+# Pages of contexts that are made at once: they share the database's connections with every commit.
+_MAX_PAGES = 4
 
 
 @asynccontextmanager
@@ -72,6 +75,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
         self._watches = watches
         self._commits = commits
         self._keys = keys
+        self._pages = asyncio.Semaphore(_MAX_PAGES)
 
     async def Authenticate(
         self, request: pb.AuthenticateRequest, context: Context
@@ -96,6 +100,20 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
             response.options.CopyFrom(convert.options_of(claim.run.options))
             response.tenant_id = str(claim.run.tenant_id)
         return response
+
+    async def ReadContext(
+        self, request: pb.ReadContextRequest, context: Context
+    ) -> AsyncIterator[pb.ReadContextResponse]:
+        """See the proto."""
+        require_mesh()
+        run_id = convert.uuid_of(request.run_id, "run_id")
+        position: ContextPosition | None = convert.position_of(request.position)
+        while position is not None:
+            async with self._pages:
+                page = await self._store.read_context(run_id, request.fence, position)
+                response = pb.ReadContextResponse(context=convert.context_to_proto(page))
+            yield response
+            position = page.next
 
     async def Append(
         self, request_iterator: AsyncIterator[pb.AppendRequest], context: Context
@@ -140,7 +158,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     async def FailRun(self, request: pb.FailRunRequest, context: Context) -> pb.FailRunResponse:
         """See the proto."""
         require_mesh()
-        run = await self._store.fail(convert.lease_of(request.lease), FAIL_MESSAGES[request.cause])
+        run = await self._store.fail_held(convert.lease_of(request.lease), FAIL_MESSAGES[request.cause])
         if run is not None:
             self._hub.detach(request.lease.run_id)
             self._commits.changed(run)

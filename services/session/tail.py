@@ -260,10 +260,18 @@ class Tail:
         )
 
     def deliver_events(self, run_id: UUID, events: Sequence[Event]) -> None:
-        """Hands over committed events from wherever they came."""
+        """Hands over committed events from wherever they came; one without data is there to be read."""
         feed = self._feeds.get(run_id)
-        if feed is not None and events:
-            self._push(feed, events)
+        if feed is None or not events:
+            return
+        whole = next((place for place, event in enumerate(events) if not event.data), len(events))
+        self._push(feed, events[:whole])
+        if whole < len(events):
+            feed.live = True
+            feed.seen = max(feed.seen, events[-1].seq)
+            for subscription in feed.subscriptions:
+                if subscription.reached < events[-1].seq:
+                    subscription.lose("large")
 
     def _push(self, feed: _Feed, events: Sequence[Event]) -> None:
         if not events:

@@ -17,6 +17,7 @@ from meshkit.errors import InvalidArgumentError, NotFoundError, OutOfRangeError,
 from meshkit.tasks import Backoff
 from services.session import metrics
 from services.session.domain import Event, Page, Run, Session
+from services.session.store.port import PAGE_BYTES
 from services.session.tail import Tail
 
 _PAGE = 200
@@ -203,7 +204,8 @@ class Watcher:
                 if stored:
                     subscription.lost = False
                     page = await _patiently(self._store.events_after, self._tenant_id, run_id, cursor, _PAGE)
-                    stored = len(page) == _PAGE
+                    # What has fewer characters than a quarter of a page's bytes was not cut by its size.
+                    stored = len(page) == _PAGE or sum(len(event.data) for event in page) * 4 >= PAGE_BYTES
                     if not page:
                         # Raises when the run was deleted under the watch.
                         run = await _patiently(self._store.get_run, self._tenant_id, run_id)

@@ -32,9 +32,10 @@ from services.tool import metrics
 from services.tool.acting import act, context_of, judge, lost
 from services.tool.domain import BeginOutcome, CallRequest, CallState, Entry, Outcome
 from services.tool.journal import CALL_SECONDS, Journal
-from services.tool.registry import ArgumentsError, Effect, Registry, Tool
+from services.tool.registry import Effect, Registry, Tool
 from services.tool.results import INLINE_BYTES, ResultStore, clean, cut_outcome, shrink
 from services.tool.runs import Runs
+from services.tool.schemas import ArgumentsError
 
 _log = structlog.get_logger("tool.execution")
 

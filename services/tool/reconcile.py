@@ -17,7 +17,6 @@ from services.tool.domain import CallRequest, CallState, Entry, Outcome
 from services.tool.execution import reach
 from services.tool.journal import Journal
 from services.tool.registry import (
-    ArgumentsError,
     Reconciled,
     Registry,
     Tool,
@@ -25,6 +24,7 @@ from services.tool.registry import (
     ToolError,
 )
 from services.tool.results import ResultStore, clean, shrink
+from services.tool.schemas import ArgumentsError
 
 _log = structlog.get_logger("tool.reconcile")
 

@@ -20,27 +20,18 @@ The decorator only attaches the declaration; `tools_in(module)` finds it. There 
 from __future__ import annotations
 
 import importlib
-import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from types import ModuleType
 from typing import Any
 from uuid import UUID
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError
-from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for
-from referencing import Registry as References
-from referencing.exceptions import Unresolvable
-
 from meshkit.errors import StartupError
+from services.tool.schemas import ArgumentSchema, SchemaError
 
-MAX_ARGUMENT_BYTES = 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MAX_PROBLEMS = 5
 _MAX_PROBLEM = 200
 _MARK = "__hermesh_tool__"
 
@@ -80,10 +71,6 @@ class Reconciled(Enum):
 
     NOT_DONE = "not done"
     CANNOT_TELL = "cannot tell"
-
-
-class ArgumentsError(Exception):
-    """The arguments do not fit the tool's schema; the text says where, for the model."""
 
 
 def ignore(_text: str) -> None:
@@ -145,7 +132,7 @@ class Tool:
     reconcile_timeout: float = 10.0
     settle_seconds: float = 5.0
     schema_text: str = field(init=False)
-    _validator: Validator = field(init=False, repr=False, compare=False)
+    _schema: ArgumentSchema = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Checks the declaration, so that a wrong one stops the start and not the first call.
@@ -166,22 +153,12 @@ class Tool:
             raise StartupError(
                 f"tool {self.name}: what may simply run again has nothing to reconcile; leave reconcile out"
             )
-        if self.input_schema.get("type") != "object":
-            raise StartupError(f'tool {self.name}: the input schema must have "type": "object"')
-        kind: type[Validator] = validator_for(self.input_schema, default=Draft202012Validator)
         try:
-            kind.check_schema(dict(self.input_schema))
-            text = json.dumps(self.input_schema, separators=(",", ":"), ensure_ascii=False)
+            schema = ArgumentSchema(self.input_schema)
         except SchemaError as error:
-            raise StartupError(f"tool {self.name}: the input schema is not valid: {error.message}") from error
-        except (TypeError, ValueError) as error:
-            raise StartupError(f"tool {self.name}: the input schema is not JSON") from error
-        outside = next((ref for ref in _references(self.input_schema) if not ref.startswith("#")), None)
-        if outside is not None:
-            raise StartupError(f"tool {self.name}: the input schema must not refer to {outside}; include it")
-        object.__setattr__(self, "schema_text", text)
-        # An empty registry of references: nothing in a schema may make the service fetch something.
-        object.__setattr__(self, "_validator", kind(dict(self.input_schema), registry=References()))
+            raise StartupError(f"tool {self.name}: {error}") from error
+        object.__setattr__(self, "schema_text", schema.text)
+        object.__setattr__(self, "_schema", schema)
 
     def parse(self, text: str) -> dict[str, Any]:
         """Reads and validates the arguments of a call.
@@ -192,59 +169,7 @@ class Tool:
         Raises:
             ArgumentsError: The text is not a JSON object, or does not fit the schema.
         """
-        arguments = parse_object(text)
-        try:
-            problems = sorted(
-                self._validator.iter_errors(arguments), key=lambda problem: list(map(str, problem.path))
-            )
-        except RecursionError as error:
-            raise ArgumentsError("the arguments are nested too deeply") from error
-        except Unresolvable as error:
-            raise ArgumentsError("the tool's schema refers to a part that it does not have") from error
-        if problems:
-            raise ArgumentsError("; ".join(_explain(problem) for problem in problems[:_MAX_PROBLEMS]))
-        return arguments
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, Mapping):
-        for key, value in schema.items():
-            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
-                yield value
-            else:
-                yield from _references(value)
-    elif isinstance(schema, list | tuple):
-        for value in schema:
-            yield from _references(value)
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """Reads a JSON object, strictly: no NaN, no Infinity, at most 1 MiB.
-
-    Raises:
-        ArgumentsError: It is not one.
-    """
-    if len(text) > MAX_ARGUMENT_BYTES:
-        raise ArgumentsError(f"the arguments are larger than {MAX_ARGUMENT_BYTES} bytes")
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
-    except ValueError as error:
-        raise ArgumentsError("the arguments are not valid JSON") from error
-    except RecursionError as error:
-        raise ArgumentsError("the arguments are nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ArgumentsError("the arguments must be a JSON object")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _explain(problem: ValidationError) -> str:
-    where = ".".join(str(part) for part in problem.absolute_path)
-    text = problem.message if len(problem.message) <= _MAX_PROBLEM else problem.message[:_MAX_PROBLEM] + "..."
-    return f"{where}: {text}" if where else text
+        return self._schema.parse(text)
 
 
 def tool(

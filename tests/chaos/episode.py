@@ -21,6 +21,7 @@ from tests.chaos.faults.faults import Stage
 from tests.chaos.faults.plan import Planned, plan, theme_of
 from tests.chaos.model.history import History, Recorder
 from tests.chaos.traffic.clients import Client
+from tests.chaos.traffic.leavers import Leaver
 from tests.chaos.traffic.transport import Grpc, Http, SessionTransport, Transport, Ws
 from tests.chaos.traffic.watchers import Watcher
 from tests.chaos.validate import check
@@ -83,7 +84,7 @@ class Episode:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "history.jsonl"
         path.unlink(missing_ok=True)
-        theme = self.theme or theme_of(self.seed)
+        theme = self.theme or ("named" if self.faults is not None else theme_of(self.seed))
         rng = random.Random(self.seed)
         planned = list(self.faults) if self.faults is not None else plan(rng, theme, self.seconds)
         ledger_from = self.cluster.ledger_file.stat().st_size if self.cluster.ledger_file.exists() else 0
@@ -105,6 +106,7 @@ class Episode:
         names = [
             f"{one['fault']} {one['target']} {one.get('detail', '')}".strip() for one in history["fault"]
         ]
+        names += [f"lost {one['service']}" for one in history["drain"] if one["phase"] == "begin"]
         seconds = round(time.monotonic() - began, 1)
         verdict = Verdict(self.seed, theme, names, seconds, settled, violations, self.mutation)
         (self.folder / "verdict.json").write_text(json.dumps(vars(verdict), indent=1) + "\n")
@@ -136,21 +138,39 @@ class Episode:
                     lambda session, run: runs.append((session, run)),
                 )
             )
+        deleted: dict[str, str] = {}
+        leavers = [
+            Leaver(
+                f"e{self.seed}-l{number}",
+                transport,
+                random.Random(f"{self.seed}-l{number}"),
+                recorder,
+                stopping,
+                deleted.__setitem__,
+            )
+            for number, transport in enumerate(
+                (Http(mesh.url, mesh.headers), Grpc(mesh.grpc_address, mesh.api_key)), start=1
+            )
+        ]
+        over = asyncio.Event()
         eyes = LiveEyes(self.cluster.valkey.url, recorder)
         settled = True
         try:
             async with asyncio.TaskGroup() as group:
-                working = [group.create_task(_guarded(client, recorder)) for client in clients]
-                looking = group.create_task(_look(eyes, runs))
+                working = [group.create_task(_guarded(client, recorder)) for client in (*clients, *leavers)]
+                looking = group.create_task(_look(eyes, runs, over))
                 watching = group.create_task(self._watch(sessions, recorder))
                 breaking = [group.create_task(_later(stage, one)) for one in planned]
-                await asyncio.sleep(self.seconds)
-                stopping.set()
-                await asyncio.wait(breaking) if breaking else None
-                _, late = await asyncio.wait(working, timeout=self.settle)
-                for task in late:
-                    task.cancel()
-                settled = not late and await _at_rest(stage.audit, sessions, self.settle)
+                try:
+                    await asyncio.sleep(self.seconds)
+                    stopping.set()
+                    await asyncio.wait(breaking) if breaking else None
+                    _, late = await asyncio.wait(working, timeout=self.settle)
+                    for task in late:
+                        task.cancel()
+                    settled = not late and await _at_rest(stage.audit, sessions, self.settle)
+                finally:
+                    over.set()
                 await _end({looking, watching})
             await eyes.look(list(dict.fromkeys(runs)))
         finally:
@@ -159,6 +179,7 @@ class Episode:
         if not healthy:
             recorder.write("mark", text="the mesh is not healthy at the end")
         await stage.audit.record(recorder, sessions)
+        await stage.audit.record_left(recorder, deleted)
         return settled and healthy
 
     async def _watch(self, sessions: Sequence[str], recorder: Recorder) -> None:
@@ -178,7 +199,7 @@ class Episode:
                 group.create_task(Watcher(name, sessions[number], way, rng, recorder).watch())
 
 
-async def _guarded(client: Client, recorder: Recorder) -> None:
+async def _guarded(client: Client | Leaver, recorder: Recorder) -> None:
     try:
         await client.run()
     except Exception as error:
@@ -198,8 +219,9 @@ async def _later(stage: Stage, planned: Planned) -> None:
         _suite_failed(stage.recorder, str(planned), error)
 
 
-async def _look(eyes: LiveEyes, runs: list[tuple[str, str]]) -> None:
-    while True:
+async def _look(eyes: LiveEyes, runs: list[tuple[str, str]], over: asyncio.Event) -> None:
+    """Looks until it is over: being cancelled alone may be lost on the way, as `_end` says."""
+    while not over.is_set():
         await asyncio.sleep(_LOOK_SECONDS)
         await eyes.look(list(dict.fromkeys(runs[-30:])))
 

@@ -21,7 +21,7 @@ _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
-_ENDS = "services/session/store/migrations/0005_pre_ends.sql"
+_ENDS = "services/session/store/migrations/0006_pre_ends.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ MUTATIONS = (
         "silent-splice",
         "A reply that is begun anew does not tell its readers to drop what they have of it.",
         "services/agent/runs/runner.py",
-        "self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)",
+        "self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)",
         "pass",
         faults=_AGENTS_DIE,
         prefill=False,

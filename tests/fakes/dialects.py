@@ -1,4 +1,4 @@
-"""FAKE model servers: each speaks one provider's dialect of Chat Completions, and refuses what that one refuses.
+"""FAKE model servers: each speaks a provider's dialect of Chat Completions, and refuses what that one refuses.
 
 None of these is a model, and none is the provider's own server: what they send and refuse is what public reports
 say of the real ones (the sources are in services/agent/model/profiles.toml). They are real HTTP servers. What

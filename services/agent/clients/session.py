@@ -11,12 +11,16 @@ import grpc.aio
 
 from hermesh.agent.v1.agent_service_pb2 import RunRequest
 from hermesh.common.v1.event_pb2 import Event
-from hermesh.session.v1.resources_pb2 import Grant, Run, RunContext, RunOptions
+from hermesh.session.v1.resources_pb2 import ContextPosition, Grant, Run, RunContext, RunOptions
 from hermesh.session.v1.session_internal_service_pb2 import (
     CLAIM_OUTCOME_ALREADY_CLAIMED,
     CLAIM_OUTCOME_CLAIMED,
+    FAIL_CAUSE_INTERNAL,
+    FAIL_CAUSE_REFUSED,
     ClaimRunRequest,
+    FailRunRequest,
     LeaseRef,
+    ReadContextRequest,
     ReleaseLeaseRequest,
     RenewLeasesRequest,
 )
@@ -24,7 +28,7 @@ from hermesh.session.v1.session_internal_service_pb2_grpc import SessionInternal
 from hermesh.session.v1.session_service_pb2 import GetRunRequest, SubmitRunRequest
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
 from meshkit import failpoints
-from meshkit.channel import mesh_metadata
+from meshkit.channel import mesh_metadata, stream_call
 from meshkit.errors import DeadlineError, HermeshError, UnavailableError, from_rpc_error
 from meshkit.ids import uuid7
 from meshkit.settings import MeshSettings
@@ -39,6 +43,10 @@ SUBMIT_TRIES = 4
 CLAIM_TRIES = 10
 REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
+# The longest time between two pages of a context, and how many are read at once: after another replica's death many
+# runs come with theirs.
+PAGE_SECONDS = 10.0
+MAX_CONTEXTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Claim:
     """A run that is ours to work on.
 
     Attributes:
+        context: its first page; the rest is read while the run is worked on.
         lease_until: monotonic time until which the lease surely lasts.
     """
 
@@ -123,6 +132,7 @@ class SessionClient:
         self._appends = SessionInternalServiceStub(append_channel if append_channel is not None else channel)
         self._settings = settings
         self._mesh = mesh_metadata(settings)
+        self._contexts = asyncio.Semaphore(MAX_CONTEXTS)
 
     @failpoints.around("agent.submit")
     async def submit(self, request: RunRequest, tenant_id: str, *, claim: bool) -> Submitted:
@@ -184,6 +194,60 @@ class SessionClient:
             asked_at + response.grant.ttl_ms / 1000,
         )
 
+    @failpoints.around("agent.context")
+    async def rest(
+        self, run_id: str, fence: Callable[[], int], position: ContextPosition
+    ) -> Sequence[RunContext]:
+        """Return the pages of a claimed run's context that follow a position.
+
+        A session replica that stops answering is no reason to begin anew: the next one goes on where it stood.
+
+        Args:
+            run_id: the run.
+            fence: returns the fence of this moment.
+            position: where to begin.
+
+        Raises:
+            HermeshError: the lease is lost (FENCE_STALE), or the session service could not say.
+        """
+        pages: list[RunContext] = []
+        async with self._contexts:
+            backoff = Backoff(0.05, 0.5)
+            while True:
+                began = len(pages)
+                try:
+                    await self._read(run_id, fence(), position, pages)
+                    return pages
+                except (UnavailableError, DeadlineError):
+                    if len(pages) > began:
+                        position = pages[-1].next
+                        backoff.reset()
+                    if backoff.attempts + 1 >= CLAIM_TRIES:
+                        raise
+                await backoff.sleep()
+
+    async def _read(
+        self, run_id: str, fence: int, position: ContextPosition, pages: list[RunContext]
+    ) -> None:
+        """Add the pages from a position on, to the last one."""
+        request = ReadContextRequest(run_id=run_id, fence=fence, position=position)
+        clock = asyncio.get_running_loop().time
+        try:
+            async with (
+                asyncio.timeout(PAGE_SECONDS) as silence,
+                stream_call(self._internal.ReadContext(request, metadata=self._mesh)) as responses,
+            ):
+                async for response in responses:
+                    pages.append(response.context)
+                    if not response.context.HasField("next"):
+                        return
+                    silence.reschedule(clock() + PAGE_SECONDS)
+        except TimeoutError:
+            raise DeadlineError("DEADLINE_EXCEEDED", "no page of the run's context came") from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        raise UnavailableError("SERVICE_UNAVAILABLE", "the run's context ended before its last page")
+
     async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
         """Return why somebody asked to cancel a run, "" when that cannot be said in a moment."""
         try:
@@ -226,6 +290,25 @@ class SessionClient:
             cancelled += response.cancelled_run_ids
             ttl = response.ttl_ms / 1000
         return Renewal(lost, cancelled, ttl)
+
+    @failpoints.around("agent.fail")
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        """Have the store end a run that cannot write its end; False when it is not ours any more.
+
+        Raises:
+            HermeshError: the session service could not say.
+        """
+        request = FailRunRequest(
+            lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence),
+            cause=FAIL_CAUSE_REFUSED if refused else FAIL_CAUSE_INTERNAL,
+        )
+        response, _, again = await _tried(
+            lambda: self._internal.FailRun(request, metadata=self._mesh),
+            CLAIM_TRIES,
+            (UnavailableError, DeadlineError),
+        )
+        # An earlier try may have done it, and its answer got lost.
+        return response.ended or again
 
     @failpoints.around("agent.release")
     async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:

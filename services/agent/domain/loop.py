@@ -99,11 +99,15 @@ class Limits:
         max_turns: model turns.
         max_output_tokens: tokens written in all turns, 0 = no bound of ours.
         max_breaks: how often one model turn may break off and be taken up again.
+        spare_requests: model requests beyond one for each turn.
+        max_bytes: of events in its log, 0 = no bound.
     """
 
     max_turns: int = 16
     max_output_tokens: int = 0
     max_breaks: int = 1
+    spare_requests: int = 32
+    max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ class LoopState:
         usage: tokens of this run's turns as far as this replica knows.
         finish_reason: set once a turn ended without calls.
         breaks: how often the current turn broke off here.
+        requests: how many requests the attempts before have made to the model, as far as the log tells.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -129,6 +134,7 @@ class LoopState:
     usage: Usage = field(default_factory=Usage)
     finish_reason: str = ""
     breaks: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +233,9 @@ class Fail:
 Decision = CallModel | CallTools | AskApproval | FindOut | ReportCalls | AwaitAction | Finish | Fail
 
 
-def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill: bool) -> Decision:
+def decide(
+    state: LoopState, limits: Limits, *, seconds_left: float, can_prefill: bool, written: int = 0
+) -> Decision:
     """Say what to do next.
 
     Args:
@@ -235,6 +243,7 @@ def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill
         limits: the run's bounds.
         seconds_left: until the run's time limit.
         can_prefill: whether the backend continues a last message of role assistant.
+        written: how many bytes of events the run has in its log, or on the way there.
     """
     if state.finish_reason and not state.calls:
         return Finish(state.finish_reason)
@@ -246,6 +255,14 @@ def decide(state: LoopState, limits: Limits, *, seconds_left: float, can_prefill
         return Fail("DEADLINE_EXCEEDED", "RUN_TIMEOUT", "the run's time limit was reached", True)
     if state.calls and all(call.state.settled for call in state.calls):
         return ReportCalls(state.calls)
+    if limits.max_bytes and written > limits.max_bytes:
+        if any(call.state is CallState.UNKNOWN for call in waiting):
+            return AwaitAction(waiting)
+        return Fail(
+            "RESOURCE_EXHAUSTED",
+            "RUN_TOO_LARGE",
+            f"the run has written {written} bytes and may write {limits.max_bytes}; what it did is in its log",
+        )
     if state.calls:
         todo = tuple(call for call in state.calls if not call.state.settled and not call.waits)
         unclear = tuple(call for call in waiting if call.may_be_found_out)

@@ -159,7 +159,9 @@ def plain(message: ChatMessage) -> ChatMessage:
     if message.role == "tool":
         return ChatMessage("user", f"The tool returned: {message.content}\nUse it to answer my question.")
     if message.tool_calls:
-        calls = [{"name": use.name, "arguments": orjson.loads(use.arguments)} for use in message.tool_calls]
+        calls = [
+            {"name": use.name, "arguments": orjson.Fragment(use.arguments)} for use in message.tool_calls
+        ]
         text = "\n".join(orjson.dumps(call).decode() for call in calls)
         return ChatMessage("assistant", f"{message.content}\n{text}".strip())
     return message

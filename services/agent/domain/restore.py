@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from meshkit import verbatim
 from services.agent.domain.loop import Call, CallState, LoopState, Partial
 from services.agent.model.port import ChatMessage, ToolUse
 
@@ -35,6 +36,8 @@ class LoggedEvent:
 @dataclass(slots=True)
 class _Fold:
     step: int = 0
+    requests: int = 0
+    attempt: int = 0
     pieces: list[tuple[int, str]] = field(default_factory=list)
     reported: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
@@ -46,6 +49,7 @@ def restore(
     events: Sequence[LoggedEvent] = (),
     journal: Sequence[Call] = (),
     hookless: Collection[str] = (),
+    attempt: int = 1,
 ) -> LoopState:
     """Rebuild the state of a run.
 
@@ -53,8 +57,9 @@ def restore(
         run_id: the run.
         messages: the conversation with what this run has added, oldest first.
         events: at least everything of the current model turn and the `step.started` before it.
-        journal: the run's tool calls.
+        journal: the run's tool calls, at least those that no message answers.
         hookless: names of tools that surely cannot look up what became of a call; the others are asked.
+        attempt: which one this is, from 1.
 
     Returns:
         The state to go on with. Where the log has half a turn, `partial` says so.
@@ -68,6 +73,8 @@ def restore(
         step=max(fold.step, len(own)),
         turns=len(own),
         partial=_partial(fold),
+        # An attempt that only continued a turn has said so nowhere.
+        requests=max(fold.requests, len(own)) + max(0, attempt - 1 - fold.attempt),
     )
     if not own:
         return state
@@ -78,7 +85,12 @@ def restore(
     if all(use.call_id in answered for use in uses):
         return state
     by_id = {call.call_id: call for call in journal}
-    calls = tuple(_restore_call(use, by_id.get(use.call_id), fold, hookless) for use in uses)
+    # Many results become messages in several commits: those that did need nothing more.
+    calls = tuple(
+        _restore_call(use, by_id.get(use.call_id), fold, hookless)
+        for use in uses
+        if use.call_id not in answered
+    )
     return replace(state, calls=calls)
 
 
@@ -98,6 +110,9 @@ def _fold(events: Sequence[LoggedEvent]) -> _Fold:
         data = event.data
         if event.type == "step.started":
             fold.step = int(data["step"])
+            # Both are left out where nothing happened twice.
+            fold.requests = int(data.get("request", fold.step))
+            fold.attempt = int(data.get("attempt", 1))
             fold.pieces = []
         elif event.type == "text.delta":
             fold.pieces.append((event.seq, str(data["text"])))
@@ -105,6 +120,8 @@ def _fold(events: Sequence[LoggedEvent]) -> _Fold:
             fold.pieces.append((event.seq, ""))
         elif event.type == "attempt.reset":
             from_seq = int(data["from_seq"])
+            fold.requests = int(data.get("request", fold.requests + 1))
+            fold.attempt = int(data.get("attempt", fold.attempt))
             fold.pieces = [piece for piece in fold.pieces if piece[0] < from_seq]
         elif event.type == "message.completed":
             fold.pieces = []
@@ -156,27 +173,28 @@ def _read_calls(text: str) -> tuple[tuple[ToolUse, ...], str]:
     if not text:
         return (), ""
     try:
-        entries = orjson.loads(text)
+        entries = [verbatim.members(entry) for entry in verbatim.elements(text)]
         calls = tuple(
             ToolUse(
-                str(entry["call_id"]),
-                str(entry["name"]),
-                _arguments(entry.get("arguments", {})),
-                _text(entry.get("provider")),
+                str(orjson.loads(entry["call_id"])),
+                str(orjson.loads(entry["name"])),
+                _arguments(entry.get("arguments", "{}")),
+                _provider(entry.get("provider", "")),
             )
             for entry in entries
         )
-        return calls, _text(entries[0].get("message_provider")) if entries else ""
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError):
         return (), ""
+    return calls, _provider(entries[0].get("message_provider", "")) if entries else ""
 
 
-def _text(value: object) -> str:
-    return orjson.dumps(value).decode() if isinstance(value, dict) and value else ""
+def _provider(value: str) -> str:
+    return value if value.startswith("{") and value != "{}" else ""
 
 
-def _arguments(value: object) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+def _arguments(value: str) -> str:
+    """Return arguments as they were written; some are stored as a text that holds them."""
+    return str(orjson.loads(value)) if value.startswith('"') else value
 
 
 def stored_tool_calls(calls: Sequence[Call], provider: str) -> str:
@@ -203,6 +221,6 @@ def stored_tool_calls(calls: Sequence[Call], provider: str) -> str:
 def render_tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
     """Return what a message's `tool_calls` holds: [{"call_id", "name", "arguments": {...}}]."""
     return [
-        {"call_id": call.call_id, "name": call.name, "arguments": orjson.loads(call.arguments)}
+        {"call_id": call.call_id, "name": call.name, "arguments": orjson.Fragment(call.arguments)}
         for call in calls
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from meshkit import verbatim
 from services.agent.domain.loop import Call, CallState, Turn
 from services.agent.model.errors import ModelProtocolError
 from services.agent.model.port import (
@@ -22,14 +23,16 @@ from services.agent.model.port import (
 )
 
 MAX_CALLS = 64
-# Characters of one turn's text, of its reasoning, and of its calls' arguments together: what one write to the
-# store can surely hold.
+# Bytes of one turn's text and reasoning, and of its calls' arguments: what one write to the store can hold.
 MAX_TEXT = 1024 * 1024
 # Bytes of what a backend may want to have back with one call.
 MAX_PROVIDER = 64 * 1024
-BAD_ARGUMENTS = "The arguments are not a JSON object. Call the tool again with valid arguments."
+BAD_ARGUMENTS = (
+    "The arguments are not a JSON object, or hold a number beyond all bounds, or are nested deeper than "
+    f"{verbatim.MAX_DEPTH} levels. Call the tool again with valid arguments."
+)
 LONG_ARGUMENTS = (
-    f"The arguments of this turn's calls are longer than {MAX_TEXT} characters and were not kept. "
+    f"The arguments of this turn's calls are longer than {MAX_TEXT} bytes and were not kept. "
     "Call the tool again with shorter ones."
 )
 
@@ -55,8 +58,7 @@ class TurnBuilder:
         self._text = [prefix] if prefix else []
         self._names: dict[int, str] = {}
         self._arguments: dict[int, list[str]] = {}
-        self._size = len(prefix)
-        self._reasoning_size = 0
+        self._size = _bytes(prefix)
         self._calls_size = 0
         self._too_long: set[int] = set()
         self._most_calls = 0
@@ -92,19 +94,17 @@ class TurnBuilder:
                     self._usage = event
             elif isinstance(event, Finished):
                 self._finish = event.reason
-        said = storable("".join(text))
+        said, thought = storable("".join(text)), storable("".join(reasoning))
         self._text.append(said)
-        self._size += len(said)
-        thought = storable("".join(reasoning))
-        self._reasoning_size += len(thought)
+        self._size += _bytes(said) + _bytes(thought)
         if self.full:
             self._finish = "length"
         return ("" if self._constrained else said), thought
 
     @property
     def full(self) -> bool:
-        """Whether the turn has as much text as a turn may have: the reply ends here."""
-        return max(self._size, self._reasoning_size, self._calls_size) > MAX_TEXT
+        """Whether the turn has as much text and reasoning as a turn may have: the reply ends here."""
+        return max(self._size, self._calls_size) > MAX_TEXT
 
     def _add_call(self, delta: ToolCallDelta) -> None:
         self._most_calls = max(self._most_calls, delta.index + 1)
@@ -117,7 +117,7 @@ class TurnBuilder:
             self._ids[delta.index] = delta.id
         if delta.fields:
             self._fields.setdefault(delta.index, {}).update(delta.fields)
-        self._calls_size += len(delta.arguments)
+        self._calls_size += _bytes(delta.arguments)
         if self._calls_size > MAX_TEXT:
             self._too_long.add(delta.index)
         else:
@@ -166,8 +166,8 @@ class TurnBuilder:
         """Make a call; one that cannot be made at all is already failed, so that the model may repair it."""
         identity = call_id(self._run_id, self._step, place)
         name = storable(name) or "unnamed"
-        arguments = mended_arguments(arguments)
-        if not is_json_object(arguments):
+        arguments = mended_arguments(arguments).strip(" \t\r\n")
+        if not verbatim.is_object(arguments):
             return Call(identity, name[:200], "{}", CallState.FAILED, BAD_ARGUMENTS)
         return Call(identity, name[:200], arguments)
 
@@ -182,19 +182,19 @@ def mended_arguments(text: str) -> str:
     bare = text.strip()
     if bare in ("", "null", '""', '"{}"'):
         return "{}"
-    if is_json_object(text):
+    if verbatim.is_object(text):
         return text
-    if bare.startswith("{}") and is_json_object(bare[2:]):
+    if bare.startswith("{}") and verbatim.is_object(bare[2:]):
         return bare[2:].strip()
     half = bare[: len(bare) // 2]
-    if half and bare == half + half and is_json_object(half):
+    if half and bare == half + half and verbatim.is_object(half):
         return half
     if bare.startswith('"'):
         try:
             inner = orjson.loads(bare)
         except orjson.JSONDecodeError:
             return text
-        if isinstance(inner, str) and is_json_object(inner):
+        if isinstance(inner, str) and verbatim.is_object(inner):
             return inner
     return text
 
@@ -208,24 +208,27 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def storable(text: str) -> str:
-    """Return a text without the one character that PostgreSQL cannot store."""
-    return text.replace("\x00", "") if "\x00" in text else text
+    """Return a text without what cannot be stored: U+0000 in PostgreSQL, half a character in UTF-8."""
+    if "\x00" in text:
+        text = text.replace("\x00", "")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-8", "replace").decode()
+    return text
 
 
-def is_json_object(text: str) -> bool:
-    """Whether the text is one JSON object."""
-    try:
-        return isinstance(orjson.loads(text), dict)
-    except orjson.JSONDecodeError:
-        return False
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _constrained_call(text: str) -> tuple[str, str]:
     try:
-        call = orjson.loads(text)
-        name, arguments = call["name"], call["arguments"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        call = verbatim.members(text)
+        name, arguments = orjson.loads(call["name"]), call["arguments"]
+    except (ValueError, KeyError):
         raise ModelProtocolError("the model's tool call is not the JSON it had to be") from None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not arguments.startswith("{"):
         raise ModelProtocolError("the model's tool call is not the JSON it had to be")
-    return name, orjson.dumps(arguments).decode()
+    return name, arguments

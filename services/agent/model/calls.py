@@ -102,7 +102,8 @@ class CallPieces:
         if known is not None and known is not last:
             return known
         if identity and last.id and identity != last.id:
-            return self._begin(index, identity) if name or last.whole else last
+            begins = name or (arguments.strip() and last.whole)
+            return self._begin(index, identity) if begins else last
         if identity and not last.id and index is None and name and last.name:
             return self._begin(index, identity)
         return self._begin(index, identity) if self._again(last, name, arguments) else last
@@ -110,11 +111,12 @@ class CallPieces:
     def _again(self, last: _Call, name: str, arguments: str) -> bool:
         """Whether a piece with no other index or id begins a call all the same."""
         new = arguments.strip()
-        if not name or not new or not last.whole or new == last.text:
+        if not name or not new.startswith("{") or not last.whole:
             return False
-        if last.text == "{}":  # where the real arguments may still come
-            return name != last.name
-        return new.startswith("{")
+        if name != last.name:
+            return True
+        # The same once more, and what follows an empty object, is of the same call.
+        return new != last.text and last.text != "{}"
 
     def _begin(self, index: int | None, identity: str) -> _Call:
         call = _Call(len(self._calls), identity)

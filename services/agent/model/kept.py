@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import orjson
@@ -21,27 +21,27 @@ class KeptFields:
         names: which.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._texts: dict[str, list[str]] = {}
-        self._lists: dict[str, list[Any]] = {}
+    def __init__(self, names: Collection[str]) -> None:
+        self._texts: dict[str, list[str]] = {name: [] for name in names}
+        self._entries: dict[str, list[Any]] = {}
         self._size = 0
 
-    def take(self, delta: Mapping[str, Any]) -> None:
-        """Take the fields of a delta in."""
-        for name in self._names:
-            value = delta.get(name)
-            if not value or self._size > MAX_KEPT:
-                continue
-            if isinstance(value, str):
-                self._size += len(value)
-                self._texts.setdefault(name, []).append(value)
-            elif isinstance(value, list):
-                try:
-                    self._size += len(orjson.dumps(value))
-                except TypeError:  # nothing that could be stored
-                    self._size = MAX_KEPT + 1
-                self._add(self._lists.setdefault(name, []), value)
+    def text(self, name: str, text: str) -> None:
+        """Keep a piece of a field that is text."""
+        texts = self._texts.get(name)
+        if texts is not None and self._size <= MAX_KEPT:
+            self._size += len(text)
+            texts.append(text)
+
+    def entries(self, name: str, entries: object) -> None:
+        """Keep entries of a field that is a list."""
+        if name not in self._texts or not isinstance(entries, list) or self._size > MAX_KEPT:
+            return
+        try:
+            self._size += len(orjson.dumps(entries))
+        except TypeError:  # nothing that could be stored
+            self._size = MAX_KEPT + 1
+        self._add(self._entries.setdefault(name, []), entries)
 
     @staticmethod
     def _add(entries: list[Any], new: list[Any]) -> None:
@@ -64,8 +64,10 @@ class KeptFields:
     def event(self) -> Kept | None:
         """Return what was collected, None for nothing."""
         fields: dict[str, Any] = {
-            name: whole("".join(texts)).replace("\x00", "")[:MAX_KEPT] for name, texts in self._texts.items()
+            name: whole("".join(texts)).replace("\x00", "")[:MAX_KEPT]
+            for name, texts in self._texts.items()
+            if texts
         }
         if self._size <= MAX_KEPT:
-            fields |= self._lists
+            fields |= self._entries
         return Kept(fields) if fields else None

@@ -56,7 +56,8 @@ NOTHING = Learned()
 
 def encode_request(request: ModelRequest, profile: Profile = TOLERANT, learned: Learned = NOTHING) -> bytes:
     """Render the body of POST /chat/completions; only what is set is sent."""
-    prefilled = bool(request.messages) and request.messages[-1].role == "assistant"
+    last = request.messages[-1] if request.messages else None
+    prefilled = last is not None and last.role == "assistant" and not last.tool_calls
     body: dict[str, Any] = {
         "model": request.model,
         "messages": _Messages(profile, learned).render(request.messages, prefilled),

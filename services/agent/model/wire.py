@@ -63,17 +63,18 @@ class StreamParser:
 
     def __init__(self, profile: Profile = TOLERANT) -> None:
         self._rest = b""
-        self._begun = False
         self._closing = False
         self._before = self._after = b""
         self._tries = TEMPLATE_TRIES
         self._finish = ""
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._open = False
         self._event = b""
         self._pending: list[bytes] = []
         self._bare: list[bytes] = []
-        self._loose = False
+        # Whether the chunk was JSON only by a loose reading, or half a character waits for the other half.
+        self._careful = False
         self._halves: dict[str, str] = {}
         self._calls = CallPieces(profile.call_fields)
         self._kept = KeptFields(profile.message_fields)
@@ -100,32 +101,28 @@ class StreamParser:
         """
         if self._rest:
             data = self._rest + data
-        if not self._begun:
-            if len(data) < len(_BOM) and _BOM.startswith(data):
-                self._rest = data
-                return []
-            self._begun = True
-            data = data.removeprefix(_BOM)
-        held = b""
-        if b"\r" in data:
-            if data.endswith(b"\r") and not self._closing:  # the newline after it may come
-                data, held = data[:-1], b"\r"
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n") + 1
-        self._rest = data[end:] + held
+        if not end and b"\r" in data[:-1]:  # lines may end with that alone
+            # The newline after a last one may come.
+            data, held = (data[:-1], data[-1:]) if data.endswith(b"\r") else (data, b"")
+            data = data.replace(b"\r", b"\n")
+            end = data.rfind(b"\n") + 1
+            self._rest = data[end:] + held
+        else:
+            self._rest = data[end:]
         if len(self._rest) > MAX_LINE:
             raise ModelProtocolError("the model's stream has a line without end")
         out: list[ModelEvent] = []
+        if not end:
+            return out
         try:
-            for line in data[:end].split(b"\n"):
+            for line in data[: end - 1].split(b"\n"):
                 if not line:
-                    if self._event or self._pending:
+                    if self._open:
                         self._end_event(out)
                 elif line.startswith(b"data:"):
                     payload = line[5:].strip()
-                    if payload == _DONE:
-                        self.done = True
-                    elif payload and not self._plain(payload):
+                    if payload and not self._plain(payload):
                         self._data(payload, out)
                 else:
                     self._field(line, out)
@@ -145,6 +142,7 @@ class StreamParser:
             ModelError: as `feed`.
         """
         self._closing = True
+        self._rest = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         out = self.feed(b"\n\n")
         if self._bare and not self._finish:
             raise ModelProtocolError("the model's answer is not a stream of events")
@@ -200,14 +198,20 @@ class StreamParser:
 
     def _data(self, payload: bytes, out: list[ModelEvent]) -> None:
         """Take the data line of an event."""
-        if self._pending:
+        if payload == _DONE:
+            self.done = True
+        elif self._pending:
             self._wait(payload)
         elif self._event == b"error":
             self._fail(payload)
-        elif not self._chunk(payload, out) and payload.startswith((b"{", b"[")):
-            self._wait(payload)  # else it is a sign of life, and not JSON
+        elif not self._chunk(payload, out):
+            if b"\r" in payload:  # more than one line, of those that end so
+                self._field(b"data:" + payload, out)
+            elif payload.startswith((b"{", b"[")):
+                self._wait(payload)  # else it is a sign of life, and not JSON
 
     def _wait(self, payload: bytes) -> None:
+        self._open = True
         self._pending.append(payload)
         if sum(len(one) for one in self._pending[-64:]) > MAX_LINE or len(self._pending) > MAX_LINE // 64:
             raise ModelProtocolError("the model's stream has an event without end")
@@ -215,7 +219,7 @@ class StreamParser:
     def _end_event(self, out: list[ModelEvent]) -> None:
         """Take the data lines of an event that is over, if they are no JSON one by one."""
         event, lines = self._event, self._pending
-        self._event, self._pending = b"", []
+        self._open, self._event, self._pending = False, b"", []
         if not lines:
             return
         payload = b"\n".join(lines)
@@ -225,7 +229,19 @@ class StreamParser:
             raise ModelProtocolError("the model's stream is not the protocol's JSON")
 
     def _field(self, line: bytes, out: list[ModelEvent]) -> None:
-        """Take a line that is not data."""
+        """Take a line of another kind, or one that other lines hid."""
+        if line == b"\r":  # CR and LF: a blank line
+            if self._open:
+                self._end_event(out)
+            return
+        line = line.removesuffix(b"\r").removeprefix(_BOM)
+        if b"\r" in line:
+            for one in line.split(b"\r"):
+                self._field(one or b"\r", out)
+            return
+        if line.startswith(b"data:"):
+            self._data(line[5:].strip(), out)
+            return
         if self._bare or line.startswith((b"{", b"[")):
             # JSON that is no event: an error, lines of JSON, or a whole reply that is not streamed.
             self._bare.append(line)
@@ -238,7 +254,7 @@ class StreamParser:
             return
         name, _, value = line.partition(b":")
         if name == b"event":
-            self._event = value.strip()
+            self._event, self._open = value.strip(), True
         elif name == b"error":  # llama.cpp's way to fail in mid-stream
             self._fail(value.strip())
         elif line.startswith(b"<"):
@@ -253,34 +269,38 @@ class StreamParser:
 
     def _loads(self, payload: bytes) -> Any:
         """Decode JSON: strictly, or as loosely as servers write it (NaN, halves of characters)."""
-        self._loose = False
         try:
             return orjson.loads(payload)
         except orjson.JSONDecodeError:
-            self._loose = True
-        return _exact(payload)
+            self._careful = True
+            return _exact(payload)
 
     # chunks
 
     def _chunk(self, payload: bytes, out: list[ModelEvent]) -> bool:
         """Take a chunk in; False if it is not JSON."""
-        chunk = self._loads(payload)
-        if chunk is _NOT_JSON:
-            return False
         try:
-            if isinstance(chunk, list):  # Gemini's errors
+            chunk = orjson.loads(payload)
+            if self._careful:
+                self._careful = bool(self._halves)
+        except orjson.JSONDecodeError:
+            chunk = self._loads(payload)
+            if chunk is _NOT_JSON:
+                return False
+        try:
+            if type(chunk) is list:  # Gemini's errors
                 chunk = chunk[0]
             if chunk.get("error"):
                 if self._finish:
                     return True
                 raise error_of_body(chunk)
             choices = chunk.get("choices")
-            for place, choice in enumerate(choices or ()):
+            for choice in choices or ():
                 delta = choice.get("delta") or {}
                 if (
                     len(delta) == 1
                     and type(content := delta.get("content")) is str
-                    and not (self._reasoning or self._loose or self._halves)
+                    and not (self._reasoning or self._careful)
                 ):
                     # A token of text and nothing else, as nearly all chunks are.
                     if content:
@@ -295,7 +315,7 @@ class StreamParser:
                 else:
                     if not delta and not self.said_anything:
                         delta = choice.get("message") or {}  # a whole reply, not streamed
-                    self._delta(delta, out, payload, place)
+                    self._delta(delta, out, payload, choices.index(choice))
                 reason = choice.get("finish_reason")
                 if reason:
                     self._finishes(str(reason))
@@ -336,18 +356,26 @@ class StreamParser:
             self._finish = _FINISH.get(said, "stop")
 
     def _delta(self, delta: Mapping[str, Any], out: list[ModelEvent], payload: bytes, place: int) -> None:
-        content = delta.get("content")
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        name = "reasoning_content"
+        thought = delta.get(name)
+        if not thought:
+            name = "reasoning"
+            thought = delta.get(name)
         details = delta.get("reasoning_details")
-        if not thought and details:
-            thought = "".join(_texts(details))
-        if isinstance(thought, str) and thought:
+        if details:
+            self._kept.entries("reasoning_details", details)
+        if thought and isinstance(thought, str):
             self._think(thought, out)
+            self._kept.text(name, thought)
+            if len(delta) == 1:
+                return
+        elif details:
+            self._think("".join(_texts(details)), out)
+        content = delta.get("content")
         if content:
             self._content(content, out)
         if refusal := delta.get("refusal"):
             self._refuse(str(refusal), out)
-        self._kept.take(delta)
         calls = delta.get("tool_calls")
         if isinstance(calls, Mapping):
             calls = [calls]
@@ -386,7 +414,7 @@ class StreamParser:
 
     def _mended(self, channel: str, text: str) -> str:
         """Return a text with halves of characters put together, those of the pieces before among them."""
-        if not self._loose and not self._halves:
+        if not self._careful:
             return text
         text, half = mended(self._halves.pop(channel, "") + text)
         if half:

@@ -46,7 +46,7 @@ class BundledSubscription(Subscription):
         self._bundle.ready(self)
 
     def take(self) -> list[Event]:
-        """Return everything queued."""
+        """Return what is queued; see `Subscription.take`."""
         events = super().take()
         if events:
             self.sent_seq = events[-1].seq
@@ -81,6 +81,9 @@ class Bundle:
             while True:
                 if member.closed:
                     frame = Frame(events=member.take())
+                    if member.queued:
+                        yield RunResponse(frame=frame)
+                        continue
                     if member.reconnect:
                         frame.reconnect.CopyFrom(reconnect(member.reconnect))
                     yield RunResponse(frame=frame, last_seq=member.sent_seq)
@@ -103,6 +106,8 @@ class Bundle:
             del self._ready[member]
             events = member.take()
             size += _size(events)
+            if member.queued:
+                self._ready[member] = None
             if member is carrier:
                 response.frame.events.extend(events)
             elif events:

@@ -28,6 +28,9 @@ from services.agent.domain.restore import render_tool_calls, stored_tool_calls
 from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.writer import RunWriter
 
+# Characters of tool messages in one commit: results of a step may be far more than a message between services.
+MAX_COMMIT = 512 * 1024
+
 _EFFECTS = {EFFECT_CLASS_PURE: "pure", EFFECT_CLASS_IDEMPOTENT: "idempotent"}
 
 
@@ -46,14 +49,26 @@ class RunJournal:
         """This replica begins to work on the run."""
         self._writer.event("run.started", {"attempt": attempt, "replica": replica}, patient=True)
 
-    def step(self, number: int) -> None:
-        """A step begins; results of the step before become messages with it."""
-        commit = self._carry(StepCommit()) if self._carried else None
-        self._writer.events([("step.started", {"step": number})], commit, patient=True)
+    def step(self, number: int, request: int, attempt: int) -> None:
+        """A step begins; results of the step before become messages with it.
 
-    def reset(self, from_seq: int, reason: str) -> None:
-        """Readers discard what came from a seq on."""
-        self._writer.event("attempt.reset", {"from_seq": from_seq, "reason": reason}, patient=True)
+        Args:
+            number: of the step.
+            request: of the run's requests to its model, the one that this step makes.
+            attempt: of the run's, this one.
+        """
+        commit = self._carry(StepCommit()) if self._carried else None
+        data = {"step": number}
+        if request != number:
+            data["request"] = request
+        if attempt > 1:
+            data["attempt"] = attempt
+        self._writer.events([("step.started", data)], commit, patient=True)
+
+    def reset(self, from_seq: int, reason: str, request: int, attempt: int) -> None:
+        """Readers discard what came from a seq on; `request` and `attempt` are as in `step`."""
+        data = {"from_seq": from_seq, "reason": reason, "request": request, "attempt": attempt}
+        self._writer.event("attempt.reset", data, patient=True)
 
     def degraded(self, part: str, detail: str) -> None:
         """The run goes on without something."""
@@ -194,12 +209,21 @@ class RunJournal:
         self._writer.events([*events, ("run.cancelled", {"reason": reason})], commit)
 
     def _carry(self, commit: StepCommit) -> StepCommit:
-        """Put carried messages before a commit's own."""
-        if self._carried:
-            own = list(commit.messages)
-            del commit.messages[:]
-            commit.messages.extend([*self._carried, *own])
-            self._carried = []
+        """Put carried messages before a commit's own; what would make it too large is stored before it."""
+        if not self._carried:
+            return commit
+        own = list(commit.messages)
+        del commit.messages[:]
+        carried, self._carried = self._carried, []
+        size = 0
+        chunk: list[NewMessage] = []
+        for message in carried:
+            if chunk and size + len(message.content) > MAX_COMMIT:
+                self._writer.events([], StepCommit(messages=chunk))
+                size, chunk = 0, []
+            chunk.append(message)
+            size += len(message.content)
+        commit.messages.extend([*chunk, *own])
         return commit
 
 
@@ -212,7 +236,9 @@ def _required(call: Call) -> tuple[str, dict[str, Any]]:
         "call_id": call.call_id,
         "kind": "unknown" if call.state is CallState.UNKNOWN else "approval",
         "name": call.name,
-        "arguments": orjson.loads(call.arguments),
+        "arguments": orjson.Fragment(call.arguments),
+        # For readers whose parser rounds numbers: what a person agrees to is what runs.
+        "arguments_text": call.arguments,
     }
     return "action.required", data
 

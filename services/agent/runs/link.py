@@ -41,7 +41,10 @@ MAX_PACE = 0.05
 # From so many runs on text gathers, and for so long at least: what it saves is messages, and nobody sees it.
 FEW_RUNS = 4
 MIN_PACE = 0.008
-MAX_MESSAGE = 4 * 1024 * 1024
+# From this size on, in bytes, the rest goes into the next message. One write has at most so many: together
+# less than gRPC takes.
+MAX_MESSAGE = 1024 * 1024
+MAX_WRITE = 14 * 1024 * 1024
 # So long after a stream broke, or this process began, leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
 
@@ -257,8 +260,27 @@ class AppendLink:
                 self._reattach[writer.run_id] = writer
                 self._wake.set()
                 continue
-            size += writer.take(message.appends.add())
+            size += self._take(writer, message)
         return message
+
+    def _take(self, writer: RunWriter, message: AppendRequest) -> int:
+        """Put a writer's next write into a message; returns its size, 0 if it cannot be sent at all.
+
+        One write must not break the stream that all runs share, and break it again when it is sent again.
+        """
+        try:
+            size = writer.take(message.appends.add())
+        except Exception as error:
+            _log.error("a write cannot be made", run_id=writer.run_id, exc_info=error)
+            reason = "it cannot be encoded"
+        else:
+            if size <= MAX_WRITE:
+                return size
+            _log.error("a write is too large", run_id=writer.run_id, size=size)
+            reason = f"it is larger than {MAX_WRITE} bytes"
+        del message.appends[-1]
+        writer.stop(WriterStopped("rejected", reason))
+        return 0
 
     # gathering
 

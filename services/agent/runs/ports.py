@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from hermesh.session.v1.resources_pb2 import ContextPosition, RunContext
 from services.agent.clients.memory import Known
 from services.agent.clients.tools import CallPlace, ToolInfo
 from services.agent.domain.loop import Call, Limits
@@ -62,6 +63,16 @@ class ReasonPort(Protocol):
         ...
 
 
+class ContextPort(Protocol):
+    """See `SessionClient`."""
+
+    async def rest(
+        self, run_id: str, fence: Callable[[], int], position: ContextPosition
+    ) -> Sequence[RunContext]:
+        """Return what a claim's answer had no room for."""
+        ...
+
+
 class CatalogPort(Protocol):
     """See `ModelCatalog`."""
 
@@ -91,6 +102,7 @@ class World:
     tools: ToolPort
     memory: MemoryPort
     reasons: ReasonPort
+    contexts: ContextPort
     tool_mode: ToolMode
     can_prefill: bool
     context_tokens: int

@@ -37,7 +37,7 @@ from services.agent.domain.loop import (
 )
 from services.agent.domain.prompt import Background, RunSpec, build_prompt, estimated_usage
 from services.agent.domain.turn import TurnBuilder
-from services.agent.model.errors import ModelError
+from services.agent.model.errors import ModelError, ModelRequestLimitError
 from services.agent.model.port import ChatMessage, ToolOffer, Usage
 from services.agent.runs.journal import RunJournal
 from services.agent.runs.ports import World
@@ -52,6 +52,8 @@ LAST_WRITE_SECONDS = 30.0
 RELEASE_SECONDS = 1.0
 # The longest that a tool may take; of one that is not listed now no more is known.
 UNLISTED_SECONDS = 3600.0
+# How a run ends here that could not write its end: by an error of ours, or refused by the store.
+UNWRITTEN, REFUSED = "unwritten", "refused"
 _BROKE_OFF = "model_stream_broke"
 _TAKEN_OVER = "taken_over"
 
@@ -64,7 +66,8 @@ class Runner:
     """One run on this replica, from its claim to its end here.
 
     `run` returns how it ended here: "completed", "failed", "cancelled", "requires_action", "lost" (another
-    replica owns it) or "released" (this one gives it up, to drain).
+    replica owns it), "released" (this one gives it up, to drain), UNWRITTEN or REFUSED (it could not write
+    its end, and somebody else has to).
 
     Args:
         start: the claimed run.
@@ -78,6 +81,7 @@ class Runner:
         self._writer = writer
         self._world = world
         self._journal = RunJournal(writer)
+        writer.written = start.written
         self._interrupt = ""
         self._ending = False
         self._work: asyncio.Task[str] | None = None
@@ -87,6 +91,9 @@ class Runner:
         self._usage = Usage()
         self._turn_text = ""
         self._turns = 0
+        self._requests = 0
+        self._requests_limit = 0
+        self._again = False
         self._tools: Mapping[str, ToolInfo] = {}
         self._running_calls: dict[str, CallPlace] = {}
         # When this process first knew that a call may have been begun.
@@ -155,6 +162,9 @@ class Runner:
         except WriterStopped as stopped:
             self._interrupt = stopped.kind
             return stopped.kind
+        except Exception:
+            _log.exception("a run could not write its end", run_id=self.spec.run_id)
+            return UNWRITTEN
 
     async def _interrupted(self, kind: str) -> str:
         """End the run for a reason that came from outside of the loop."""
@@ -174,9 +184,12 @@ class Runner:
             async with asyncio.timeout(RELEASE_SECONDS if kind == "released" else LAST_WRITE_SECONDS):
                 await self._writer.flush()
         except WriterStopped as stopped:
-            return stopped.kind
+            return REFUSED if stopped.kind == "rejected" else stopped.kind
         except TimeoutError:
             return "released"
+        except Exception:
+            _log.exception("a run could not write its end", run_id=self.spec.run_id)
+            return UNWRITTEN
         return kind
 
     def _begin_end(self) -> None:
@@ -194,9 +207,11 @@ class Runner:
         if failure is not None:
             return await self._fail(failure)
         # A tool that is not listed now, as all are while no tool service answers, is asked all the same.
+        start = await self._whole(start)
         state = start.restore({name for name, info in self._tools.items() if not info.reconciles})
         if state.step:
             metrics.takeovers.inc()
+        self._requests = state.requests
         limits = world.limits(self.spec)
         background: Background | None = None
         while True:
@@ -205,6 +220,7 @@ class Runner:
                 limits,
                 seconds_left=self._deadline - world.monotonic(),
                 can_prefill=world.can_prefill and not self._constrained(state),
+                written=self._writer.written,
             )
             if world.draining() and isinstance(decision, CallModel | CallTools | FindOut):
                 self._interrupt = "released"
@@ -267,6 +283,22 @@ class Runner:
                 return Fail("NOT_FOUND", "TOOL_NOT_FOUND", f"there is no tool named {name[:100]!r}")
         return None
 
+    async def _whole(self, start: Start) -> Start:
+        """Read what the claim's answer had no room for.
+
+        Raises:
+            WriterStopped: the run is another replica's, or it cannot be read here now.
+        """
+        if start.more is None:
+            return start
+        try:
+            pages = await self._world.contexts.rest(self.spec.run_id, lambda: self._writer.fence, start.more)
+        except HermeshError as error:
+            lost = error.reason == "FENCE_STALE"
+            raise WriterStopped("lost" if lost else "released", "its context cannot be read") from error
+        self._start = start.whole(pages)
+        return self._start
+
     def _constrained(self, state: LoopState) -> bool:
         choice = self.spec.tool_choice
         return self._world.tool_mode == "json" and state.turns == 0 and choice not in ("", "auto", "none")
@@ -275,9 +307,26 @@ class Runner:
 
     def _begin_turn(self, decision: CallModel, state: LoopState) -> None:
         if decision.resume == "fresh":
-            self._journal.step(decision.step)
+            self._journal.step(decision.step, self._requests + 1, self.spec.attempt)
         elif decision.resume == "reset":
-            self._journal.reset(decision.from_seq, _BROKE_OFF if state.breaks else _TAKEN_OVER)
+            reason = _BROKE_OFF if state.breaks else _TAKEN_OVER
+            self._journal.reset(decision.from_seq, reason, self._requests + 1, self.spec.attempt)
+        # Finished turns have used one each, and so may this one.
+        self._requests_limit = state.turns + 1 + self._world.limits(self.spec).spare_requests
+        self._again = decision.resume != "fresh"
+
+    def _asking(self) -> None:
+        """Count a request that is about to go to a model backend.
+
+        Raises:
+            ModelRequestLimitError: it would be one too many.
+        """
+        if self._requests >= self._requests_limit:
+            text = f"the run has made {self._requests} requests to its model, and may make no more"
+            raise ModelRequestLimitError(text)
+        self._requests += 1
+        metrics.model_requests.labels("again" if self._again else "first").inc()
+        self._again = True
 
     async def _background(self, state: LoopState) -> Background:
         """Ask the memory service what it knows; a run starts without it rather than wait."""
@@ -314,6 +363,7 @@ class Runner:
             max_tokens=decision.max_tokens,
             context_tokens=world.context_tokens,
         )
+        request = replace(prompt.request, asking=self._asking)
         builder = TurnBuilder(self.spec.run_id, decision.step, decision.prefix, prompt.constrained)
         self._turn_text = decision.prefix
         first_seq = decision.from_seq if decision.resume == "prefill" else 0
@@ -323,7 +373,7 @@ class Runner:
             async with (
                 asyncio.timeout_at(self._deadline),
                 turn_limit(self.spec.turn_timeout),
-                aclosing(world.model.stream(prompt.request)) as batches,
+                aclosing(world.model.stream(request)) as batches,
             ):
                 async for batch in batches:
                     text, reasoning = builder.add(batch)
@@ -450,7 +500,7 @@ class Runner:
             call,
             self._info(call),
             lambda: self._writer.fence,
-            lambda text: self._journal.progress(call.call_id, text),
+            lambda text: self._progress(call, text),
             lambda: self._deadline - self._world.monotonic(),
             place,
         )
@@ -461,6 +511,11 @@ class Runner:
             return
         self._journal.result(result)
         done.append(replace(result, reported=result.state.settled))
+
+    def _progress(self, call: Call, text: str) -> None:
+        # A sign of life: while much waits to be stored, one less is no loss.
+        if not self._writer.full:
+            self._journal.progress(call.call_id, text)
 
     async def _look(self, call: Call, found: list[Call]) -> None:
         self._journal.progress(call.call_id, "looking up whether it took effect")

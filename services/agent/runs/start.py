@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -13,6 +13,8 @@ from hermesh.session.v1.resources_pb2 import (
     TOOL_CALL_STATE_INTENT,
     TOOL_CALL_STATE_RUNNING,
     TOOL_CALL_STATE_UNKNOWN,
+    ContextPosition,
+    RunContext,
     ToolCall,
 )
 from services.agent.clients.session import Claim
@@ -42,6 +44,8 @@ class Start:
         journal: the run's tool calls.
         omitted: how many older messages the store left out.
         approval: tools whose calls the tenant wants approved, beside those that ask for it themselves.
+        more: where the rest of messages, events and journal is to be read; None when this is all.
+        written: how many bytes the run's log has.
     """
 
     spec: RunSpec
@@ -50,6 +54,8 @@ class Start:
     journal: tuple[Call, ...]
     omitted: int
     approval: frozenset[str] = frozenset()
+    more: ContextPosition | None = None
+    written: int = 0
 
     @property
     def said(self) -> str:
@@ -59,12 +65,28 @@ class Start:
 
     @property
     def journalled(self) -> bool:
-        """Whether the run has tool calls from an attempt before."""
+        """Whether the run has tool calls from an attempt before that no message answers."""
         return bool(self.journal)
+
+    def whole(self, pages: Sequence[RunContext]) -> Start:
+        """Return the same with the rest of its context.
+
+        Raises:
+            ValueError: a stored event is not a JSON object.
+        """
+        return replace(
+            self,
+            messages=(*self.messages, *(one for page in pages for one in _messages(page))),
+            events=(*self.events, *(one for page in pages for one in _events(page))),
+            journal=(*self.journal, *(_call(one) for page in pages for one in page.tool_calls)),
+            more=None,
+        )
 
     def restore(self, hookless: Collection[str]) -> LoopState:
         """Rebuild the state that the attempts before left; see `domain.restore`."""
-        return restore(self.spec.run_id, self.messages, self.events, self.journal, hookless)
+        return restore(
+            self.spec.run_id, self.messages, self.events, self.journal, hookless, self.spec.attempt
+        )
 
 
 def start_of(claim: Claim, settings: AgentSettings) -> Start:
@@ -95,19 +117,26 @@ def start_of(claim: Claim, settings: AgentSettings) -> Start:
         ordinal=run.ordinal,
         attempt=run.attempt,
     )
-    messages = tuple(
-        StoredMessage(one.run_id, one.role, one.content, one.tool_calls, one.tool_call_id)
-        for one in context.messages
-    )
-    events = tuple(LoggedEvent(one.seq, one.type, _data(one.data)) for one in context.events)
     return Start(
         spec,
-        messages,
-        events,
+        tuple(_messages(context)),
+        tuple(_events(context)),
         tuple(_call(one) for one in context.tool_calls),
         context.omitted_messages,
         frozenset(context.approval_tools),
+        context.next if context.HasField("next") else None,
+        context.written_bytes,
     )
+
+
+def _messages(context: RunContext) -> Iterator[StoredMessage]:
+    for one in context.messages:
+        yield StoredMessage(one.run_id, one.role, one.content, one.tool_calls, one.tool_call_id)
+
+
+def _events(context: RunContext) -> Iterator[LoggedEvent]:
+    for one in context.events:
+        yield LoggedEvent(one.seq, one.type, _data(one.data))
 
 
 def _data(text: str) -> dict[str, object]:

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from hermesh.common.v1.event_pb2 import Event
 
 
+# From this size on, in characters, the rest is taken the next time.
+MAX_TAKEN = 1024 * 1024
+
+
 class Subscription:
     """Events on their way to one caller.
 
@@ -78,8 +82,16 @@ class Subscription:
         await self._changed.wait()
 
     def take(self) -> list[Event]:
-        """Return everything queued."""
-        events, self._queue, self._bytes = self._queue, [], 0
+        """Return what is queued: all, or as much as one message should hold."""
+        if self._bytes <= MAX_TAKEN:
+            events, self._queue, self._bytes = self._queue, [], 0
+            return events
+        size = count = 0
+        while size < MAX_TAKEN and count < len(self._queue):
+            size += len(self._queue[count].data)
+            count += 1
+        events, self._queue = self._queue[:count], self._queue[count:]
+        self._bytes -= size
         return events
 
     def take_beat(self) -> bool:
@@ -88,7 +100,7 @@ class Subscription:
         return beat
 
     async def next(self) -> list[Event] | None:
-        """Return everything queued, waiting for some; [] on a beat, None at the end."""
+        """Return what is queued (see `take`), waiting for some; [] on a beat, None at the end."""
         while not self._queue:
             if self._closed:
                 return None

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import structlog
 
-from meshkit.errors import HermeshError
+from meshkit.errors import HermeshError, InternalError
 from meshkit.identity import Identity, use_identity
 from meshkit.tasks import TaskOwner
 from services.agent import metrics
@@ -19,7 +19,7 @@ from services.agent.clients.session import Claim, NotClaimed
 from services.agent.runs.admission import Admission, full
 from services.agent.runs.link import AppendLink
 from services.agent.runs.ports import World
-from services.agent.runs.runner import Runner
+from services.agent.runs.runner import REFUSED, UNWRITTEN, Runner
 from services.agent.runs.start import start_of
 from services.agent.runs.subscription import Subscription
 from services.agent.runs.writer import RunWriter, WriterStopped
@@ -43,6 +43,10 @@ class SessionPort(Protocol):
 
     async def release(self, session_id: str, run_id: str, fence: int) -> bool:
         """Give a lease up."""
+        ...
+
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        """Have the store end a run that cannot write its end; False when it is not ours any more."""
         ...
 
 
@@ -184,7 +188,15 @@ class Supervisor:
         )
         if subscription is not None:
             writer.subscribe(subscription)
-        runner = Runner(start_of(claim, self._settings), writer, self._world)
+        try:
+            start = start_of(claim, self._settings)
+        except Exception:
+            # Nobody could work on it, and each who tried would hold its session for a while.
+            _log.exception("a claimed run cannot be read", run_id=claim.run.run_id)
+            writer.close_subscriptions("moved")
+            self._tasks.start(self._end(writer, UNWRITTEN), name=f"end-{claim.run.run_id}")
+            raise InternalError() from None
+        runner = Runner(start, writer, self._world)
         active = ActiveRun(runner, writer, asyncio.Event())
         self._active[claim.run.run_id] = active
         self._admission.take(claim.tenant_id)
@@ -202,6 +214,10 @@ class Supervisor:
         run_id = runner.spec.run_id
         try:
             active.outcome = await runner.run()
+            if active.outcome in (UNWRITTEN, REFUSED):
+                # Its end is no write of ours: callers find it where they go on.
+                writer.close_subscriptions("moved")
+                active.outcome = await self._end(writer, active.outcome)
         finally:
             self._admission.give(runner.spec.tenant_id)
             link.remove(writer)
@@ -218,6 +234,22 @@ class Supervisor:
             _log.info("run released", run_id=run_id, released=released)
         elif active.outcome == "completed" and runner.spec.memory:
             await self._remember(runner)
+
+    async def _end(self, writer: RunWriter, why: str) -> str:
+        """Have the store end a run that could not write its end; returns how it ended here.
+
+        When the store does not answer, the lease ends by itself and the run is taken over.
+        """
+        writer.stop(WriterStopped("lost"))
+        ended = False
+        try:
+            ended = await self._session.fail(
+                writer.session_id, writer.run_id, writer.fence, refused=why == REFUSED
+            )
+        except HermeshError as error:
+            _log.warning("the store did not end a run", run_id=writer.run_id, reason=error.reason)
+        metrics.unwritten_ends.labels(str(ended).lower()).inc()
+        return "failed" if ended else "lost"
 
     async def _remember(self, runner: Runner) -> None:
         """Keep the exchange; the run is over for its readers, and a failure here is only logged."""

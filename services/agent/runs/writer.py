@@ -32,7 +32,9 @@ from services.agent.runs.subscription import Subscription
 
 MAX_TEXT = 64 * 1024
 MAX_APPEND = 512 * 1024
+MAX_EVENTS = 1000
 HIGH_WATER = 1024 * 1024
+MAX_WAITING = 4096
 # From how much text on a write counts as fast, in characters and in characters a second. People read 30 a
 # second, and cannot tell a stream of 20 writes a second from one of 100.
 FAST_SIZE = 32
@@ -74,13 +76,18 @@ class _Pending:
 
     def render(self) -> list[tuple[str, str]]:
         """Return the events, type and data of each."""
-        if self.fixed:
+        if not self.type:
             return self.fixed
         text = "".join(self.parts)
         # What needs no escapes is its own JSON: at one token a write, looking costs less than rendering.
         if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
             return [(self.type, f'{{"text":"{text}"}}')]
         return [(self.type, f'{{"text":{orjson.dumps(text).decode()}}}')]
+
+
+def _bytes(text: str) -> int:
+    """Return how many bytes a text has on the wire; of ASCII, as most is, it is known without a look."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class RunWriter:
@@ -117,6 +124,8 @@ class RunWriter:
         self.fast = False
         # Until when what waits may wait for a first text that goes along.
         self.hold_until = float("-inf")
+        # Bytes of events that the run has in its log, or here on their way there.
+        self.written = 0
         self.on_stopped: Callable[[WriterStopped], None] = lambda stopped: None
         self._now_ms = now_ms
         self._monotonic = monotonic
@@ -160,6 +169,7 @@ class RunWriter:
             self._said = self.urgent = True
         last.parts.append(text)
         last.size += len(text)
+        self.written += _bytes(text)
         self._pending_size += len(text)
         before = self.next_seq
         if self._in_flight is None:
@@ -171,7 +181,7 @@ class RunWriter:
     @property
     def full(self) -> bool:
         """Whether so much waits to be stored that a producer should wait in `room`."""
-        return self._pending_size > HIGH_WATER
+        return self._pending_size > HIGH_WATER or len(self._pending) > MAX_WAITING
 
     def event(self, kind: str, data: Mapping[str, Any], *, patient: bool = False) -> None:
         """Write an event; see `events`."""
@@ -195,6 +205,7 @@ class RunWriter:
             raise self._stopped
         fixed = [(kind, orjson.dumps(data).decode()) for kind, data in events]
         size = sum(len(data) for _, data in fixed)
+        self.written += sum(_bytes(data) for _, data in fixed)
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size
@@ -209,7 +220,7 @@ class RunWriter:
 
     async def room(self) -> None:
         """Wait while too much is waiting to be stored: the producer must not outrun the store."""
-        while self._pending_size > HIGH_WATER:
+        while self.full:
             await self._wait()
 
     async def flush(self) -> None:
@@ -282,32 +293,37 @@ class RunWriter:
             target: an empty write inside the message that is about to be sent.
 
         Returns:
-            Its size, roughly, in characters.
+            Its size, roughly, in bytes.
         """
-        size = 0
+        size = chars = 0
         if self._in_flight is None:
             target.session_id, target.run_id = self.session_id, self.run_id
             target.fence, target.first_seq = self.fence, self.next_seq
-            while self._pending and size < MAX_APPEND:
+            while self._pending and size < MAX_APPEND and len(target.events) < MAX_EVENTS:
+                if size and size + self._pending[0].size > MAX_APPEND:
+                    break
                 entry = self._pending.popleft()
-                size += entry.size
+                chars += entry.size
                 for kind, data in entry.render():
                     target.events.add(type=kind, time_ms=entry.time_ms, data=data)
+                    size += _bytes(data)
                 if entry.commit is not None:
                     target.commit.CopyFrom(entry.commit)
+                    size += entry.commit.ByteSize()
                     break
-            self._pending_size = max(0, self._pending_size - size)
+            self._pending_size = max(0, self._pending_size - chars)
             self._pending_events -= len(target.events)
             self._in_flight = target
             self._moved.set()
         else:
             target.CopyFrom(self._in_flight)
-            size = sum(len(event.data) for event in target.events)
+            size = target.ByteSize()
+            chars = sum(len(event.data) for event in target.events)
         self._sent = True
         # What a commit or the bound on size left behind is not held back.
         self.urgent = bool(self._pending)
         now = self._monotonic()
-        self.fast = size >= FAST_SIZE and size >= FAST_RATE * (now - self.sent_at)
+        self.fast = chars >= FAST_SIZE and chars >= FAST_RATE * (now - self.sent_at)
         self.sent_at = now
         self.attachment = Attachment.ATTACHED
         return size
@@ -366,7 +382,8 @@ class RunWriter:
         self._settle(append, grant.next_seq)
 
     def _settle(self, append: RunAppend, next_seq: int) -> None:
-        if next_seq == append.first_seq + len(append.events):
+        # A commit without events leaves no trace in the seqs: it is sent again, and done once.
+        if append.events and next_seq == append.first_seq + len(append.events):
             self._stored(append)
         elif next_seq == append.first_seq:
             self._sent = False

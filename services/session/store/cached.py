@@ -49,10 +49,8 @@ class ContextStore(Protocol):
         """Takes a lease."""
         ...
 
-    async def messages_after(
-        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
-    ) -> list[Message]:
-        """Returns the newest messages past an ordinal."""
+    async def history(self, tenant_id: UUID, session_id: UUID, last: int) -> list[Message]:
+        """Returns the newest messages up to an ordinal, within the limits of a context."""
         ...
 
 
@@ -135,29 +133,26 @@ class CachedContexts:
         own = [message for message in context.messages if message.run_id == run.run_id]
         before = context.messages[0] if len(own) < len(context.messages) else None
         history: Sequence[Message]
+        hit = False
         if before is None:
             history = ()
         elif cached and (cached[-1].ordinal, cached[-1].message_id) == (before.ordinal, before.message_id):
             metrics.cached_contexts.labels("hit").inc()
-            history = cached
+            history, hit = cached, True
             if run.attempt == 1:
                 self._write(self._cache.extend(before, own))
         else:
             metrics.cached_contexts.labels("miss").inc()
-            history = await self._history(run, before)
-        if before is None or history is not cached or run.attempt > 1:
-            self._write(self._cache.replace(run.session_id, within_limits([*history, *own], run.run_id)))
-        messages = within_limits([*history, *own], run.run_id)
-        omitted = messages[-1].ordinal - len(messages) if messages else 0
-        return replace(claim, context=replace(context, messages=messages, omitted_messages=omitted))
-
-    async def _history(self, run: Run, before: Message) -> list[Message]:
-        """Reads what precedes a run from PostgreSQL; its lease is held, so nobody else changes it."""
-        after = max(0, before.ordinal - MAX_CONTEXT_MESSAGES)
-        messages = await self._store.messages_after(
-            run.tenant_id, run.session_id, after, MAX_CONTEXT_MESSAGES * 2
-        )
-        return [message for message in messages if message.ordinal <= before.ordinal]
+            # The run's lease is held, so nobody else changes what precedes it.
+            history = await self._store.history(run.tenant_id, run.session_id, before.ordinal)
+        history = within_limits(history)
+        if context.next is not None:
+            # More than one page is more than is worth its place; the next run begins it anew.
+            self._write(self._cache.replace(run.session_id, ()))
+        elif before is None or not hit or run.attempt > 1:
+            self._write(self._cache.replace(run.session_id, [*history, *own]))
+        omitted = before.ordinal - len(history) if before is not None else 0
+        return replace(claim, context=replace(context, messages=[*history, *own], omitted_messages=omitted))
 
     def _write(self, writing: Coroutine[Any, Any, None]) -> None:
         if self._writes >= _MAX_WRITES or self._cache.refuses:
@@ -175,16 +170,18 @@ class CachedContexts:
             self._writes -= 1
 
 
-def within_limits(messages: Sequence[Message], run_id: UUID) -> list[Message]:
-    """Returns what a context holds of a conversation: the run's own messages, the newest one, and before them
-    the newest within the limits of number and size.
-    """
-    kept: list[Message] = []
+def within_limits(messages: Sequence[Message]) -> Sequence[Message]:
+    """Returns what a context holds of what precedes a run: the newest within the limits of number and size."""
+    first = len(messages)
     size = 0
-    for place, message in enumerate(reversed(messages), start=1):
-        size += len(message.content.encode()) + len(message.tool_calls.encode())
-        fits = place <= MAX_CONTEXT_MESSAGES and size <= MAX_CONTEXT_BYTES
-        if fits or place == 1 or message.run_id == run_id:
-            kept.append(message)
-    kept.reverse()
-    return kept
+    for message in reversed(messages[-MAX_CONTEXT_MESSAGES:]):
+        size += size_of(message)
+        if size > MAX_CONTEXT_BYTES:
+            break
+        first -= 1
+    return messages[first:]
+
+
+def size_of(message: Message | NewMessage) -> int:
+    """Returns how many bytes a message's text has, as the limit on a context counts them."""
+    return len(message.content.encode()) + len(message.tool_calls.encode())

@@ -12,6 +12,7 @@ from services.session.domain import (
     AppendResult,
     BeginOutcome,
     Claim,
+    ContextPosition,
     Decision,
     Event,
     Grant,
@@ -22,6 +23,7 @@ from services.session.domain import (
     Renewal,
     Run,
     RunAppend,
+    RunContext,
     Session,
     Submission,
     Submitted,
@@ -31,9 +33,13 @@ from services.session.domain import (
     ToolCallState,
 )
 
-# What a claim returns of the conversation's history: the newest messages within both limits.
+# What a claim returns of the conversation's history: the newest messages before the run within both limits.
 MAX_CONTEXT_MESSAGES = 200
 MAX_CONTEXT_BYTES = 512 * 1024
+# What one answer holds of what a run itself has stored, beside its last item.
+CONTEXT_PAGE_BYTES = 512 * 1024
+# The same for a page of any list.
+PAGE_BYTES = 1024 * 1024
 
 
 class Tenants(Protocol):
@@ -98,13 +104,11 @@ class Conversations(Protocol):
     async def list_messages(
         self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str
     ) -> Page[Message]:
-        """Lists messages, oldest first."""
+        """Lists messages, oldest first; a page ends early where it would be larger than `PAGE_BYTES`."""
         ...
 
-    async def messages_after(
-        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
-    ) -> list[Message]:
-        """Returns the newest `limit` messages whose ordinal is larger than `ordinal`, oldest first."""
+    async def history(self, tenant_id: UUID, session_id: UUID, last: int) -> list[Message]:
+        """Returns the newest messages up to the ordinal `last` within the limits of a context, oldest first."""
         ...
 
 
@@ -120,8 +124,14 @@ class Runs(Protocol):
 
     async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
-        asked for, whose time is up, or that was claimed five times without a new durable event, is finished
-        here.
+        asked for, whose time is up, or that was claimed five times without progress, is finished here. Of what
+        the run itself stored the context has the first page.
+        """
+        ...
+
+    async def read_context(self, run_id: UUID, fence: int, position: ContextPosition) -> RunContext:
+        """Returns the next page of a claimed run's context, for whoever holds its lease by any fence of this
+        claim. Raises AbortedError(FENCE_STALE).
         """
         ...
 
@@ -149,7 +159,7 @@ class Runs(Protocol):
         """
         ...
 
-    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
         """Ends a run whose holder cannot write its end: as failed with `message`, or as cancelled if that was
         asked for. Any fence of the current claim will do. Returns None when the claim is over.
         """
@@ -217,8 +227,8 @@ class Log(Protocol):
         ...
 
     async def events_after(self, tenant_id: UUID, run_id: UUID, seq: int, limit: int) -> list[Event]:
-        """Returns events with a larger seq, in order. Raises OutOfRangeError(CURSOR_EXPIRED) when they
-        are older than the retention window.
+        """Returns events with a larger seq, in order: `limit` of them, or as many as make `PAGE_BYTES` full.
+        Raises OutOfRangeError(CURSOR_EXPIRED) when they are older than the retention window.
         """
         ...
 
@@ -276,8 +286,8 @@ class Journal(Protocol):
         """Returns a call of a run. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         ...
 
-    async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
-        """Returns a run's calls in order."""
+    async def waiting_calls(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
+        """Returns a run's calls that wait for a person, in order."""
         ...
 
     async def resolve(
@@ -292,7 +302,9 @@ class Journal(Protocol):
     async def pending_actions(
         self, tenant_id: UUID, *, page_size: int, page_token: str
     ) -> Page[PendingAction]:
-        """Lists the calls that the tenant's runs wait for, the oldest run first."""
+        """Lists the calls that the tenant's runs wait for, the oldest run first; a page ends early where it
+        would be larger than `PAGE_BYTES`.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ from services.session.domain import (
     ToolCall,
     ToolCallState,
 )
+from services.session.store.port import PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, not_found
 from services.session.store.postgres_sessions import bad_token
 from services.session.store.rows import run_of, tool_call_of
@@ -77,9 +78,9 @@ class PostgresJournal(PostgresPart):
             raise not_found("tool_call", call_id)
         return tool_call_of(row)
 
-    async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
+    async def waiting_calls(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
         """See the port."""
-        return [tool_call_of(row) for row in await self._fetch(_SQL["calls_of_run"], tenant_id, run_id)]
+        return [tool_call_of(row) for row in await self._fetch(_SQL["waiting_calls"], tenant_id, run_id)]
 
     @failpoints.around("session.resolve")
     async def resolve(
@@ -114,11 +115,12 @@ class PostgresJournal(PostgresPart):
         """See the port."""
         bound = (tenant_id,)
         after = _position(read_page_token("ListPendingActions", bound, page_token))
-        rows = await self._fetch(_SQL["pending"], tenant_id, *after, page_size + 1)
-        actions = [PendingAction(tool_call_of(row), row["since_ms"]) for row in rows[:page_size]]
-        if len(rows) <= page_size:
+        rows = await self._fetch(_SQL["pending"], tenant_id, *after, page_size + 1, PAGE_BYTES)
+        fitting = [row for row in rows[:page_size] if row["fits"]]
+        actions = [PendingAction(tool_call_of(row), row["since_ms"]) for row in fitting]
+        if len(rows) == len(actions):
             return Page(actions)
-        last = rows[page_size - 1]
+        last = fitting[-1]
         position = f"{last['run_id']}:{last['position']}"
         return Page(actions, make_page_token("ListPendingActions", bound, position))
 

@@ -19,6 +19,7 @@ from services.session.domain import (
     RunAppend,
     StepCommit,
 )
+from services.session.store.port import PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, not_found
 from services.session.store.rows import error_json, intents_json, messages_json
 
@@ -194,7 +195,7 @@ class PostgresLog(PostgresPart):
         Raises:
             NotFoundError: RUN_NOT_FOUND.
         """
-        rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+        rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
         if rows and rows[0]["seq"] == seq + 1:
             return [Event(run_id, *row) for row in rows]
         # Nothing that follows the cursor: either it is the end of the log, or older events are gone.
@@ -202,7 +203,7 @@ class PostgresLog(PostgresPart):
         if run is None:
             raise not_found("run", run_id)
         if not rows:
-            rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit)
+            rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
         if (rows and rows[0]["seq"] != seq + 1) or (not rows and run["last_seq"] > seq):
             raise OutOfRangeError(
                 "CURSOR_EXPIRED",

@@ -10,14 +10,26 @@ import orjson
 
 from meshkit import failpoints
 from meshkit.clock import now_ms
+from meshkit.errors import AbortedError
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
-from services.session.domain import Claim, ClaimOutcome, Event, LeaseRef, Page, Run, Submission, Submitted
-from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
+from services.session.domain import (
+    Claim,
+    ClaimOutcome,
+    ContextPosition,
+    Event,
+    LeaseRef,
+    Page,
+    Run,
+    RunContext,
+    Submission,
+    Submitted,
+)
+from services.session.store.port import CONTEXT_PAGE_BYTES, MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 from services.session.store.postgres_base import PostgresPart, Record, not_found
 from services.session.store.postgres_sessions import ordinal_at
-from services.session.store.rows import context_of, grant_of, run_of, title_of
+from services.session.store.rows import context_of, context_page_of, grant_of, run_of, title_of
 
 _SQL = load_sql("services.session.store.sql", "runs.sql")
 _SESSIONS = load_sql("services.session.store.sql", "sessions.sql")
@@ -89,9 +101,27 @@ class PostgresRuns(PostgresPart):
             MAX_IDLE_CLAIMS,
             MAX_CONTEXT_MESSAGES if history else 0,
             MAX_CONTEXT_BYTES,
+            CONTEXT_PAGE_BYTES,
             run_id=run_id,
         )
         return self._claim_of(row, run_of(row))
+
+    async def read_context(self, run_id: UUID, fence: int, position: ContextPosition) -> RunContext:
+        """See the port."""
+        row = await self._fetchrow(
+            _SQL["read_context"],
+            run_id,
+            fence,
+            position.message,
+            position.call,
+            position.event,
+            CONTEXT_PAGE_BYTES,
+        )
+        if row is None:
+            raise AbortedError(
+                "FENCE_STALE", "the run is another replica's now", metadata={"run_id": str(run_id)}
+            )
+        return context_page_of(row, run_id)
 
     def _claim_of(self, row: Record, run: Run) -> Claim:
         outcome = ClaimOutcome(row["outcome"])
@@ -139,7 +169,7 @@ class PostgresRuns(PostgresPart):
         return run, Event(run_id, row["event_seq"], "run.cancelled", row["event_time_ms"], row["event_data"])
 
     @failpoints.around("session.fail")
-    async def fail(self, ref: LeaseRef, message: str) -> Run | None:
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
         """See the port."""
         row = await self._fetchrow(_SQL["fail_held"], ref.session_id, ref.run_id, ref.fence, message)
         return None if row is None else run_of(row)

@@ -12,6 +12,7 @@ from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
 from services.session.domain import Message, Page, Session
+from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES, PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, not_found
 from services.session.store.rows import message_of, session_of
 
@@ -142,20 +143,22 @@ class PostgresSessions(PostgresPart):
         """See the port."""
         bound = (tenant_id, session_id)
         after = ordinal_at(read_page_token("ListMessages", bound, page_token), 0)
-        rows = await self._fetch(_SQL["list_messages"], tenant_id, session_id, after, page_size + 1)
+        rows = await self._fetch(
+            _SQL["list_messages"], tenant_id, session_id, after, page_size + 1, PAGE_BYTES
+        )
         if not rows:
             await self.get_session(tenant_id, session_id)
-        messages = [message_of(row) for row in rows[:page_size]]
-        if len(rows) <= page_size:
+        messages = [message_of(row) for row in rows[:page_size] if row["fits"]]
+        if len(rows) == len(messages):
             return Page(messages)
         return Page(messages, make_page_token("ListMessages", bound, str(messages[-1].ordinal)))
 
-    async def messages_after(
-        self, tenant_id: UUID, session_id: UUID, ordinal: int, limit: int
-    ) -> list[Message]:
+    async def history(self, tenant_id: UUID, session_id: UUID, last: int) -> list[Message]:
         """See the port."""
-        rows = await self._fetch(_SQL["newest_messages"], tenant_id, session_id, ordinal, limit)
-        return [message_of(row) for row in reversed(rows)]
+        rows = await self._fetch(
+            _SQL["history"], tenant_id, session_id, last, MAX_CONTEXT_MESSAGES, MAX_CONTEXT_BYTES
+        )
+        return [message_of(row) for row in rows]
 
 
 def _session_position(position: str) -> tuple[int, UUID]:

@@ -1,7 +1,10 @@
-"""Conversations in Redis: one list a session, `hermesh:{<session>}:conversation`, oldest message first.
+"""Conversations in Redis: one list a session, `hermesh:{<session>}:messages`, oldest message first.
 
-An element is a JSON array: message id, run id, ordinal, role, content, tool calls, tool call id, time made
-(ms), and the seq of the commit that brought it (0 for input).
+An element is a head and a body. The head is its ordinal, how many bytes of text the list has got up to and with it,
+the seq of the commit that brought it (0 for input), message id and run id, each followed by a space. The body is a
+JSON array: role, content, tool calls, tool call id, time made (ms).
+
+A list holds no more than a context needs: so many messages, and so many bytes and the one message that they end in.
 """
 
 from __future__ import annotations
@@ -16,48 +19,66 @@ import redis.asyncio
 from meshkit.clock import now_ms
 from meshkit.redis import Breaker
 from services.session.domain import Message, NewMessage
+from services.session.store.cached import size_of
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 from services.session.store.redis_scripts import Script, guarded, run_script
 
-# Adds elements after a known last one. ARGV: TTL, most elements, the last one's id and ordinal, elements.
-_EXTEND = Script("""
+# Both scripts add elements after the last one and give them their ordinals. ARGV: TTL, most elements, most bytes, two
+# words that the last one must fit, then of each new element its bytes and what follows these in it.
+_PUSH = """
+local function head(element)
+  local ordinal, total, seq, id, run = string.match(element, '^(%d+) (%d+) (%d+) (%S+) (%S+) ')
+  return tonumber(ordinal), tonumber(total), tonumber(seq), id, run
+end
+local function push(ordinal, total)
+  for i = 6, #ARGV, 2 do
+    ordinal, total = ordinal + 1, total + tonumber(ARGV[i])
+    redis.call('RPUSH', KEYS[1], string.format('%d %d ', ordinal, total) .. ARGV[i + 1])
+  end
+  redis.call('LTRIM', KEYS[1], -ARGV[2], -1)
+  while true do
+    -- What follows the first is enough by itself.
+    local _, upto = head(redis.call('LINDEX', KEYS[1], 0))
+    if total - upto < tonumber(ARGV[3]) then break end
+    redis.call('LPOP', KEYS[1])
+  end
+  redis.call('EXPIRE', KEYS[1], ARGV[1])
+  return 1
+end
 local last = redis.call('LINDEX', KEYS[1], -1)
 if not last then return 0 end
-local known = cjson.decode(last)
-if known[1] ~= ARGV[3] or known[3] ~= tonumber(ARGV[4]) then return 0 end
-for i = 5, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
-redis.call('LTRIM', KEYS[1], -ARGV[2], -1)
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return 1
-""")
+local ordinal, total, seq, id, run = head(last)
+"""
 
-# Adds what a run committed, and gives it its ordinals. ARGV: TTL, most elements, run id, seq, then the
-# parts of each element before and after its ordinal.
-_ADD = Script("""
-local last = redis.call('LINDEX', KEYS[1], -1)
-if not last then return 0 end
-local known = cjson.decode(last)
-if known[2] ~= ARGV[3] or known[9] >= tonumber(ARGV[4]) then
+# After a known last one. The words: its id and its ordinal.
+_EXTEND = Script(
+    _PUSH
+    + """
+if id ~= ARGV[4] or ordinal ~= tonumber(ARGV[5]) then return 0 end
+return push(ordinal, total)
+"""
+)
+
+# What a run committed. The words: the run, and the commit's seq.
+_ADD = Script(
+    _PUSH
+    + """
+if run ~= ARGV[4] or seq >= tonumber(ARGV[5]) then
   redis.call('DEL', KEYS[1])
   return 0
 end
-local ordinal = known[3]
-for i = 5, #ARGV, 2 do
-  ordinal = ordinal + 1
-  redis.call('RPUSH', KEYS[1], ARGV[i] .. string.format('%d', ordinal) .. ARGV[i + 1])
-end
-redis.call('LTRIM', KEYS[1], -ARGV[2], -1)
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return 1
-""")
+return push(ordinal, total)
+"""
+)
 
-# More than a context ever holds is not worth its transfer.
-_MAX_BYTES = MAX_CONTEXT_BYTES * 4
+
+# Of one write to a list, characters.
+_MAX_CHARS = MAX_CONTEXT_BYTES * 4
 
 
 def conversation_key(session_id: UUID) -> str:
     """Returns the key of a session's conversation."""
-    return f"hermesh:{{{session_id}}}:conversation"
+    return f"hermesh:{{{session_id}}}:messages"
 
 
 class RedisConversations:
@@ -81,11 +102,9 @@ class RedisConversations:
         pipeline.lrange(key, 0, -1)
         pipeline.expire(key, self._ttl)
         elements, _ = await guarded(self._breaker, pipeline.execute)
-        if sum(map(len, elements)) > _MAX_BYTES:
-            return ()
         try:
-            runs: dict[str, UUID] = {}
-            messages = [_message(session_id, orjson.loads(element), runs) for element in elements]
+            runs: dict[bytes, UUID] = {}
+            messages = [_message(session_id, element, runs) for element in elements]
         except (ValueError, TypeError, LookupError):
             return ()
         first = messages[0].ordinal if messages else 0
@@ -98,24 +117,37 @@ class RedisConversations:
         key = conversation_key(session_id)
         pipeline = self._client.pipeline(transaction=True)
         pipeline.delete(key)
-        if messages:
-            pipeline.rpush(key, *map(_element, messages))
+        if messages and _worth_it(messages):
+            total = 0
+            elements = []
+            for message in messages:
+                total += size_of(message)
+                elements.append(b"%d %d %b" % (message.ordinal, total, _rest(message)))
+            pipeline.rpush(key, *elements)
             pipeline.expire(key, self._ttl)
         await guarded(self._breaker, pipeline.execute)
 
     async def extend(self, after: Message, messages: Sequence[Message]) -> None:
         """See the port."""
-        arguments = [str(after.message_id), after.ordinal, *map(_element, messages)]
+        if not _worth_it(messages):
+            await self.replace(after.session_id, ())
+            return
+        arguments: list[Any] = [str(after.message_id), after.ordinal]
+        for message in messages:
+            arguments += (size_of(message), _rest(message))
         await self._script(_EXTEND, after.session_id, arguments)
 
     async def add(self, session_id: UUID, run_id: UUID, seq: int, messages: Sequence[NewMessage]) -> None:
         """See the port."""
+        if not _worth_it(messages):
+            await self.replace(session_id, ())
+            return
         arguments: list[Any] = [str(run_id), seq]
         made = now_ms()
         for message in messages:
-            head = orjson.dumps([str(message.message_id), str(run_id)])
-            rest = [message.role, message.content, message.tool_calls, message.tool_call_id, made, seq]
-            arguments += (head[:-1] + b",", b"," + orjson.dumps(rest)[1:])
+            body = [message.role, message.content, message.tool_calls, message.tool_call_id, made]
+            head = b"%d %b %b " % (seq, str(message.message_id).encode(), str(run_id).encode())
+            arguments += (size_of(message), head + orjson.dumps(body))
         await self._script(_ADD, session_id, arguments)
 
     async def _script(self, script: Script, session_id: UUID, arguments: Sequence[Any]) -> None:
@@ -124,28 +156,27 @@ class RedisConversations:
             self._breaker,
             script,
             [conversation_key(session_id)],
-            [self._ttl, MAX_CONTEXT_MESSAGES, *arguments],
+            [self._ttl, MAX_CONTEXT_MESSAGES, MAX_CONTEXT_BYTES, *arguments],
         )
 
 
-def _element(message: Message) -> bytes:
-    return orjson.dumps(
-        [
-            str(message.message_id),
-            str(message.run_id),
-            message.ordinal,
-            message.role,
-            message.content,
-            message.tool_calls,
-            message.tool_call_id,
-            message.create_time_ms,
-            0,
-        ]
-    )
+def _worth_it(messages: Sequence[Message | NewMessage]) -> bool:
+    """Whether messages may be cached: what is larger than a history and an input costs more than a look."""
+    return sum(len(message.content) + len(message.tool_calls) for message in messages) <= _MAX_CHARS
 
 
-def _message(session_id: UUID, element: list[Any], runs: dict[str, UUID]) -> Message:
+def _rest(message: Message) -> bytes:
+    """Returns what follows ordinal and bytes in an element of a stored message."""
+    body = [message.role, message.content, message.tool_calls, message.tool_call_id, message.create_time_ms]
+    ids = b"0 %b %b " % (str(message.message_id).encode(), str(message.run_id).encode())
+    return ids + orjson.dumps(body)
+
+
+def _message(session_id: UUID, element: bytes, runs: dict[bytes, UUID]) -> Message:
     """Reads an element; `runs` keeps what a run's text means, which comes with each of its messages."""
-    message_id, run_id, ordinal, role, content, calls, call_id, made, _ = element
-    run = runs.get(run_id) or runs.setdefault(run_id, UUID(run_id))
-    return Message(UUID(message_id), session_id, run, ordinal, role, content, calls, call_id, made)
+    ordinal, _, _, message_id, run_id, body = element.split(b" ", 5)
+    run = runs.get(run_id) or runs.setdefault(run_id, UUID(run_id.decode()))
+    role, content, calls, call_id, made = orjson.loads(body)
+    return Message(
+        UUID(message_id.decode()), session_id, run, int(ordinal), role, content, calls, call_id, made
+    )

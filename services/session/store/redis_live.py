@@ -2,7 +2,7 @@
 
 Keys are `hermesh:{<session>}:fence` and `hermesh:{<session>}:run:<run>:events`. A stream's entries have the
 explicit ids `<seq>-0` and one field, e: `<type> <time, ms> <data>`. A stream holds a run's events without a
-gap from some seq on; what is before is in PostgreSQL.
+gap from some seq on; what is before is in PostgreSQL. So is the data of large events: their field ends with the time.
 
 Many runs are written by one script and read by one command, because a command costs this process far more
 than an event does. That asks for one Redis (or one with replicas), not for a Redis Cluster.
@@ -151,7 +151,12 @@ class RedisStreams:
         for item in items:
             keys += (fence_key(item.session_id), stream_key(item.session_id, item.run_id))
             arguments += (item.fence, item.first_seq, len(item.events))
-            arguments += [f"{event.type} {event.time_ms} {event.data}" for event in item.events]
+            arguments += [
+                f"{event.type} {event.time_ms} {event.data}"
+                if event.data
+                else f"{event.type} {event.time_ms}"
+                for event in item.events
+            ]
         answer = await run_script(self._client, self._breaker, _PUBLISH_SCRIPT, keys, arguments)
         replies = [_REPLIES[reply] for reply in answer]
         for item, reply in zip(items, replies, strict=True):
@@ -263,5 +268,5 @@ def _streams(answer: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, byt
 
 
 def _event(run_id: UUID, entry: bytes, fields: dict[bytes, bytes]) -> Event:
-    kind, time_ms, data = fields[b"e"].decode().split(" ", 2)
-    return Event(run_id, int(entry.partition(b"-")[0]), kind, int(time_ms), data)
+    kind, time_ms, *data = fields[b"e"].decode().split(" ", 2)
+    return Event(run_id, int(entry.partition(b"-")[0]), kind, int(time_ms), data[0] if data else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +11,7 @@ import orjson
 
 from services.session.domain import (
     ConcurrencyPolicy,
+    ContextPosition,
     EffectClass,
     Event,
     Grant,
@@ -138,7 +140,24 @@ def grant_of(row: Row, run: Run, ttl_ms: int) -> Grant:
 def context_of(text: str, run: Run) -> RunContext:
     """Returns the context of a claim from the JSON of `session.run_context`."""
     stored = orjson.loads(text)
-    session_id, run_id = run.session_id, run.run_id
+    page = _page(run.session_id, run.run_id, stored)
+    return replace(
+        page,
+        user=stored["user"],
+        agent=stored["agent"],
+        omitted_messages=stored["omitted"],
+        approval_tools=stored["approval_tools"],
+        written_bytes=stored["written"],
+    )
+
+
+def context_page_of(row: Row, run_id: UUID) -> RunContext:
+    """Returns a page of a run's context from a row of `session.context_page`."""
+    parts = {name: orjson.loads(row[name] or "null") for name in ("messages", "events", "tool_calls", "next")}
+    return _page(row["session_id"], run_id, parts)
+
+
+def _page(session_id: UUID, run_id: UUID, stored: Mapping[str, Any]) -> RunContext:
     return RunContext(
         messages=[
             Message(UUID(message_id), session_id, UUID(by), ordinal, role, content, calls, call_id, ms)
@@ -151,10 +170,9 @@ def context_of(text: str, run: Run) -> RunContext:
             )
             for call_id, name, arguments, effect, state, *rest in stored["tool_calls"] or ()
         ],
-        user=stored["user"],
-        agent=stored["agent"],
-        omitted_messages=stored["omitted"],
-        approval_tools=stored["approval_tools"],
+        user="",
+        agent="",
+        next=ContextPosition(*stored["next"]) if stored["next"] else None,
     )
 
 

@@ -300,6 +300,12 @@ BEGIN
 END $$;
 
 CREATE FUNCTION session.claim_run(p_run uuid, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint) RETURNS TABLE(outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
+    LANGUAGE sql
+    AS $$
+    SELECT * FROM session.claim_run(p_run, p_owner, p_ttl, p_max_idle_claims, p_max_messages, p_max_bytes, NULL)
+$$;
+
+CREATE FUNCTION session.claim_run(p_run uuid, p_owner text, p_ttl interval, p_max_idle_claims integer, p_max_messages integer, p_max_bytes bigint, p_page_bytes bigint) RETURNS TABLE(outcome smallint, run session.run_view, fence bigint, attach integer, next_seq integer, context json)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -332,12 +338,8 @@ BEGIN
         v_outcome := 3;
     END IF;
     IF v_outcome = 1 THEN
-        -- What every attempt writes before it gets anywhere is no progress.
-        v_idle := CASE WHEN EXISTS (
-            SELECT FROM session.event e WHERE e.run_id = p_run AND e.seq >= v_run.claim_seq
-            AND e.type NOT IN ('run.created', 'run.started', 'step.started', 'attempt.reset',
-                               'context.degraded', 'memory.recalled'))
-            THEN 0 ELSE v_run.idle_claims END;
+        v_idle := CASE WHEN v_run.attempt > 0 AND session.made_progress(p_run, v_run.claim_seq)
+                  THEN 0 ELSE v_run.idle_claims END;
         IF v_idle >= p_max_idle_claims AND NOT v_again THEN
             PERFORM session.fail_unheld(p_run, 'INTERNAL', 'ATTEMPTS_EXHAUSTED',
                 format('the run lost its agent %s times without any progress', v_idle));
@@ -381,7 +383,7 @@ BEGIN
         WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;
     END IF;
     RETURN QUERY SELECT 1::smallint, v, v_lease.fence, v_lease.attach, v_lease.next_seq,
-                        session.run_context(p_run, p_max_messages, p_max_bytes)
+                        session.run_context(p_run, p_max_messages, p_max_bytes, p_page_bytes)
     FROM session.run_view v WHERE v.run_id = p_run;
 END $$;
 
@@ -389,19 +391,117 @@ CREATE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state 
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
-    WHERE t.call_id = p_call AND t.fence = p_fence
-      AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
-           OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
-    IF NOT FOUND AND EXISTS (SELECT FROM session.tool_call t
-                             WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence) THEN
-        RETURN QUERY
-        SELECT * FROM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
-        RETURN;
-    END IF;
+    FOR v_look IN 1 .. 2 LOOP
+        UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
+        WHERE t.call_id = p_call AND t.fence = p_fence
+          AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
+               OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
+        EXIT WHEN FOUND OR NOT EXISTS (SELECT FROM session.tool_call t
+                                       WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence);
+        PERFORM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
+    END LOOP;
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+END $$;
+
+CREATE FUNCTION session.context_page(p_run uuid, p_message integer, p_call integer, p_event integer, p_bytes bigint, OUT messages json, OUT tool_calls json, OUT events json, OUT next json) RETURNS record
+    LANGUAGE plpgsql STABLE
+    AS $$
+DECLARE
+    -- So many rows are looked at for one page.
+    c_rows CONSTANT integer := CASE WHEN p_bytes IS NULL THEN NULL ELSE 2000 END;
+    v_room bigint := coalesce(p_bytes, 9223372036854775807);
+    v_session uuid;
+    v_first integer;
+    v_attempt integer;
+    v_last integer;
+    v_bytes bigint;
+    v_step integer;
+BEGIN
+    SELECT r.session_id, r.first_message, r.attempt INTO STRICT v_session, v_first, v_attempt
+    FROM session.run r WHERE r.run_id = p_run;
+    -- Each condition names an ordinal, or a plan that was made while the tables were small would read the whole
+    -- session. Sizes are those of the whole text and cost no read of it.
+    WITH own AS (
+        SELECT m.*, octet_length(content) + octet_length(tool_calls) AS size,
+               sum(octet_length(content) + octet_length(tool_calls)) OVER (ORDER BY ordinal) AS upto
+        FROM (SELECT * FROM session.message
+              WHERE session_id = v_session AND NOT rolled_back
+                AND ordinal > greatest(p_message, v_first - 1)
+              ORDER BY ordinal LIMIT c_rows) m
+    )
+    SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
+                                     created_ms) ORDER BY ordinal), max(ordinal), sum(size)
+    INTO messages, v_last, v_bytes
+    FROM own WHERE upto - size < v_room;
+    p_message := coalesce(v_last, p_message);
+    v_room := v_room - coalesce(v_bytes, 0);
+    IF v_room > 0 AND p_bytes IS NOT NULL AND EXISTS (
+            SELECT FROM session.message WHERE session_id = v_session AND NOT rolled_back
+              AND ordinal > greatest(p_message, v_first - 1)) THEN
+        v_room := 0;
+    END IF;
+    -- Before its first claim a run has nothing but run.created.
+    IF v_room > 0 AND v_attempt > 1 THEN
+        WITH answered AS (
+            SELECT m.tool_call_id FROM session.message m
+            WHERE m.session_id = v_session AND NOT m.rolled_back AND m.ordinal >= v_first AND m.tool_call_id <> ''
+        ), pending AS (
+            SELECT c.*, octet_length(content) + octet_length(arguments) AS size,
+                   sum(octet_length(content) + octet_length(arguments)) OVER (ORDER BY position) AS upto
+            FROM session.tool_call c
+            WHERE c.run_id = p_run AND c.position > p_call
+              AND NOT EXISTS (SELECT FROM answered a WHERE a.tool_call_id = c.call_id)
+        )
+        SELECT json_agg(json_build_array(call_id, name, arguments, effect, state, content, content_ref,
+                                         idempotency_key, fence, needs_approval, tries,
+                                         session.quiet_in_ms(quiet_at)) ORDER BY position)
+                   FILTER (WHERE upto - size < v_room),
+               max(position) FILTER (WHERE upto - size < v_room),
+               sum(size)
+        INTO tool_calls, v_last, v_bytes
+        FROM pending;
+        p_call := coalesce(v_last, p_call);
+        v_room := v_room - coalesce(v_bytes, 0);
+    END IF;
+    IF v_room > 0 AND v_attempt > 1 THEN
+        SELECT seq INTO v_step FROM session.event WHERE run_id = p_run AND type = 'step.started'
+        ORDER BY seq DESC LIMIT 1;
+        WITH told AS (
+            SELECT e.seq, e.type, e.time_ms,
+                   CASE e.type
+                   WHEN 'reasoning.delta' THEN '{"text":""}'
+                   WHEN 'message.completed' THEN '{}'
+                   WHEN 'action.required' THEN
+                       coalesce(substring(e.data from '^{"call_id":"[^"\\]+"') || '}', e.data)
+                   WHEN 'tool.result' THEN
+                       CASE WHEN EXISTS (SELECT FROM session.tool_call c WHERE c.call_id =
+                                         substring(e.data from '^{"call_id":"([^"\\]+)","status":"[a-z]+"'))
+                       THEN substring(e.data from '^{"call_id":"[^"\\]+","status":"[a-z]+"') || '}'
+                       ELSE e.data END
+                   ELSE e.data END AS data
+            FROM session.event e
+            WHERE e.run_id = p_run AND e.seq >= coalesce(v_step, 2) AND e.seq > p_event
+              AND e.type IN ('step.started', 'text.delta', 'reasoning.delta', 'attempt.reset',
+                             'message.completed', 'tool.result', 'action.required', 'action.resolved')
+            ORDER BY e.seq LIMIT c_rows
+        ), sized AS (
+            SELECT t.*, octet_length(data) AS size, sum(octet_length(data)) OVER (ORDER BY seq) AS upto FROM told t
+        )
+        SELECT json_agg(json_build_array(seq, type, time_ms, data) ORDER BY seq)
+                   FILTER (WHERE upto - size < v_room),
+               max(seq) FILTER (WHERE upto - size < v_room),
+               -- A full look may have left some out, too.
+               sum(size) + CASE WHEN count(*) = c_rows THEN v_room ELSE 0 END
+        INTO events, v_last, v_bytes
+        FROM sized;
+        p_event := coalesce(v_last, p_event);
+        v_room := v_room - coalesce(v_bytes, 0);
+    END IF;
+    IF v_room <= 0 THEN
+        next := json_build_array(p_message, p_call, p_event);
     END IF;
 END $$;
 
@@ -565,6 +665,22 @@ BEGIN
     FROM json_array_elements(v_run.input) WITH ORDINALITY m(value, place);
 END $$;
 
+CREATE TABLE session.event (
+    run_id uuid NOT NULL,
+    seq integer NOT NULL,
+    time_ms bigint NOT NULL,
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    fence bigint NOT NULL,
+    type text NOT NULL,
+    data text NOT NULL
+)
+PARTITION BY RANGE (run_id);
+
+CREATE FUNCTION session.made_progress(p_run uuid, p_claim_seq integer) RETURNS boolean
+    LANGUAGE sql STABLE
+    RETURN ((EXISTS (SELECT FROM session.event e WHERE ((e.run_id = made_progress.p_run) AND (e.seq >= made_progress.p_claim_seq) AND (e.type <> ALL (ARRAY['run.created'::text, 'run.started'::text, 'step.started'::text, 'attempt.reset'::text, 'context.degraded'::text, 'memory.recalled'::text, 'tool.progress'::text, 'tool.reconciled'::text, 'text.delta'::text, 'reasoning.delta'::text]))))) OR (EXISTS (SELECT FROM session.event e WHERE ((e.run_id = made_progress.p_run) AND (e.seq >= made_progress.p_claim_seq) AND (e.type = ANY (ARRAY['text.delta'::text, 'reasoning.delta'::text])) AND (NOT (EXISTS (SELECT FROM session.event o WHERE ((o.run_id = made_progress.p_run) AND (o.seq >= made_progress.p_claim_seq) AND (o.type = 'attempt.reset'::text)))))))));
+
 CREATE FUNCTION session.maintain_partitions(p_ahead integer, p_retention interval, OUT made integer, OUT dropped integer) RETURNS record
     LANGUAGE plpgsql
     AS $_$
@@ -615,18 +731,6 @@ BEGIN
     END LOOP;
     DELETE FROM session.event_default WHERE run_id < v_oldest;
 END $_$;
-
-CREATE TABLE session.event (
-    run_id uuid NOT NULL,
-    seq integer NOT NULL,
-    time_ms bigint NOT NULL,
-    tenant_id uuid NOT NULL,
-    session_id uuid NOT NULL,
-    fence bigint NOT NULL,
-    type text NOT NULL,
-    data text NOT NULL
-)
-PARTITION BY RANGE (run_id);
 
 CREATE FUNCTION session.next_seq(p_run uuid) RETURNS integer
     LANGUAGE sql STABLE
@@ -744,64 +848,56 @@ BEGIN
     WHERE v.run_id = p_run AND t.call_id = p_call;
 END $$;
 
-CREATE FUNCTION session.run_context(p_run uuid, p_max_messages integer, p_max_bytes bigint) RETURNS json
+CREATE FUNCTION session.run_context(p_run uuid, p_max_messages integer, p_max_bytes bigint, p_page_bytes bigint) RETURNS json
     LANGUAGE plpgsql STABLE
     AS $$
 DECLARE
     v_session session.session%ROWTYPE;
-    v_attempt integer;
-    v_first integer;
-    v_messages json;
+    v_run session.run%ROWTYPE;
+    v_history json;
     v_kept integer;
-    v_events json;
-    v_calls json;
-    v_step integer;
+    v_written bigint;
+    v_page record;
     v_approval text[];
 BEGIN
-    SELECT s.* INTO STRICT v_session FROM session.session s JOIN session.run r USING (session_id)
-    WHERE r.run_id = p_run;
-    SELECT attempt, first_message INTO STRICT v_attempt, v_first FROM session.run WHERE run_id = p_run;
+    SELECT * INTO STRICT v_run FROM session.run r WHERE r.run_id = p_run;
+    SELECT * INTO STRICT v_session FROM session.session s WHERE s.session_id = v_run.session_id;
     SELECT t.approval_tools INTO STRICT v_approval FROM session.tenant t
     WHERE t.tenant_id = v_session.tenant_id;
     -- Ordinals have no gap, and a run's own messages are the conversation's last: what is read is the window and
-    -- the run, however long the session is. Each condition names an ordinal, or a plan that was made while the
-    -- tables were small would read the whole session.
+    -- the run, however long the session is.
     IF p_max_messages = 0 THEN
         SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
-                                         created_ms) ORDER BY ordinal), count(*)
-        INTO v_messages, v_kept
+                                         created_ms)), count(*)
+        INTO v_history, v_kept
         FROM session.message
-        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal >= v_first - 1;
+        WHERE session_id = v_session.session_id AND NOT rolled_back AND ordinal = v_run.first_message - 1;
     ELSE
         WITH newest AS (
-            SELECT m.*, row_number() OVER later AS place,
-                   sum(octet_length(content) + octet_length(tool_calls)) OVER later AS bytes
+            SELECT m.*, sum(octet_length(content) + octet_length(tool_calls)) OVER (ORDER BY ordinal DESC) AS bytes
             FROM session.message m
             WHERE m.session_id = v_session.session_id AND NOT m.rolled_back
-              AND m.ordinal >= v_first - p_max_messages
-            WINDOW later AS (ORDER BY ordinal DESC)
+              AND m.ordinal >= v_run.first_message - p_max_messages AND m.ordinal < v_run.first_message
         )
         SELECT json_agg(json_build_array(message_id, run_id, ordinal, role, content, tool_calls, tool_call_id,
                                          created_ms) ORDER BY ordinal), count(*)
-        INTO v_messages, v_kept
-        FROM newest
-        WHERE run_id = p_run OR place = 1 OR (place <= p_max_messages AND bytes <= p_max_bytes);
+        INTO v_history, v_kept
+        FROM newest WHERE bytes <= p_max_bytes;
     END IF;
-    -- Before its first claim a run has nothing but run.created.
-    IF v_attempt > 1 THEN
-        SELECT seq INTO v_step FROM session.event WHERE run_id = p_run AND type = 'step.started'
-        ORDER BY seq DESC LIMIT 1;
-        SELECT json_agg(json_build_array(seq, type, time_ms, data) ORDER BY seq) INTO v_events
-        FROM session.event WHERE run_id = p_run AND seq >= coalesce(v_step, 2);
-        SELECT json_agg(json_build_array(call_id, name, arguments, effect, state, content, content_ref,
-                                         idempotency_key, fence, needs_approval, tries,
-                                         session.quiet_in_ms(quiet_at)) ORDER BY position) INTO v_calls
-        FROM session.tool_call WHERE run_id = p_run;
+    SELECT * INTO v_page FROM session.context_page(p_run, 0, 0, 0, p_page_bytes);
+    IF v_run.attempt > 1 THEN
+        SELECT sum(octet_length(data)) INTO v_written FROM session.event WHERE run_id = p_run;
     END IF;
-    RETURN json_build_object('messages', v_messages, 'events', v_events, 'tool_calls', v_calls,
-                             'user', v_session.user_name, 'agent', v_session.agent,
-                             'approval_tools', v_approval,
-                             'omitted', v_session.message_count - v_kept);
+    RETURN json_build_object('messages', CASE
+                                 WHEN v_history IS NULL THEN v_page.messages
+                                 WHEN v_page.messages IS NULL THEN v_history
+                                 -- Two arrays in one.
+                                 ELSE (left(v_history::text, -1) || ',' || substr(v_page.messages::text, 2))::json
+                             END,
+                             'events', v_page.events, 'tool_calls', v_page.tool_calls, 'next', v_page.next,
+                             'written', coalesce(v_written, 0), 'user', v_session.user_name,
+                             'agent', v_session.agent, 'approval_tools', v_approval,
+                             'omitted', v_run.first_message - 1 - v_kept);
 END $$;
 
 CREATE FUNCTION session.say_resolved(p_run uuid) RETURNS void

@@ -1,4 +1,4 @@
-"""python -m tests.chaos.drills NAME [--streams 50] [--kills 50] [--stop]."""
+"""python -m tests.chaos.drills NAME [--streams 50] [--kills 50] [--stop] [--rounds 10]."""
 
 from __future__ import annotations
 
@@ -7,8 +7,25 @@ import asyncio
 import sys
 import time
 
-from tests.chaos.drills import drain, envoy, postgres, rolling, sessions, takeover, valkey
+from tests.chaos.drills import (
+    drain,
+    envoy,
+    frozen,
+    locked,
+    lost,
+    pairs,
+    postgres,
+    rolling,
+    scale_zero,
+    sessions,
+    takeover,
+    valkey,
+)
 from tests.chaos.drills.report import Report
+from tests.chaos.faults.cluster import ROOT
+
+# Those of many rounds leave their figures here, for the page.
+FOLDER = ROOT / "build" / "drills"
 
 STREAMS = {
     "rolling": rolling.drill,
@@ -18,13 +35,23 @@ STREAMS = {
     "valkey": valkey.drill,
     "postgres": postgres.drill,
 }
+ROUNDS = {
+    "frozen": frozen.drill,
+    "locked": locked.drill,
+    "pairs": pairs.drill,
+    "lost": lost.drill,
+    "scale_zero": scale_zero.drill,
+}
 
 
 def main() -> int:
     """Runs one drill; the status is 1 when a bound is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.drills")
-    parser.add_argument("name", choices=[*STREAMS, "takeover"])
-    parser.add_argument("--streams", type=int, default=50, help="how many clients stream meanwhile")
+    parser.add_argument("name", choices=[*STREAMS, *ROUNDS, "takeover"])
+    parser.add_argument(
+        "--streams", type=int, default=0, help="how many clients stream meanwhile (50; with rounds 20)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help=f"how often: {', '.join(ROUNDS)}")
     parser.add_argument(
         "--kills", type=int, default=0, help="how many agents takeover kills (50) or stops (3)"
     )
@@ -37,10 +64,13 @@ def main() -> int:
             return await (
                 takeover.stopped(wanted.kills or 3) if wanted.stop else takeover.killed(wanted.kills or 50)
             )
-        return await STREAMS[wanted.name](wanted.streams)
+        if wanted.name in ROUNDS:
+            return await ROUNDS[wanted.name](wanted.streams or 20, wanted.rounds)
+        return await STREAMS[wanted.name](wanted.streams or 50)
 
     report = asyncio.run(run())
     report.note("the drill took", f"{time.monotonic() - began:.0f} s")
+    report.save(FOLDER)
     return 0 if report.show() else 1
 
 

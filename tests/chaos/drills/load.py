@@ -54,6 +54,7 @@ class Run:
 
     Attributes:
         script: what it is.
+        session_id: whose run it is; empty until it is sent.
         text: what was sent: no other run's is the same.
         run_id: empty until its first event came: until then it is not acknowledged.
         seq: the last seq that came.
@@ -64,6 +65,7 @@ class Run:
     """
 
     script: Script
+    session_id: str = ""
     text: str = ""
     run_id: str = ""
     seq: int = 0
@@ -140,6 +142,7 @@ class Load:
 
     async def follow(self, session_id: str, run: Run) -> None:
         """Sends input and follows its run to the end, over however many connections."""
+        run.session_id = session_id
         key = str(uuid.uuid4())
         headers = dict(self.mesh.headers)
         since = time.monotonic()

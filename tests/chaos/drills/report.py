@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from tests.chaos.drills.load import Load
 
@@ -17,11 +19,50 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 @dataclass(slots=True)
+class Series:
+    """One figure of a drill that breaks the same thing again and again.
+
+    Attributes:
+        what: whose time it is, from which moment on.
+        rounds: of each round the times that were found, in seconds, sorted.
+    """
+
+    what: str
+    rounds: list[list[float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> str:
+        """The last round, for a person."""
+        times = self.rounds[-1]
+        return f"p50 {percentile(times, 0.5):.2f} s, max {percentile(times, 1.0):.2f} s of {len(times)}"
+
+    @property
+    def all(self) -> list[float]:
+        """The times of every round, sorted."""
+        return sorted(seconds for times in self.rounds for seconds in times)
+
+
+@dataclass(slots=True)
+class Held:
+    """A series and what it is held to, as the page of figures needs it; times in seconds."""
+
+    what: str
+    rounds: list[tuple[float, float]]
+    times: int
+    p50: float
+    max: float
+    p50_bound: float
+    max_bound: float
+
+
+@dataclass(slots=True)
 class Report:
     """Lines of a table, each a name, what was found, and the bound it is held to, if any."""
 
     name: str
+    about: str = ""
     rows: list[tuple[str, str, str]] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -44,11 +85,38 @@ class Report:
         if not ok:
             self.broken.append(name)
 
-    def streams(self, load: Load, *, refused: int | None = 0, asked: int = 0) -> None:
+    def say(self, text: str) -> None:
+        """Tells a person who waits how far it is."""
+        print(f"{self.name}: {text}", flush=True)
+
+    def series(self, series: Series, *, p50: float, longest: float) -> None:
+        """Adds a figure of many rounds: its median and its longest time, in seconds, with their bounds."""
+        times = series.all
+        middle, most = percentile(times, 0.5), percentile(times, 1.0)
+        self.at_most(f"{series.what}, p50", middle, p50, " s")
+        self.at_most(f"{series.what}, max", most, longest, " s")
+        self.note("  rounds, times", f"{len(series.rounds)}, {len(times)}")
+        each = [(percentile(found, 0.5), percentile(found, 1.0)) for found in series.rounds]
+        self.held.append(Held(series.what, each, len(times), middle, most, p50, longest))
+
+    def save(self, folder: Path) -> None:
+        """Writes the series down, for the page of figures; nothing if there are none."""
+        if self.held:
+            folder.mkdir(parents=True, exist_ok=True)
+            record = {
+                "name": self.name,
+                "about": self.about,
+                "broken": self.broken,
+                "series": [asdict(held) for held in self.held],
+            }
+            (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def streams(self, load: Load, *, refused: int | None = 0, errors: int | None = 0, asked: int = 0) -> None:
         """Adds what every drill asks of its clients.
 
         Args:
             load: what they saw.
+            errors: how often a stream may break under its client; None where that is told and not bounded.
             refused: how often new input may be refused; None where that is told and not bounded.
             asked: how many streams must have been asked to come back: none if the drill is no drain.
         """
@@ -56,7 +124,7 @@ class Report:
         self.at_most("runs that ended otherwise", len(load.runs) - load.completed, 0)
         self.at_most("gaps, duplicates, replies not whole", len(load.wrong), 0)
         for name, found, bound in (
-            ("client errors", load.errors, 0),
+            ("client errors", load.errors, errors),
             ("input refused, sent again", load.refused, refused),
         ):
             if bound is None:
@@ -80,7 +148,7 @@ class Report:
     def show(self) -> bool:
         """Prints the table; returns whether every bound holds."""
         widths = [max(len(row[column]) for row in self.rows) for column in (0, 1)]
-        print(f"\ndrill {self.name}")
+        print(f"\ndrill {self.name}{': ' if self.about else ''}{self.about}")
         for name, found, bound in self.rows:
             print(f"  {name:<{widths[0]}}  {found:>{widths[1]}}  {bound}".rstrip())
         for text in self.notes:

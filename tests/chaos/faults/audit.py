@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,13 @@ class Audit:
     async def working(self) -> list[str]:
         """Runs of anybody's that are neither over nor waiting for a person."""
         return [str(row["run_id"]) for row in await self._fetch("working")]
+
+    async def record_left(self, recorder: Recorder, deleted: Mapping[str, str]) -> None:
+        """Writes down what PostgreSQL still holds of sessions that were deleted, given with their runs."""
+        for row in await self._run("left", list(deleted), list(deleted.values())):
+            recorder.write("left", **dict(row))
+        for row in await self._run("late_calls", list(deleted)):
+            recorder.write("begun", **dict(row))
 
     async def record(self, recorder: Recorder, sessions: Sequence[str]) -> None:
         """Writes down what PostgreSQL holds of some sessions, and what its triggers saw."""

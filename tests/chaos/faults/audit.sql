@@ -117,3 +117,25 @@ FROM session.tool_call WHERE session_id = ANY($1::uuid[]) ORDER BY position;
 -- As tests/chaos/model/history.py has it.
 -- $1 run ids
 SELECT key, result_id::text AS run FROM session.idempotency WHERE scope = 'run' AND result_id = ANY($1::uuid[]);
+
+-- name: left
+-- As tests/chaos/model/history.py has it.
+-- $1 session ids, $2 their run ids
+SELECT session_id::text AS session, 'session' AS what, count(*)::integer AS rows
+FROM session.session WHERE session_id = ANY($1::uuid[]) GROUP BY 1
+UNION ALL SELECT session_id::text, 'run', count(*)::integer
+FROM session.run WHERE session_id = ANY($1::uuid[]) GROUP BY 1
+UNION ALL SELECT session_id::text, 'message', count(*)::integer
+FROM session.message WHERE session_id = ANY($1::uuid[]) GROUP BY 1
+UNION ALL SELECT session_id::text, 'lease', count(*)::integer
+FROM session.lease WHERE session_id = ANY($1::uuid[]) GROUP BY 1
+UNION ALL SELECT session_id::text, 'tool_call', count(*)::integer
+FROM session.tool_call WHERE session_id = ANY($1::uuid[]) GROUP BY 1
+UNION ALL SELECT run_id::text, 'event', count(*)::integer
+FROM session.event WHERE run_id = ANY($2::uuid[]) GROUP BY 1;
+
+-- name: late_calls
+-- As tests/chaos/model/history.py has it.
+-- $1 session ids
+SELECT extract(epoch FROM at)::float AS t, session::text, call, run::text
+FROM chaos.calls WHERE session = ANY($1::uuid[]) AND new = 2 ORDER BY n;

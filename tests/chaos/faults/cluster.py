@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.mesh import Mesh, ModelServer, Replica, free_ports
+from bench.mesh import UP_SECONDS, Mesh, MeshError, ModelServer, Replica, free_ports
+from launcher.control import ask
+from launcher.errors import LaunchError
+from launcher.folder import Folder
+from launcher.plan import parse_replicas
+from launcher.processes import Identity
+from launcher.state import State
 from tests.chaos.faults.audit import Audit
 from tests.chaos.faults.stores import PASSWORD, START_SECONDS, Store, own_postgres, own_valkey
 from tests.chaos.traffic.tools import LEDGER
@@ -31,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[3]
 REPLICAS = "gateway=2,agent=3,session=2,tool=2,memory=1"
 ROUTES = ("postgres", "valkey", "mesh", "model", "ledger")
 _HEALTHY_SECONDS = 60.0
+# For so long what puts a mesh right is tried again: another fault may keep it from that for a while.
+_REPAIR_SECONDS = 90.0
 _DISK_BYTES = 1536 * 1024 * 1024
 
 
@@ -78,6 +85,7 @@ class Cluster:
         source: the tree whose code runs; another one than this for mutations.
         prefill: whether the model continues a reply that was cut off.
         disk: where PostgreSQL's data is, if that can be filled up: a mounted one of its own.
+        whole: held by who changes what the supervisor does: two faults must not do that at a time.
     """
 
     folder: Path
@@ -91,6 +99,7 @@ class Cluster:
     valkey: Store = field(init=False)
     failpoints: Path = field(init=False)
     disk: Path | None = field(init=False, default=None)
+    whole: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
     _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
     _ledger: subprocess.Popen[bytes] | None = field(init=False, default=None)
 
@@ -182,28 +191,72 @@ class Cluster:
 
     def _leave_mesh(self) -> None:
         # What was stopped must hear that it is to end.
-        for row in self._rows():
-            _signal(row.pid, signal.SIGCONT)
+        for child in self._state().children:
+            child.identity.send(signal.SIGCONT)
         logs = self.mesh.data_dir / "logs"
         if logs.is_dir():
             shutil.copytree(logs, self.folder / "logs", dirs_exist_ok=True)
         self.mesh.__exit__(None, None, None)
 
-    def _rows(self) -> list[Replica]:
+    def _state(self) -> State:
         """Who runs, from the file that the supervisor keeps: a command would cost a second of a core."""
-        state = json.loads((self.mesh.data_dir / "state.json").read_text())
+        return State.load(self.mesh.data_dir / "state.json")
+
+    def _rows(self) -> list[Replica]:
         return [
-            Replica(c["service"], c["replica"], c["pid"], c["address"], "", c.get("restarts", 0))
-            for c in state["children"]
+            Replica(child.service, child.replica, child.pid, child.address, "", child.restarts)
+            for child in self._state().children
         ]
+
+    @property
+    def processes(self) -> list[Identity]:
+        """Everything that the mesh consists of, its supervisor first."""
+        state = self._state()
+        supervisor = state.supervisor_identity
+        return [*([supervisor] if supervisor else []), *(child.identity for child in state.children)]
 
     def of(self, service: str) -> list[Replica]:
         """The living replicas of a service, or of `envoy`."""
         return [row for row in self._rows() if row.service == service and row.pid]
 
     def signal(self, replica: Replica, number: signal.Signals) -> None:
-        """Sends a signal to one replica."""
-        _signal(replica.pid, number)
+        """Sends a signal to one replica, if it is still the one that it was."""
+        for child in self._state().children:
+            if child.pid == replica.pid:
+                child.identity.send(number)
+
+    async def up(self) -> None:
+        """`hermesh up`, until it says that all is well. Raises MeshError if it never does."""
+        deadline = time.monotonic() + _REPAIR_SECONDS
+        while True:
+            try:
+                arguments = ("up", "--no-reply", "--replicas", self.replicas)
+                await asyncio.to_thread(self.mesh.command, *arguments, seconds=UP_SECONDS)
+            except (MeshError, subprocess.TimeoutExpired):
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.5)
+            else:
+                return
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        """How many replicas each service is to have."""
+        return parse_replicas(self.replicas)
+
+    async def scale(self, service: str, number: int) -> None:
+        """`hermesh scale`, until it says that all is well. Raises LaunchError if it never does."""
+        deadline = time.monotonic() + _REPAIR_SECONDS
+        request = {"command": "scale", "replicas": {service: number}}
+        while True:
+            try:
+                await asyncio.to_thread(ask, Folder(self.mesh.data_dir), request)
+            except LaunchError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.5)
+            else:
+                return
 
     async def healthy(self, seconds: float = _HEALTHY_SECONDS) -> bool:
         """Returns once a call goes through every service; False if it does not within the time."""
@@ -229,10 +282,3 @@ def _mount(folder: Path) -> Path | None:
 
 def _unmount(folder: Path) -> None:
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, timeout=10, check=False)
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

@@ -124,7 +124,7 @@ async def drain(stage: Stage) -> None:
 
 async def freeze(stage: Stage) -> None:
     """SIGSTOP for longer than a lease lasts, then SIGCONT: the stale owner comes back and tries to write."""
-    await _stop(
+    await stop_one(
         stage,
         "freeze",
         stage.rng.choices(SERVICES, weights=[6, 3, 3, 1])[0],
@@ -134,10 +134,11 @@ async def freeze(stage: Stage) -> None:
 
 async def pause(stage: Stage) -> None:
     """SIGSTOP for a shorter time than a lease lasts."""
-    await _stop(stage, "pause", stage.rng.choice(SERVICES), stage.rng.uniform(0.5, 4))
+    await stop_one(stage, "pause", stage.rng.choice(SERVICES), stage.rng.uniform(0.5, 4))
 
 
-async def _stop(stage: Stage, fault: str, service: str, seconds: float) -> None:
+async def stop_one(stage: Stage, fault: str, service: str, seconds: float) -> None:
+    """SIGSTOP of one replica of a service for some seconds."""
     living = stage.cluster.of(service)
     if not living:
         return
@@ -158,10 +159,17 @@ async def network(stage: Stage) -> None:
     await on_route(stage, route, mode, seconds)
 
 
-async def on_route(stage: Stage, route: str, mode: str, seconds: float, pids: tuple[int, ...] = ()) -> None:
-    """Has a proxy misbehave for some seconds."""
+async def on_route(
+    stage: Stage,
+    route: str,
+    mode: str,
+    seconds: float,
+    pids: tuple[int, ...] = (),
+    delays: tuple[float, float] = (0.02, 0.3),
+) -> None:
+    """Has a proxy misbehave for some seconds; `delays` bounds what is drawn for "delay", in seconds."""
     async with stage.broken("network", route, f"{mode} {seconds:.1f} s"):
-        delay = stage.rng.uniform(0.02, 0.3)
+        delay = stage.rng.uniform(*delays)
         await stage.cluster.proxies.set(route, mode, seconds=delay, pids=list(pids))
         try:
             await asyncio.sleep(seconds)

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 
-from tests.chaos.faults import faults
+from tests.chaos.faults import faults, mesh_faults, store_faults
 from tests.chaos.faults.faults import Fault
 
 # A theme: faults to draw from with their weights, and how many there are.
@@ -44,8 +44,73 @@ THEMES: dict[str, tuple[dict[Fault, int], tuple[int, int]]] = {
         },
         (4, 6),
     ),
+    "postgres": (
+        {
+            store_faults.postgres_frozen: 2,
+            store_faults.postgres_locked: 3,
+            store_faults.postgres_full: 2,
+            store_faults.postgres_terminated: 2,
+            faults.kill: 1,
+        },
+        (2, 3),
+    ),
+    "valkey": (
+        {
+            store_faults.valkey_full: 2,
+            store_faults.valkey_slow: 2,
+            store_faults.valkey_password: 2,
+            store_faults.valkey_stale: 3,
+            faults.kill: 2,
+        },
+        (3, 4),
+    ),
+    "edge": ({mesh_faults.envoy_frozen: 2, mesh_faults.endpoints_bad: 3, faults.kill: 1}, (2, 3)),
+    "whole": (
+        {mesh_faults.supervisor_lost: 3, mesh_faults.machine_lost: 2, mesh_faults.scale_zero: 3},
+        (1, 2),
+    ),
+    "all": (
+        {
+            store_faults.postgres_frozen: 1,
+            store_faults.postgres_locked: 2,
+            store_faults.postgres_full: 1,
+            store_faults.postgres_terminated: 2,
+            store_faults.valkey_full: 1,
+            store_faults.valkey_slow: 1,
+            store_faults.valkey_password: 1,
+            store_faults.valkey_stale: 2,
+            mesh_faults.envoy_frozen: 2,
+            mesh_faults.endpoints_bad: 2,
+            mesh_faults.supervisor_lost: 2,
+            mesh_faults.scale_zero: 1,
+            faults.point: 4,
+            faults.kill: 3,
+            faults.pause: 2,
+            faults.network: 2,
+        },
+        (3, 5),
+    ),
 }
-_WEIGHTS = {"points": 5, "kills": 3, "freezes": 2, "network": 4, "stores": 3, "drains": 1, "mixed": 4}
+_WEIGHTS = {
+    "points": 5,
+    "kills": 3,
+    "freezes": 2,
+    "network": 4,
+    "stores": 3,
+    "drains": 1,
+    "mixed": 4,
+    "postgres": 4,
+    "valkey": 3,
+    "edge": 3,
+    "whole": 3,
+    "all": 4,
+}
+# Every fault, by its own name.
+FAULTS: dict[str, Fault] = {
+    fault.__name__: fault
+    for drawn, _ in THEMES.values()
+    for fault in drawn  # type: ignore[attr-defined]
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +130,15 @@ class Planned:
 def theme_of(seed: int) -> str:
     """The theme of a seed: drawn by weight, and the same whatever else is drawn."""
     return random.Random(f"theme-{seed}").choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+
+
+def only(*names: str) -> list[Planned]:
+    """These faults alone, one after the other from the first second on.
+
+    Raises:
+        KeyError: There is no such fault.
+    """
+    return [Planned(1.0 + 2.5 * place, FAULTS[name]) for place, name in enumerate(names)]
 
 
 def plan(rng: random.Random, theme: str, seconds: float) -> list[Planned]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launcher import probes
 from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
+from launcher.processes import stat_fields
 
 START_SECONDS = 30.0
 PASSWORD = "chaos-password"
@@ -70,12 +73,29 @@ class Store:
         if self.process is not None:
             self.process.send_signal(number)
 
+    def send_all(self, number: signal.Signals) -> None:
+        """Sends a signal to it and to every process that it started: a backend lives on by itself."""
+        if self.process is None:
+            return
+        # Itself first: who is stopped starts nobody whom this would miss.
+        self.send(number)
+        for pid in children_of(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     async def stop(self, number: signal.Signals) -> None:
         """Ends it by a signal and returns when it has ended: SIGQUIT is PostgreSQL's immediate stop."""
         if self.process is not None:
             self.process.send_signal(number)
             await asyncio.to_thread(self.process.wait, START_SECONDS)
             self.process = None
+
+
+def children_of(parent: int) -> list[int]:
+    """Returns the processes that one has started."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    # The state, the parent, ...
+    return [pid for pid in pids if (fields := stat_fields(pid)) and int(fields[1]) == parent]
 
 
 def own_postgres(folder: Path, data: Path, log: Path, *options: str) -> Store:

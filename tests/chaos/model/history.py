@@ -24,6 +24,11 @@ clients (every record has `client`)
     cancel      run, status: a cancel was asked for and answered
     resolve     run, call, decision, status: a person's word was given and answered
     error       where, detail: what a client must never see (a 500, a malformed answer, an untyped error)
+    delete      session, run: a session of this client's alone is about to be deleted; run is its only one
+    deleted     session, run: it was answered that it is
+    after       session, run, what ("session" | "input" | "run" | "reader"), answer: what was asked of it
+                afterwards, and the reason with which that was refused; "found", or "still open" for a
+                reader, where it was not
 
 the tool ledger (a process of its own that nothing kills)
     act         tool, effect ("pure" | "idempotent" | "non_idempotent"), call, key, run, pid: the side effect
@@ -47,6 +52,8 @@ PostgreSQL at the end, one record a row
     lease_row   session, run, fence, next_seq, owner (or null)
     call_row    call, run, name, effect (1-3), state (1-5), key, fence
     key_row     key, run: an idempotency key and what it made
+    begun       session, call, run: a tool call of a session that was deleted later was begun
+    left        session, what, rows: how many rows of a table are of a session that was deleted
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ from tests.chaos.report.takeovers import UNKNOWN
 from tests.chaos.validate import INVARIANTS
 from tests.chaos.validate.facts import IDEMPOTENT, NON_IDEMPOTENT, PURE
 
-BEGIN = "<!-- report -->"
-END = "<!-- /report -->"
 _MOST_VIOLATIONS = 50
 
 
@@ -184,16 +182,17 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def into(page: str, section: str) -> str:
-    """Returns a page with the section between its markers.
+def into(page: str, section: str, name: str = "report") -> str:
+    """Returns a page with the section between the markers of this name.
 
     Raises:
         ValueError: The markers are not there once each, in their order.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page must hold {BEGIN} and then {END}, once each")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{section}\n{END}{rest.partition(END)[2]}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page must hold {begin} and then {end}, once each")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{section}\n{end}{rest.partition(end)[2]}"
 
 
 def show(console: Console, figures: Figures, mutations: Mutations | None) -> None:

@@ -128,6 +128,14 @@ class Transport(Protocol):
         """Gives a person's word."""
         ...
 
+    async def get_session(self, session: str) -> str:
+        """Asks for a session; returns nothing."""
+        ...
+
+    async def delete_session(self, session: str) -> str:
+        """Deletes a session; returns nothing."""
+        ...
+
     async def close(self) -> None:
         """Ends its connections."""
         ...
@@ -149,16 +157,26 @@ class Http:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _call(self, path: str, body: dict[str, Any], key: str = "") -> dict[str, Any]:
+    async def _call(
+        self, path: str, body: dict[str, Any] | None, key: str = "", method: str = "POST"
+    ) -> dict[str, Any]:
         headers = {"Idempotency-Key": key} if key else {}
         try:
-            answer = await self._client.post(path, json=body, headers=headers)
+            answer = await self._client.request(method, path, json=body, headers=headers)
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Broken(type(error).__name__) from error
         if answer.status_code >= 400:
             raise _refusal(answer.status_code, answer.content, answer.headers)
-        found: dict[str, Any] = answer.json()
+        found: dict[str, Any] = answer.json() if answer.content else {}
         return found
+
+    async def get_session(self, session: str) -> str:
+        await self._call(f"/v1/sessions/{session}", None, method="GET")
+        return ""
+
+    async def delete_session(self, session: str) -> str:
+        await self._call(f"/v1/sessions/{session}", None, method="DELETE")
+        return ""
 
     async def create_session(self, key: str) -> str:
         return str((await self._call("/v1/sessions", {"title": "chaos"}, key))["session_id"])
@@ -338,6 +356,14 @@ class Grpc:
     async def create_session(self, key: str) -> str:
         request = session_pb.CreateSessionRequest(title="chaos", request_id=key)
         return str((await self._call(self._sessions.CreateSession, request)).session.session_id)
+
+    async def get_session(self, session: str) -> str:
+        await self._call(self._sessions.GetSession, session_pb.GetSessionRequest(session_id=session))
+        return ""
+
+    async def delete_session(self, session: str) -> str:
+        await self._call(self._sessions.DeleteSession, session_pb.DeleteSessionRequest(session_id=session))
+        return ""
 
     async def submit(self, session: str, text: str, key: str, policy: str) -> str:
         request = session_pb.SubmitRunRequest(

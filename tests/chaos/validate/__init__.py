@@ -1,10 +1,11 @@
-"""Proves the ten invariants of the design from a recorded history, or names what breaks them."""
+"""Proves the eleven invariants from a recorded history, or names what breaks them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from tests.chaos.model.history import History
+from tests.chaos.validate.deletions import check_deletions
 from tests.chaos.validate.facts import Facts, Violation
 from tests.chaos.validate.fences import (
     check_fences,
@@ -31,6 +32,7 @@ CHECKS: tuple[Callable[[Facts], Iterable[Violation]], ...] = (
     check_runs,
     check_keys,
     check_clients,
+    check_deletions,
 )
 
 # As a person reads them, in the order of their numbers.
@@ -45,6 +47,7 @@ INVARIANTS = (
     "every run ends, or says that it needs action, within the bound",
     "one Idempotency-Key gives one response",
     "a drain shows clients no error",
+    "of a deleted session nothing comes back",
 )
 
 

@@ -38,7 +38,7 @@ class Violation:
     """An invariant that does not hold.
 
     Attributes:
-        invariant: its number in the design, 1 to 10.
+        invariant: its number, 1 to 11.
         text: what is wrong, for a person.
         records: the records that show it.
     """
@@ -145,6 +145,11 @@ class Facts:
     def over(self, run: str) -> bool:
         """Whether a run's log ends with a terminal event."""
         return run in self.log and self.log[run][-1]["type"] in TERMINAL
+
+    @cached_property
+    def deleted_runs(self) -> dict[str, Record]:
+        """The answer that a run's session is deleted; a deletion that was never answered is the question."""
+        return {record["run"]: record for record in (*self["delete"], *self["deleted"])}
 
     # leases
 

@@ -73,7 +73,7 @@ def _beginning(facts: Facts, row: Record) -> Iterator[Violation]:
 
 
 def _input(facts: Facts, row: Record) -> Iterator[Violation]:
-    """The input's place in the conversation is taken at the first claim, or at the run's turn if it ended before.
+    """The input's place in the conversation is taken at the first claim, or at its turn if it ended before.
 
     Only a rollback that came before the claim leaves nothing of it.
     """

@@ -93,6 +93,9 @@ class Replica(grpc.GenericRpcHandler):
         self.name = name
         self.sent = 0
         self.calls = 0
+        # Calls whose headers came, whether or not their message did.
+        self.begun = 0
+        self.reached = asyncio.Event()
         self.health = aio.HealthServicer()
         self.server = grpc.aio.server(options=server_options())
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
@@ -100,6 +103,9 @@ class Replica(grpc.GenericRpcHandler):
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
 
     def service(self, details: Any) -> Any:
+        if not details.method.startswith("/grpc.health."):
+            self.begun += 1
+            self.reached.set()
         if details.method.endswith("/WatchRun"):
             return grpc.unary_stream_rpc_method_handler(self.flood)
         return grpc.unary_unary_rpc_method_handler(self.echo)

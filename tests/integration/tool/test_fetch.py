@@ -102,6 +102,13 @@ async def test_a_redirect_to_what_is_no_page_is_refused(web: Web, location: str)
     assert await reason(fetcher(web.place), web.url()) == "TOOL_ARGUMENTS_INVALID"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+async def test_a_redirect_to_a_path_that_is_not_ascii_is_followed(web: Web, encoding: str) -> None:
+    web.answers["/"] = redirect(f"{web.url()}caf\u00e9?\u00fc").decode().encode(encoding)
+    web.answers["/caf%C3%A9?%C3%BC"] = response("gef\u00fcllt".encode(), "text/plain")
+    assert await get(fetcher(web.place), web.url()) == "gef\u00fcllt"
+
+
 async def test_a_name_is_connected_to_the_address_that_was_checked(web: Web, inner: Web) -> None:
     """A second answer of the resolver, as in DNS rebinding, is never asked for."""
     answers = [["93.184.215.14"], ["127.0.0.1"]]
@@ -181,6 +188,15 @@ async def test_a_large_page_is_cut_and_the_rest_not_read(web: Web) -> None:
 async def test_a_packed_page_is_unpacked(web: Web) -> None:
     web.answers["/"] = response(gzip.compress(b"hello"), "text/plain", "200 OK", "Content-Encoding: gzip")
     assert await get(fetcher(web.place), web.url()) == "hello"
+
+
+async def test_a_page_of_several_gzip_members_is_whole_and_half_a_one_says_so(web: Web) -> None:
+    members = gzip.compress(b"hello ") + gzip.compress(b"again")
+    for body, incomplete in ((members, False), (members[:-3], True)):
+        web.answers["/"] = response(body, "text/plain", "200 OK", "Content-Encoding: gzip")
+        page = await fetcher(web.place).get(web.url(), lambda text: None)
+        assert page.body.startswith(b"hello ")
+        assert page.incomplete is incomplete
 
 
 async def test_a_page_that_drips_is_given_up(web: Web) -> None:

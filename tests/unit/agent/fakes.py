@@ -11,6 +11,8 @@ from typing import Any
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1.resources_pb2 import (
     EFFECT_CLASS_PURE,
+    RUN_STATUS_FAILED,
+    ContextPosition,
     Grant,
     Message,
     Run,
@@ -133,8 +135,13 @@ class FakeStore:
         self.hold = False
         self.held: list[tuple[FakeCall, AppendRequest]] = []
         self.released: list[str] = []
+        self.failed: list[tuple[str, bool]] = []
         self.renewals: list[Sequence[tuple[str, str, int]]] = []
         self.cancelled: list[str] = []
+        # Messages in a claim's context, 0 for all; what was asked for of the rest.
+        self.page = 0
+        self.rests: list[tuple[int, int]] = []
+        self.rest_error: HermeshError | None = None
         self.changed = asyncio.Event()
 
     def open_stream(self) -> FakeCall:
@@ -277,9 +284,14 @@ class FakeStore:
 
     def claim_of(self, row: FakeRun, options: RunOptions | None = None, user: str = "", **run: Any) -> Claim:
         last = max((place for place, one in enumerate(row.events) if one.type == "step.started"), default=0)
-        context = RunContext(
-            messages=row.messages, events=row.events[last:], tool_calls=row.calls.values(), user=user
-        )
+        events, calls, messages = row.events[last:], row.calls.values(), row.messages
+        if self.page and len(messages) > self.page:
+            context = RunContext(
+                messages=messages[: self.page], user=user, next=ContextPosition(message=self.page)
+            )
+        else:
+            context = RunContext(messages=messages, events=events, tool_calls=calls, user=user)
+        context.written_bytes = sum(len(one.data) for one in row.events)
         return Claim(
             Run(run_id=row.run_id, session_id=row.session_id, ordinal=1, attempt=row.attempt, **run),
             self.grant(row, options.timeout_ms if options else 0),
@@ -288,6 +300,21 @@ class FakeStore:
             TENANT,
             asyncio.get_running_loop().time() + TTL_MS / 1000,
         )
+
+    async def rest(
+        self, run_id: str, fence: Callable[[], int], position: ContextPosition
+    ) -> Sequence[RunContext]:
+        """The pages after the first, of `page` messages each; the last has events and calls."""
+        self.rests.append((fence(), position.message))
+        if self.rest_error is not None:
+            raise self.rest_error
+        row = self.runs[run_id]
+        last = max((place for place, one in enumerate(row.events) if one.type == "step.started"), default=0)
+        pages = [
+            RunContext(messages=row.messages[start : start + self.page])
+            for start in range(position.message, len(row.messages), self.page)
+        ]
+        return [*pages, RunContext(events=row.events[last:], tool_calls=row.calls.values())]
 
     async def claim(self, run_id: str) -> Claim | NotClaimed:
         if run_id not in self.runs:
@@ -300,6 +327,21 @@ class FakeStore:
             self.released.append(run_id)
         self.notify()
         return held
+
+    async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
+        self.failed.append((run_id, refused))
+        run = self.runs[run_id]
+        if run.fence != fence:
+            return False
+        run.fence += 1
+        self._end(run, "run.failed", RUN_STATUS_FAILED)
+        return True
+
+    def _end(self, run: FakeRun, kind: str, status: int) -> None:
+        run.events.append(Event(run_id=run.run_id, seq=run.next_seq, type=kind, data="{}"))
+        run.next_seq += 1
+        run.status = status
+        self.notify()
 
     async def cancel_reason(self, run_id: str, tenant_id: str) -> str:
         return "no longer needed"
@@ -319,6 +361,7 @@ class FakeModel:
         self.closed = 0
 
     async def stream(self, request: ModelRequest) -> AsyncIterator[Sequence[ModelEvent]]:
+        request.asking()
         self.requests.append(request)
         try:
             for batch in self.replies.pop(0):
@@ -452,11 +495,18 @@ class Bench:
             tools=self.tools,
             memory=self.memory,
             reasons=self.store,
+            contexts=self.store,
             tool_mode=self.settings.llm_tool_mode,
             can_prefill=self.settings.llm_prefill,
             context_tokens=self.settings.llm_context_tokens,
             memory_timeout=0.3,
-            limits=lambda spec: Limits(spec.max_turns, spec.max_output_tokens, self.settings.llm_resumes),
+            limits=lambda spec: Limits(
+                spec.max_turns,
+                spec.max_output_tokens,
+                self.settings.llm_resumes,
+                self.settings.llm_spare_requests,
+                self.settings.max_run_bytes,
+            ),
             now_ms=lambda: 1,
             monotonic=loop.time,
             draining=lambda: self.supervisor.draining,

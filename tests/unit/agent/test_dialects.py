@@ -1,4 +1,4 @@
-"""The adapter against each provider's dialect: a FAKE server a profile that refuses what the real one refuses."""
+"""The adapter against each dialect: a FAKE server for each provider refuses what the real one refuses."""
 
 from contextlib import asynccontextmanager
 from dataclasses import replace

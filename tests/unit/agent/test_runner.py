@@ -1,6 +1,8 @@
 import asyncio
 import json
 
+import pytest
+
 from hermesh.session.v1.resources_pb2 import (
     EFFECT_CLASS_NON_IDEMPOTENT,
     RUN_STATUS_CANCELLED,
@@ -12,8 +14,19 @@ from hermesh.session.v1.resources_pb2 import (
 from meshkit.errors import UnavailableError
 from services.agent.clients.memory import Recalled
 from services.agent.model.errors import ModelAuthError, ModelRateLimitedError, ModelTruncatedError
-from services.agent.model.port import Finished, ReasoningDelta, TextDelta, ToolCallDelta, Usage
+from services.agent.model.openai import OpenAIModel
+from services.agent.model.port import (
+    Finished,
+    Kept,
+    ReasoningDelta,
+    RefusalDelta,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
+from services.agent.model.profiles import built_in
 from services.agent.runs.subscription import Subscription
+from tests.fakes.dialects import DIALECTS, DialectServer, Reply
 from tests.unit.agent.fakes import FakeModel
 
 HELLO = [[TextDelta("Hel")], [TextDelta("lo")], [Usage(3, 2, 1), Finished("stop")]]
@@ -519,3 +532,102 @@ async def test_a_refused_write_ends_the_run_with_an_internal_error(make_bench):
     run = await bench.finish(bench.store.new_claim("hi"))
     assert bench.outcome == "failed"
     assert run.data("run.failed")[0]["reason"] == "INTERNAL"
+
+
+async def test_what_a_backend_wants_back_survives_a_takeover_and_is_in_no_event(make_bench):
+    signed = {"extra_content": {"google": {"thought_signature": "s"}}}
+    opening = [
+        ReasoningDelta("I need a sum."),
+        ToolCallDelta(0, "add", "{}", "functions.add:0", signed),
+        ToolCallDelta(1, "slow", "{}", "functions.slow:1"),
+    ]
+    end = [Kept({"reasoning_content": "I need a sum."}), Finished("tool_calls")]
+    model = FakeModel([opening, end], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers = {"add": "3", "slow": "never"}
+    claim = bench.store.new_claim("hi")
+    bench.supervisor.begin(claim)
+    run = bench.store.runs[claim.run.run_id]
+    await bench.store.until(lambda: "tool.result" in run.types())
+    entry = run.calls[f"{run.run_id}:1:0"]
+    entry.state, entry.content = 3, "3"
+    bench.tools.answers["slow"] = "late"
+    await bench.finish(bench.store.take_over(run.run_id))
+    assert run.status == RUN_STATUS_COMPLETED
+    message = model.requests[1].messages[1]
+    assert json.loads(message.provider) == {"reasoning_content": "I need a sum."}
+    assert [json.loads(use.provider) for use in message.tool_calls] == [
+        {"id": "functions.add:0", "fields": signed},
+        {"id": "functions.slow:1"},
+    ]
+    told = [*run.data("message.completed"), *run.data("tool.call")]
+    assert "functions.add" not in json.dumps(told)
+    assert "provider" not in json.dumps(told)
+
+
+@pytest.mark.parametrize("name", ["mistral", "deepseek", "kimi", "gemini", "vllm", "openrouter"])
+async def test_a_run_with_calls_goes_through_its_takeover_in_strict_dialects(make_bench, name):
+    calls = (("add", '{"a":1}'), ("slow", "{}"))
+    script = [Reply("", "Let me see.", calls), Reply("Hello")]
+    async with DialectServer(DIALECTS[name](), script) as server:
+        model = OpenAIModel(server.base_url, profile=built_in()[name])
+        bench = make_bench(model)
+        bench.tools.answers = {"add": "3", "slow": "never"}
+        claim = bench.store.new_claim("hi")
+        bench.supervisor.begin(claim)
+        run = bench.store.runs[claim.run.run_id]
+        await bench.store.until(lambda: "tool.result" in run.types())
+        entry = run.calls[f"{run.run_id}:1:0"]
+        entry.state, entry.content = 3, "3"
+        bench.tools.answers["slow"] = "late"
+        await bench.finish(bench.store.take_over(run.run_id))
+        assert (run.status, run.text()) == (RUN_STATUS_COMPLETED, "Hello")
+        assert server.refused == []
+        await model.aclose()
+
+
+async def test_a_reply_that_is_cut_here_reports_an_estimate_of_its_usage(make_bench):
+    bench = make_bench(FakeModel([[TextDelta("x" * 100_000)]] * 100))
+    run = await bench.finish(bench.store.new_claim("hi"))
+    usage = run.data("usage")[0]
+    assert usage["input_tokens"] > 0
+    assert 250_000 < usage["output_tokens"] < 400_000
+    bench = make_bench(FakeModel([[Usage(7, 9)], *[[TextDelta("x" * 100_000)]] * 100]))
+    usage = (await bench.finish(bench.store.new_claim("hi"))).data("usage")[0]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (7, 9)  # the backend's own, where it said so
+
+
+async def test_endless_reasoning_is_cut_off(make_bench):
+    bench = make_bench(FakeModel([[ReasoningDelta("x" * 100_000)]] * 100))
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert run.data("run.completed")[0]["finish_reason"] == "length"
+    assert bench.model.closed == 1
+
+
+async def test_a_refusal_is_the_reply_and_the_reason(make_bench):
+    bench = make_bench(FakeModel([[RefusalDelta("I cannot.")], [Finished("stop")]]))
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert (run.text(), run.messages[-1].content) == ("I cannot.", "I cannot.")
+    assert run.data("run.completed")[0]["finish_reason"] == "refusal"
+
+
+async def test_a_refusal_in_place_of_a_constrained_call_is_a_reply(make_bench):
+    model = FakeModel([[RefusalDelta("I cannot.")], [Finished("stop")]])
+    bench = make_bench(model, llm_tool_mode="json")
+    bench.tools.answers = {"add": "3"}
+    run = await bench.finish(bench.store.new_claim("sum", RunOptions(tool_choice="add")))
+    assert run.status == RUN_STATUS_COMPLETED
+    assert run.messages[-1].content == "I cannot."
+
+
+async def test_too_many_and_too_long_calls_are_told_to_the_model(make_bench):
+    flood = [ToolCallDelta(index, "add", "{}") for index in range(70)]
+    model = FakeModel([flood, [Finished("tool_calls")]], HELLO)
+    bench = make_bench(model)
+    bench.tools.answers = {"add": "3"}
+    run = await bench.finish(bench.store.new_claim("hi"))
+    assert (run.status, run.text()) == (RUN_STATUS_COMPLETED, "Hello")
+    results = [one.content for one in model.requests[1].messages if one.role == "tool"]
+    assert results[:64] == ["3"] * 64
+    assert "70 calls" in results[64]
+    assert len(bench.tools.executed) == 64

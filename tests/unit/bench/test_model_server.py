@@ -6,6 +6,7 @@ import httpx
 import openai
 import pytest
 
+from bench.model_script import reply_to
 from bench.model_server import ModelServer
 
 
@@ -157,3 +158,13 @@ async def test_the_process_says_where_it_listens_and_ends_on_sigterm(tmp_path):
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+def test_inputs_that_an_agent_joined_are_steered_by_the_last_ones_directives_alone() -> None:
+    first, second = "a [[garbage]]", "b [[tokens=3]]"
+    request = {"model": "m", "messages": [{"role": "user", "content": f"{first}\n\n{second}"}]}
+    reply = reply_to(request)
+    assert (len(reply.tokens), reply.fault) == (3, "")
+    # One input may have paragraphs of its own.
+    request["messages"] = [{"role": "user", "content": f"{second}\n\nand a long text"}]
+    assert len(reply_to(request).tokens) == 3

@@ -14,12 +14,13 @@ from tests.chaos.report.__main__ import main
 from tests.chaos.report.episodes import Verdict, verdicts
 from tests.chaos.report.figures import Figures, bound, percentile
 from tests.chaos.report.mutations import hunts
-from tests.chaos.report.render import BEGIN, END, into, markdown, show
+from tests.chaos.report.render import into, markdown, show
 from tests.chaos.report.takeovers import Takeover, Takeovers
 from tests.chaos.validate import Facts
 from tests.unit.chaos.support import assert_clean, drop, of
 from tests.unit.chaos.world import Run, World
 
+BEGIN, END = "<!-- report -->", "<!-- /report -->"
 VIOLATION = {"invariant": 3, "text": "a stale write", "records": []}
 
 

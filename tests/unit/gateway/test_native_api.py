@@ -9,9 +9,11 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import orjson
 import pytest
 
 from gateway.body import MAX_BODY, MAX_INPUT, MAX_INPUT_BODY
+from gateway.models import message_json
 from hermesh.session.v1 import resources_pb2 as resources
 from meshkit.errors import (
     FailedPreconditionError,
@@ -272,6 +274,7 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
             "kind": "unknown",
             "name": "send_mail",
             "arguments": {"to": "ada"},
+            "arguments_text": '{"to":"ada"}',
             "effect": "non_idempotent",
             "state": "unknown",
             "may_act_ms": 1500,
@@ -289,6 +292,60 @@ async def test_a_tool_call_that_waits_is_settled(served: Any) -> None:
     assert (await served.client.post(action, json=body)).status_code == 200
     assert served.mesh.runs[made["run_id"]].decisions == [(f"{made['run_id']}:1:0", 1, "it was sent")]
     problem(await served.client.post(action, json={"decision": "maybe"}), 400, "INVALID_ARGUMENT")
+
+
+HUGE = '{"id": 18446744073709551616, "n":-1e2, "x":0.1000000000000000055511151, "a":1,"a":2}'
+DEEP = '{"a":' * 249 + "1" + "}" * 249
+
+
+@pytest.mark.parametrize("arguments", [HUGE, DEEP])
+async def test_the_arguments_of_a_call_are_served_as_the_model_wrote_them(
+    served: Any, arguments: str
+) -> None:
+    async def asks(made: FakeRun) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        made.pending.append(
+            resources.ToolCall(
+                call_id=f"{made.run_id}:1:0",
+                run_id=made.run_id,
+                session_id=session_id,
+                name="pay",
+                arguments=arguments,
+                effect=3,
+                state=1,
+                needs_approval=True,
+            )
+        )
+        yield "step.started", {"step": 1}
+        await made.resolved.wait()
+        yield "run.completed", {"message_id": "", "finish_reason": "stop"}
+
+    served.mesh.script = asks
+    session_id = await new_session(served)
+    made = (await served.client.post(f"/v1/sessions/{session_id}/runs", json={"input": "x"})).json()
+    await served.mesh.until(lambda: bool(served.mesh.runs[made["run_id"]].pending))
+    for path in (f"/v1/runs/{made['run_id']}", "/v1/actions"):
+        answer = await served.client.get(path)
+        assert answer.status_code == 200, answer.text
+        assert f'"arguments":{arguments}' in answer.text
+        found = answer.json()
+        [action] = found.get("pending_actions") or found["actions"]
+        assert action["arguments_text"] == arguments
+    body = {"decision": "approve"}
+    answer = await served.client.post(f"/v1/runs/{made['run_id']}/actions/{made['run_id']}:1:0", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("arguments", [HUGE, DEEP])
+def test_a_message_has_its_calls_as_the_model_wrote_them(arguments: str) -> None:
+    stored = f'[{{"call_id":"r:1:0","name":"pay","arguments":{arguments},"provider":{{"id":"x"}}}}]'
+    message = resources.Message(role="assistant", tool_calls=stored)
+    shown = orjson.dumps(message_json(message)).decode()
+    assert f'"tool_calls":[{{"call_id":"r:1:0","name":"pay","arguments":{arguments}}}]' in shown
+
+
+@pytest.mark.parametrize("stored", ["", "[]", "oops", "[1]", '[{"name":"x"}]'])
+def test_a_message_whose_calls_cannot_be_read_has_none(stored: str) -> None:
+    assert message_json(resources.Message(role="assistant", tool_calls=stored))["tool_calls"] == []
 
 
 async def test_a_tool_calls_whole_result_is_served(served: Any) -> None:

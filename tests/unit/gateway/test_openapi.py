@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 
 from gateway import openapi
@@ -44,7 +44,7 @@ def test_every_reference_leads_somewhere(spec: dict[str, Any]) -> None:
 
 def test_every_schema_is_a_schema(spec: dict[str, Any]) -> None:
     for schema in spec["components"]["schemas"].values():
-        jsonschema.Draft202012Validator.check_schema(schema)
+        jsonschema_rs.meta.validate(schema)
 
 
 def test_operations_are_whole_and_their_ids_unique(spec: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ async def test_answers_are_what_the_document_says(served: Any, spec: dict[str, A
         response = responses.get(str(answer.status_code)) or responses["default"]
         media_type = answer.headers["content-type"].partition(";")[0]
         schema = {**response["content"][media_type]["schema"], "components": spec["components"]}
-        jsonschema.validate(answer.json(), schema)
+        jsonschema_rs.validate(schema, answer.json())
         return answer.json()
 
     client = served.client

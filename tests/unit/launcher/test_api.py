@@ -240,6 +240,20 @@ def test_a_question_comes_with_the_commands_that_answer_it(kind: str, words: lis
     assert f"decided: {words[0]}" in text
 
 
+def test_a_person_is_asked_about_the_arguments_as_the_model_wrote_them() -> None:
+    text = '{"id": 18446744073709551616, "x":0.1000000000000000055511151, "a":1,"a":2}'
+    asked = event(
+        2,
+        "action.required",
+        call_id=f"{RUN}:1:0",
+        kind="approval",
+        name="pay",
+        arguments=json.loads(text),
+        arguments_text=text,
+    )
+    assert f"pay {text} needs approval" in shown([asked])
+
+
 def test_what_waits_is_listed_with_what_it_waits_for() -> None:
     action = {
         "run_id": RUN,

@@ -87,6 +87,26 @@ async def test_what_an_earlier_supervisor_left_is_an_endpoint_until_it_is_taken_
         assert "4343" not in endpoints.read_text()
 
 
+async def test_endpoints_that_somebody_broke_are_right_before_envoy_is_waited_for(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoints = supervisor.folder.envoy / "eds" / "tool.yaml"
+    seen: list[str] = []
+
+    async def balanced(_: object) -> None:
+        seen.append(endpoints.read_text())
+
+    async def say(_: str) -> None:
+        pass
+
+    monkeypatch.setattr(supervisor, "_wait_balanced", balanced)
+    async with asyncio.TaskGroup() as group:
+        serving(supervisor, group).ready.set()
+        endpoints.write_text("resources: 7")
+        await supervisor.scale({"tool": 1}, say)
+    assert "4242" in seen[0]
+
+
 async def test_the_state_names_who_runs(supervisor: Supervisor) -> None:
     async with asyncio.TaskGroup() as group:
         serving(supervisor, group)

@@ -321,6 +321,17 @@ class FakeStore:
         lease.owner, lease.run_id = "", None
         return True
 
+    async def fail_held(self, ref: LeaseRef, message: str) -> Run | None:
+        lease = self.leases[ref.session_id]
+        if lease.run_id != ref.run_id or lease.fence != ref.fence:
+            return None
+        lease.owner, lease.run_id, lease.fence = "", None, lease.fence + 1
+        events = self.events[ref.run_id]
+        events.append(Event(ref.run_id, len(events) + 1, "run.failed", 1, json.dumps({"message": message})))
+        failed = replace(self.runs[ref.run_id], status=RunStatus.FAILED, last_seq=len(events))
+        self.runs[ref.run_id] = failed
+        return failed
+
     async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
         if self.fail:
             raise self.fail.pop(0)

@@ -321,6 +321,30 @@ async def test_a_stream_that_ends_after_its_runs_shortens_nothing(client: Client
         assert not client.replica.hub._holders
 
 
+async def test_a_run_that_cannot_write_its_end_is_ended_for_its_holder_alone(
+    client: Client, store: FakeStore
+) -> None:
+    writer = await new_writer(client)
+    lease = internal.LeaseRef(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence)
+    stale = internal.LeaseRef(session_id=writer.session_id, run_id=writer.run_id, fence=writer.fence + 1)
+    async with append_stream(client) as stream, watch(client, writer.run_id) as watched:
+        await stream.write(writer.append("text.delta"))
+        refused = await client.mesh.FailRun(internal.FailRunRequest(lease=stale))
+        assert not refused.ended
+        assert client.replica.hub.holds(UUID(writer.run_id))
+        request = internal.FailRunRequest(lease=lease, cause=internal.FAIL_CAUSE_REFUSED)
+        assert (await client.mesh.FailRun(request)).ended
+        assert not client.replica.hub.holds(UUID(writer.run_id))
+        # Whoever watches is told at once, and what the holder still writes is refused.
+        events = await events_of(watched)
+        assert events[-1].type == "run.failed"
+        assert events[-1].data == '{"message": "the run\'s events were refused by the store"}'
+        [result] = await stream.write(writer.append("text.delta"))
+        assert result.outcome == internal.APPEND_OUTCOME_FENCED
+        assert not (await client.mesh.FailRun(request)).ended
+    assert store.shortened == []
+
+
 async def test_a_drain_is_announced_and_shortens_nothing(client: Client) -> None:
     writer = await new_writer(client)
     async with append_stream(client) as stream:
@@ -369,13 +393,19 @@ def stream_run(client: Client):
 
 
 @pytest.mark.parametrize(
-    "method", ["ClaimRun", "RenewLeases", "ReleaseLease", "Authenticate", "BeginToolCall"]
+    "method", ["ClaimRun", "RenewLeases", "ReleaseLease", "FailRun", "Authenticate", "BeginToolCall"]
 )
 async def test_internal_methods_are_for_the_mesh_only(client: Client, method: str) -> None:
     requests = {
         "ClaimRun": internal.ClaimRunRequest(run_id="00000000-0000-7000-8000-000000000000", owner="a"),
         "RenewLeases": internal.RenewLeasesRequest(),
         "ReleaseLease": internal.ReleaseLeaseRequest(
+            lease=internal.LeaseRef(
+                session_id="00000000-0000-7000-8000-000000000000",
+                run_id="00000000-0000-7000-8000-000000000000",
+            )
+        ),
+        "FailRun": internal.FailRunRequest(
             lease=internal.LeaseRef(
                 session_id="00000000-0000-7000-8000-000000000000",
                 run_id="00000000-0000-7000-8000-000000000000",

@@ -113,14 +113,14 @@ async def test_without_the_journals_word_nothing_acts(journal: FakeJournal, owne
     ("name", "arguments", "reason", "text"),
     [
         ("nothing", "{}", "TOOL_NOT_FOUND", "no tool named 'nothing'"),
-        ("lever", '{"n": "x"}', "TOOL_ARGUMENTS_INVALID", "n: 'x' is not of type 'integer'"),
+        ("lever", '{"n": "x"}', "TOOL_ARGUMENTS_INVALID", 'n: "x" is not of type "integer"'),
         ("lever", '{"m": 1}', "TOOL_ARGUMENTS_INVALID", "'m' was unexpected"),
         ("lever", "[1]", "TOOL_ARGUMENTS_INVALID", "must be a JSON object"),
         ("lever", '{"n": NaN}', "TOOL_ARGUMENTS_INVALID", "not valid JSON"),
         ("lever", '{"n": 1', "TOOL_ARGUMENTS_INVALID", "not valid JSON"),
         ("lever", "[" * 200_000, "TOOL_ARGUMENTS_INVALID", "nested too deeply"),
         ("lever", '{"n": "' + "x" * 1_100_000 + '"}', "TOOL_ARGUMENTS_INVALID", "larger than"),
-        ("lever", '{"n": "\\ud800"}', "TOOL_ARGUMENTS_INVALID", "is not of type"),
+        ("lever", '{"n": "\\ud800"}', "TOOL_ARGUMENTS_INVALID", "not valid JSON"),
     ],
 )
 async def test_a_call_that_cannot_be_made_is_a_result_for_the_model(

@@ -1,3 +1,4 @@
+import asyncio
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tool.builtin.fetch.client import MAX_BYTES, Page, read_body
+from services.tool.builtin.fetch.client import MAX_BYTES, Body, Page, read_body
 from services.tool.builtin.fetch.text import decode, html_to_text
 from services.tool.builtin.fetch.tool import render
 from services.tool.registry import ToolError
@@ -74,9 +75,9 @@ def test_no_page_takes_long(unit: str) -> None:
         ("ä".encode(), "", False, "ä"),
         ("ä".encode("latin-1"), "iso-8859-1", False, "ä"),
         ("ä".encode("latin-1"), "", False, "\ufffd"),
-        (b'<meta charset="latin-1">\xe4', "", True, '<meta charset="latin-1">ä'),
-        (b"<meta http-equiv=x content='text/html; charset=latin-1'>\xe4", "", True, None),
-        ("ä".encode("utf-8-sig"), "latin-1", False, "ä"),
+        (b'<meta charset="latin1">\xe4', "", True, '<meta charset="latin1">ä'),
+        (b"<meta http-equiv=x content='text/html; charset=latin1'>\xe4", "", True, None),
+        ("ä".encode("utf-8-sig"), "latin1", False, "ä"),
         ("ä".encode("utf-16"), "", False, "ä"),
         (b"x", "no-such-charset", False, "x"),
         (b"x", "zip", False, "x"),
@@ -121,23 +122,96 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
 
 
 async def test_a_body_is_cut_at_its_cap() -> None:
-    assert await read_body(chunks(b"x" * MAX_BYTES), "") == (b"x" * MAX_BYTES, False)
-    assert await read_body(chunks(b"x" * MAX_BYTES, b"y"), "") == (b"x" * MAX_BYTES, True)
+    assert await read_body(chunks(b"x" * MAX_BYTES), "") == Body(b"x" * MAX_BYTES)
+    assert await read_body(chunks(b"x" * MAX_BYTES, b"y"), "") == Body(b"x" * MAX_BYTES, cut=True)
 
 
-@pytest.mark.parametrize(("encoding", "wbits"), [("gzip", 31), ("deflate", 15), ("x-gzip", 31)])
+def packed(data: bytes, wbits: int) -> bytes:
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+# gzip, zlib, and deflate without a header, which many servers send under that name.
+KINDS = [("gzip", 31), ("deflate", 15), ("deflate", -15), ("x-gzip", 31)]
+
+
+@pytest.mark.parametrize(("encoding", "wbits"), KINDS)
 async def test_a_packed_body_is_unpacked_within_the_cap(encoding: str, wbits: int) -> None:
-    packer = zlib.compressobj(wbits=wbits)
-    small = packer.compress(b"hello") + packer.flush()
-    assert await read_body(chunks(small[:3], small[3:]), encoding) == (b"hello", False)
-    packer = zlib.compressobj(wbits=wbits)
-    bomb = packer.compress(b"\x00" * (MAX_BYTES * 20)) + packer.flush()
+    small = packed(b"hello", wbits)
+    assert await read_body(chunks(small[:3], small[3:]), encoding) == Body(b"hello")
+    bomb = packed(b"\x00" * (MAX_BYTES * 20), wbits)
     assert len(bomb) < 100_000
-    body, cut = await read_body(chunks(bomb), encoding)
-    assert (len(body), cut) == (MAX_BYTES, True)
+    body = await read_body(chunks(bomb), encoding)
+    assert (len(body.data), body.cut) == (MAX_BYTES, True)
+
+
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=4), st.integers(0, 3), st.data())
+def test_a_body_of_several_gzip_members_is_whole_however_it_arrives(
+    members: list[bytes], padding: int, data: st.DataObject
+) -> None:
+    whole = b"".join(packed(member, 31) for member in members) + b"\x00" * padding
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+    parts = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert asyncio.run(read_body(chunks(*parts), "gzip")) == Body(b"".join(members))
+
+
+@pytest.mark.parametrize(("encoding", "wbits"), KINDS)
+async def test_a_packed_body_that_ends_too_early_says_so(encoding: str, wbits: int) -> None:
+    data = bytes(range(256)) * 100
+    whole = packed(data, wbits)
+    body = await read_body(chunks(whole[: len(whole) // 2]), encoding)
+    assert body.incomplete
+    assert data.startswith(body.data)
+    assert (await read_body(chunks(whole[:1]), encoding)).incomplete
+    assert (await read_body(chunks(packed(b"a", 31), packed(b"b", 31)[:7]), "gzip")) == Body(
+        b"a", incomplete=True
+    )
+    shown = render(Page("http://example.com/", "text/plain", "", b"begun", incomplete=True), 100)
+    assert "the page ended before it was complete" in shown
+
+
+async def test_a_body_that_packs_nothing_is_not_read_for_ever() -> None:
+    empty = packed(b"", 31)
+    count = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal count
+        while True:
+            count += 1
+            yield empty * 1_000
+
+    assert (await read_body(endless(), "gzip")).cut
+    assert count * len(empty) * 1_000 < 3 * MAX_BYTES
 
 
 @pytest.mark.parametrize(("encoding", "data"), [("br", b"x"), ("gzip", b"not gzip at all")])
 async def test_a_body_that_cannot_be_unpacked_is_an_error(encoding: str, data: bytes) -> None:
     with pytest.raises(ToolError):
         await read_body(chunks(data), encoding)
+
+
+@pytest.mark.parametrize(
+    ("label", "data", "text"),
+    [
+        ("iso-8859-1", b"\x93x\x94 \x80", "\u201cx\u201d \u20ac"),
+        ("ascii", b"\xe4", "\u00e4"),
+        ("gb2312", "\u9555 \u20ac".encode("gb18030"), "\u9555 \u20ac"),
+        ("shift_jis", "\u2460".encode("cp932"), "\u2460"),
+        ("ks_c_5601-1987", "\ub620".encode("cp949"), "\ub620"),
+        (" Windows-31J ", "\u3042".encode("cp932"), "\u3042"),
+        ("x-user-defined", b"\xe4", "\uf7e4"),
+        ("unicode", "a".encode("utf-16-le"), "a"),
+        # No charsets of the web: Python has a codec for each.
+        ("utf-7", b"+AOQ-", "+AOQ-"),
+        ("rot13", b"a", "a"),
+    ],
+)
+def test_charset_labels_mean_what_they_do_in_a_browser(label: str, data: bytes, text: str) -> None:
+    assert decode(data, label, html=False) == text
+
+
+def test_the_pages_own_label_counts_where_the_server_gave_none() -> None:
+    xml = b'<?xml version="1.0" encoding="koi8-r"?><html>\xc1'
+    assert decode(xml, "", html=True).endswith("\u0430")
+    utf_16 = '<meta charset="utf-16">\u00e4'.encode()
+    assert decode(utf_16, "", html=True).endswith("\u00e4")

@@ -89,7 +89,9 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     ERROR_REASON_MODEL_REQUEST_REJECTED: _ErrorReason.ValueType  # 31
     """INVALID_ARGUMENT in a run's failed event: the model backend refused the request itself."""
     ERROR_REASON_ATTEMPTS_EXHAUSTED: _ErrorReason.ValueType  # 32
-    """INTERNAL in a run's failed event: the run lost its agent this many times without any progress."""
+    """INTERNAL in a run's failed event: the run lost its agent this many times without any progress. Text that had to
+    be thrown away is none.
+    """
     ERROR_REASON_TURN_LIMIT: _ErrorReason.ValueType  # 33
     """RESOURCE_EXHAUSTED in a run's failed event: the limit on model turns was reached."""
     ERROR_REASON_RUN_TIMEOUT: _ErrorReason.ValueType  # 34
@@ -120,6 +122,12 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
     ERROR_REASON_APPROVAL_REQUIRED: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+    ERROR_REASON_RUN_TOO_LARGE: _ErrorReason.ValueType  # 51
+    """RESOURCE_EXHAUSTED in a run's failed event: the run has written more than a run may (HERMESH_MAX_RUN_BYTES). What
+    it did is in its log; ask for less at once, or go on with new input.
+    """
+    ERROR_REASON_MODEL_REQUEST_LIMIT: _ErrorReason.ValueType  # 52
+    """RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
     ERROR_REASON_TOO_MANY_WRONG_KEYS: _ErrorReason.ValueType  # 57
     """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
     given time; keys that are known go on working.
@@ -198,7 +206,9 @@ ERROR_REASON_MODEL_TIMEOUT: ErrorReason.ValueType  # 30
 ERROR_REASON_MODEL_REQUEST_REJECTED: ErrorReason.ValueType  # 31
 """INVALID_ARGUMENT in a run's failed event: the model backend refused the request itself."""
 ERROR_REASON_ATTEMPTS_EXHAUSTED: ErrorReason.ValueType  # 32
-"""INTERNAL in a run's failed event: the run lost its agent this many times without any progress."""
+"""INTERNAL in a run's failed event: the run lost its agent this many times without any progress. Text that had to
+be thrown away is none.
+"""
 ERROR_REASON_TURN_LIMIT: ErrorReason.ValueType  # 33
 """RESOURCE_EXHAUSTED in a run's failed event: the limit on model turns was reached."""
 ERROR_REASON_RUN_TIMEOUT: ErrorReason.ValueType  # 34
@@ -229,6 +239,12 @@ ERROR_REASON_ORIGIN_REFUSED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED. A request with the chat page's cookie did not come from the page itself."""
 ERROR_REASON_APPROVAL_REQUIRED: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION. A person has to approve the tool call before it may begin."""
+ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 51
+"""RESOURCE_EXHAUSTED in a run's failed event: the run has written more than a run may (HERMESH_MAX_RUN_BYTES). What
+it did is in its log; ask for less at once, or go on with new input.
+"""
+ERROR_REASON_MODEL_REQUEST_LIMIT: ErrorReason.ValueType  # 52
+"""RESOURCE_EXHAUSTED in a run's failed event: it made all the requests to its model that it may make."""
 ERROR_REASON_TOO_MANY_WRONG_KEYS: ErrorReason.ValueType  # 57
 """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
 given time; keys that are known go on working.

@@ -572,8 +572,38 @@ class ToolCall(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class ContextPosition(message.Message):
+    """ContextPosition says how far a run's context was read."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
+    EVENT_FIELD_NUMBER: builtins.int
+    message: builtins.int
+    """The ordinal of the last message."""
+    call: builtins.int
+    """The place of the last tool call in the journal."""
+    event: builtins.int
+    """The seq of the last event."""
+    def __init__(
+        self,
+        *,
+        message: builtins.int = ...,
+        call: builtins.int = ...,
+        event: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call", b"call", "event", b"event", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class RunContext(message.Message):
-    """RunContext is what an agent needs to go on with a run, all as of the moment of the claim."""
+    """RunContext is what an agent needs to go on with a run, all as of the moment of the claim; or one page of it. A page
+    is about 512 KiB at most, whatever the run holds.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -584,31 +614,41 @@ class RunContext(message.Message):
     AGENT_FIELD_NUMBER: builtins.int
     OMITTED_MESSAGES_FIELD_NUMBER: builtins.int
     APPROVAL_TOOLS_FIELD_NUMBER: builtins.int
+    NEXT_FIELD_NUMBER: builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: builtins.int
     user: builtins.str
     """The session's user, for memory; empty means memory stays in the session."""
     agent: builtins.str
     """Which agent the session asked for."""
     omitted_messages: builtins.int
     """How many older messages were left out of `messages`."""
+    written_bytes: builtins.int
+    """With a claim: how many bytes the data of the run's events has."""
     @builtins.property
     def messages(self) -> containers.RepeatedCompositeFieldContainer[Message]:
-        """The conversation before and including this run's input, oldest first, cut to what fits."""
+        """What precedes the run in the conversation, oldest first, cut to what fits (with a claim only); then the run's
+        input and what it has added.
+        """
 
     @builtins.property
     def events(self) -> containers.RepeatedCompositeFieldContainer[event_pb2.Event]:
-        """This run's own events so far that a takeover needs: everything of the current model turn and
-        the last `step.started` before it.
+        """This run's own events so far that tell how far its current step got, from the last `step.started` on. What a
+        message or a tool call has as well is left out of their data.
         """
 
     @builtins.property
     def tool_calls(self) -> containers.RepeatedCompositeFieldContainer[ToolCall]:
-        """This run's tool calls."""
+        """This run's tool calls that no message answers yet."""
 
     @builtins.property
     def approval_tools(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Tools whose calls the tenant wants approved by a person, beside those that ask for it themselves; `*`
         means all tools.
         """
+
+    @builtins.property
+    def next(self) -> ContextPosition:
+        """Set when there is more: what to give ReadContext."""
 
     def __init__(
         self,
@@ -620,10 +660,12 @@ class RunContext(message.Message):
         agent: builtins.str = ...,
         omitted_messages: builtins.int = ...,
         approval_tools: abc.Iterable[builtins.str] | None = ...,
+        next: ContextPosition | None = ...,
+        written_bytes: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["next", b"next"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent", b"agent", "approval_tools", b"approval_tools", "events", b"events", "messages", b"messages", "omitted_messages", b"omitted_messages", "tool_calls", b"tool_calls", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent", b"agent", "approval_tools", b"approval_tools", "events", b"events", "messages", b"messages", "next", b"next", "omitted_messages", b"omitted_messages", "tool_calls", b"tool_calls", "user", b"user", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -236,7 +236,7 @@ class ClaimRunResponse(message.Message):
 
     @builtins.property
     def context(self) -> resources_pb2.RunContext:
-        """Set when claimed."""
+        """Set when claimed: its first page."""
 
     @builtins.property
     def options(self) -> resources_pb2.RunOptions:
@@ -255,6 +255,58 @@ class ClaimRunResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["context", b"context", "grant", b"grant", "options", b"options", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["context", b"context", "grant", b"grant", "options", b"options", "outcome", b"outcome", "run", b"run", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadContextRequest(message.Message):
+    """The request of ReadContext."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    FENCE_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    fence: builtins.int
+    """A fence of this claim."""
+    @builtins.property
+    def position(self) -> resources_pb2.ContextPosition:
+        """Where to go on: `next` of the claim's context, or of the last page that came."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        fence: builtins.int = ...,
+        position: resources_pb2.ContextPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["fence", b"fence", "position", b"position", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadContextResponse(message.Message):
+    """One message of ReadContext's stream."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def context(self) -> resources_pb2.RunContext:
+        """The next page: messages, events and tool calls only."""
+
+    def __init__(
+        self,
+        *,
+        context: resources_pb2.RunContext | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["context", b"context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.FromString,
                 _registered_method=True)
+        self.ReadContext = channel.unary_stream(
+                '/hermesh.session.v1.SessionInternalService/ReadContext',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.FromString,
+                _registered_method=True)
         self.Append = channel.stream_stream(
                 '/hermesh.session.v1.SessionInternalService/Append',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.AppendRequest.SerializeToString,
@@ -105,6 +110,13 @@ class SessionInternalServiceServicer:
 
     def ClaimRun(self, request, context):
         """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadContext(self, request, context):
+        """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,6 +199,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.ClaimRun,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.SerializeToString,
+            ),
+            'ReadContext': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadContext,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.SerializeToString,
             ),
             'Append': grpc.stream_stream_rpc_method_handler(
                     servicer.Append,
@@ -289,6 +306,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ClaimRun',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ClaimRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/ReadContext',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReadContextResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class SessionInternalServiceStub:
     """Finds the tenant of an API key. Errors: API_KEY_INVALID."""
     ClaimRun: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ClaimRunRequest, _session_internal_service_pb2.ClaimRunResponse]
     """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
+    ReadContext: _grpc.UnaryStreamMultiCallable[_session_internal_service_pb2.ReadContextRequest, _session_internal_service_pb2.ReadContextResponse]
+    """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
     Append: _grpc.StreamStreamMultiCallable[_session_internal_service_pb2.AppendRequest, _session_internal_service_pb2.AppendResponse]
     """Appends events of many runs over one stream, and notifies of cancels and lost leases."""
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.RenewLeasesRequest, _session_internal_service_pb2.RenewLeasesResponse]
@@ -69,6 +71,8 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Finds the tenant of an API key. Errors: API_KEY_INVALID."""
     ClaimRun: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ClaimRunRequest, _session_internal_service_pb2.ClaimRunResponse]  # type: ignore[assignment]
     """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
+    ReadContext: _aio.UnaryStreamMultiCallable[_session_internal_service_pb2.ReadContextRequest, _session_internal_service_pb2.ReadContextResponse]  # type: ignore[assignment]
+    """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
     Append: _aio.StreamStreamMultiCallable[_session_internal_service_pb2.AppendRequest, _session_internal_service_pb2.AppendResponse]  # type: ignore[assignment]
     """Appends events of many runs over one stream, and notifies of cancels and lost leases."""
     RenewLeases: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.RenewLeasesRequest, _session_internal_service_pb2.RenewLeasesResponse]  # type: ignore[assignment]
@@ -110,6 +114,14 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_internal_service_pb2.ClaimRunResponse, _abc.Awaitable[_session_internal_service_pb2.ClaimRunResponse]]:
         """Takes the lease of a queued or orphaned run. It is the only arbiter of who runs it."""
+
+    @_abc_1.abstractmethod
+    def ReadContext(
+        self,
+        request: _session_internal_service_pb2.ReadContextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_internal_service_pb2.ReadContextResponse], _abc.AsyncIterator[_session_internal_service_pb2.ReadContextResponse]]:
+        """Reads what a claim's answer had no room for, page by page, while the lease lasts. Errors: FENCE_STALE."""
 
     @_abc_1.abstractmethod
     def Append(

@@ -24,11 +24,13 @@ FROM session.settle_tool_call($1, $2, $3, $4, $5) c;
 SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
 FROM session.tool_call c WHERE c.call_id = $1 AND c.session_id = $2;
 
--- name: calls_of_run
--- A run's calls in order.
+-- name: waiting_calls
+-- A run's calls that wait for a person, in order: of one step, so that their number is bounded.
 -- $1 tenant_id, $2 run_id
 SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
-FROM session.tool_call c WHERE c.run_id = $2 AND c.tenant_id = $1 ORDER BY c.position;
+FROM session.tool_call c
+WHERE c.run_id = $2 AND c.tenant_id = $1 AND session.call_waits(c.state, c.needs_approval)
+ORDER BY c.position;
 
 -- name: resolve
 -- See session.resolve_action.
@@ -43,13 +45,22 @@ FROM session.tool_call c WHERE c.call_id = $3 AND c.run_id = $2 AND c.tenant_id 
 
 -- name: pending
 -- A tenant's calls that runs wait for, the oldest run first, after a position. The last event of a run that
--- waits is what made it wait, or what came of another of its calls.
--- $1 tenant_id, $2 run_id and $3 position of the last one seen, $4 how many
-SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms, coalesce(e.time_ms, r.created_ms) AS since_ms
-FROM session.run r
-JOIN session.tool_call c ON c.run_id = r.run_id AND session.call_waits(c.state, c.needs_approval)
-LEFT JOIN session.event e ON e.run_id = r.run_id AND e.seq = r.last_seq
-WHERE r.tenant_id = $1 AND r.status = 3 AND (r.run_id, c.position) > ($2::uuid, $3::integer)
-  AND r.run_id >= $2
-ORDER BY r.run_id, c.position
-LIMIT $4;
+-- waits is what made it wait, or what came of another of its calls. Of those past so many bytes only the place comes.
+-- $1 tenant_id, $2 run_id and $3 position of the last one seen, $4 how many, $5 how many bytes
+WITH page AS (
+    SELECT c.call_id, r.run_id, c.position, coalesce(e.time_ms, r.created_ms) AS since_ms,
+           octet_length(c.content) + octet_length(c.arguments) AS size
+    FROM session.run r
+    JOIN session.tool_call c ON c.run_id = r.run_id AND session.call_waits(c.state, c.needs_approval)
+    LEFT JOIN session.event e ON e.run_id = r.run_id AND e.seq = r.last_seq
+    WHERE r.tenant_id = $1 AND r.status = 3 AND (r.run_id, c.position) > ($2::uuid, $3::integer)
+      AND r.run_id >= $2
+    ORDER BY r.run_id, c.position
+    LIMIT $4
+), sized AS (
+    SELECT *, sum(size) OVER (ORDER BY run_id, position) - size < $5::bigint AS fits FROM page
+)
+SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms, s.since_ms, s.fits
+FROM sized s
+LEFT JOIN session.tool_call c ON c.call_id = s.call_id AND s.fits
+ORDER BY s.run_id, s.position;

@@ -127,12 +127,18 @@ WHERE NOT EXISTS (SELECT FROM session.lease l WHERE l.session_id = b.session_id 
 SELECT session_id, fence FROM session.lease WHERE session_id = ANY($1::uuid[]);
 
 -- name: events_after
--- A run's events past a seq, in order.
--- $1 tenant_id, $2 run_id, $3 seq, $4 how many
-SELECT seq, type, time_ms, data FROM session.event
-WHERE run_id = $2 AND tenant_id = $1 AND seq > $3
-ORDER BY seq
-LIMIT $4;
+-- A run's events past a seq, in order: until they are so many, or have so many bytes.
+-- $1 tenant_id, $2 run_id, $3 seq, $4 how many, $5 how many bytes
+SELECT seq, type, time_ms, data FROM (
+    SELECT *, sum(octet_length(data)) OVER (ORDER BY seq) - octet_length(data) AS bytes FROM (
+        SELECT seq, type, time_ms, data FROM session.event
+        WHERE run_id = $2 AND tenant_id = $1 AND seq > $3
+        ORDER BY seq
+        LIMIT $4
+    ) e
+) p
+WHERE bytes < $5
+ORDER BY seq;
 
 -- name: heads
 -- The last seq of each run's log.

@@ -9,9 +9,21 @@ FROM session.submit_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 
 
 -- name: claim
 -- See session.claim_run.
--- $1 run_id, $2 owner, $3 TTL, $4 most claims without progress, $5 most messages, $6 most bytes of them
+-- $1 run_id, $2 owner, $3 TTL, $4 most claims without progress, $5 most messages of the history, $6 most bytes of
+-- them, $7 most bytes of what the run itself stored
 SELECT c.outcome, c.fence, c.attach, c.next_seq, c.context, (c.run).*
-FROM session.claim_run($1, $2, $3, $4, $5, $6) c;
+FROM session.claim_run($1, $2, $3, $4, $5, $6, $7) c;
+
+-- name: read_context
+-- A page of what a run stored, for its holder; no row under a fence that is not of this claim. See
+-- session.context_page.
+-- $1 run_id, $2 fence, $3 ordinal, $4 position, $5 seq, $6 most bytes
+SELECT r.session_id, p.*
+FROM session.run r
+JOIN session.lease l USING (session_id)
+CROSS JOIN LATERAL session.context_page(r.run_id, $3, $4, $5, $6) p
+WHERE r.run_id = $1 AND l.run_id = r.run_id AND l.owner IS NOT NULL
+  AND $2::bigint BETWEEN l.fence - l.attach AND l.fence;
 
 -- name: get_run
 -- One run of a tenant.

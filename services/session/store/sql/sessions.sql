@@ -74,19 +74,31 @@ WHERE r.session_id = $2 AND r.tenant_id = $1 AND e.run_id = r.run_id;
 DELETE FROM session.session WHERE session_id = $2 AND tenant_id = $1 RETURNING session_id;
 
 -- name: list_messages
--- A session's messages, oldest first, after an ordinal.
--- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
-SELECT message_id, session_id, run_id, ordinal, role, content, tool_calls, tool_call_id, created_ms
-FROM session.message
-WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3 AND NOT rolled_back
-ORDER BY ordinal
-LIMIT $4;
+-- A session's messages, oldest first, after an ordinal. Those past so many bytes come without their text.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many, $5 how many bytes
+SELECT message_id, session_id, run_id, ordinal, role, CASE WHEN fits THEN content ELSE '' END AS content,
+       CASE WHEN fits THEN tool_calls ELSE '' END AS tool_calls, tool_call_id, created_ms, fits
+FROM (
+    SELECT m.*, sum(size) OVER (ORDER BY ordinal) - size < $5::bigint AS fits
+    FROM (
+        SELECT *, octet_length(content) + octet_length(tool_calls) AS size
+        FROM session.message
+        WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3 AND NOT rolled_back
+        ORDER BY ordinal
+        LIMIT $4
+    ) m
+) p
+ORDER BY ordinal;
 
--- name: newest_messages
--- A session's newest messages past an ordinal, newest first.
--- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many
+-- name: history
+-- A session's newest messages up to an ordinal within two limits, oldest first.
+-- $1 tenant_id, $2 session_id, $3 ordinal, $4 how many, $5 how many bytes
 SELECT message_id, session_id, run_id, ordinal, role, content, tool_calls, tool_call_id, created_ms
-FROM session.message
-WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3 AND NOT rolled_back
-ORDER BY ordinal DESC
-LIMIT $4;
+FROM (
+    SELECT *, sum(octet_length(content) + octet_length(tool_calls)) OVER (ORDER BY ordinal DESC) AS bytes
+    FROM session.message
+    WHERE session_id = $2 AND tenant_id = $1 AND ordinal > $3::integer - $4::integer AND ordinal <= $3
+      AND NOT rolled_back
+) m
+WHERE bytes <= $5
+ORDER BY ordinal;

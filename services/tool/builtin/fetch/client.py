@@ -24,6 +24,9 @@ TOTAL_SECONDS = 20.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TYPES = frozenset({"text/html", "application/xhtml+xml", "application/json"})
 _MAX_ADDRESSES = 4
+_MAX_PACKED = 2 * MAX_BYTES
+_GZIP = b"\x1f\x8b"
+_HEADER = len(_GZIP)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -38,13 +41,24 @@ class Page:
         charset: As the server named it, or empty.
         body: At most `MAX_BYTES`.
         cut: Whether there was more.
+        incomplete: Whether the server's packed bytes ended too early.
     """
 
     url: str
     content_type: str
     charset: str
     body: bytes
-    cut: bool
+    cut: bool = False
+    incomplete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A body, unpacked; the members are those of `Page`."""
+
+    data: bytes
+    cut: bool = False
+    incomplete: bool = False
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -179,7 +193,7 @@ class Fetcher:
 
 
 async def _read(place: Place, response: httpcore.Response) -> Page | Place:
-    headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in response.headers}
+    headers = {key.decode("latin-1").lower(): _header(value) for key, value in response.headers}
     if response.status in _REDIRECTS and headers.get("location"):
         return join(place, headers["location"])
     if not 200 <= response.status < 300:
@@ -188,8 +202,17 @@ async def _read(place: Place, response: httpcore.Response) -> Page | Place:
     if content_type not in _TYPES and not content_type.startswith("text/"):
         shown = content_type[:80] or "without a content type"
         raise ToolError(f"the page is {shown}; only text, HTML and JSON are read")
-    body, cut = await read_body(response.aiter_stream(), headers.get("content-encoding", ""))
-    return Page(str(place), content_type, charset, body, cut)
+    body = await read_body(response.aiter_stream(), headers.get("content-encoding", ""))
+    return Page(str(place), content_type, charset, body.data, body.cut, body.incomplete)
+
+
+def _header(value: bytes) -> str:
+    # Servers write the path of a Location as they have it, mostly in UTF-8; what is none cannot be mistaken
+    # for it.
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _content_type(header: str) -> tuple[str, str]:
@@ -204,11 +227,8 @@ def _content_type(header: str) -> tuple[str, str]:
     return ("application/json" if kind.endswith("+json") else kind), charset
 
 
-async def read_body(chunks: AsyncIterable[bytes], encoding: str) -> tuple[bytes, bool]:
+async def read_body(chunks: AsyncIterable[bytes], encoding: str) -> Body:
     """Reads at most `MAX_BYTES` after unpacking, so that a small packed body cannot grow without bound.
-
-    Returns:
-        The bytes, and whether there was more.
 
     Raises:
         ToolError: The encoding is not known, or the bytes do not have it.
@@ -216,15 +236,64 @@ async def read_body(chunks: AsyncIterable[bytes], encoding: str) -> tuple[bytes,
     encoding = encoding.strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise ToolError("the page is packed in a way that is not read")
-    # 32: gzip or zlib, told by the header.
-    unpack = None if encoding in ("", "identity") else zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    unpack = None if encoding in ("", "identity") else Unpacker()
     body = bytearray()
+    packed = 0
     try:
         async for chunk in chunks:
+            packed += len(chunk)
             room = MAX_BYTES + 1 - len(body)
-            body += chunk[:room] if unpack is None else unpack.decompress(chunk, room)
-            if len(body) > MAX_BYTES:
-                return bytes(body[:MAX_BYTES]), True
+            body += chunk[:room] if unpack is None else unpack.feed(chunk, room)
+            # A body that is larger packed than not is made to keep us busy.
+            if len(body) > MAX_BYTES or packed > _MAX_PACKED:
+                return Body(bytes(body[:MAX_BYTES]), cut=True)
     except zlib.error as error:
         raise ToolError("the page cannot be unpacked") from error
-    return bytes(body), False
+    return Body(bytes(body), incomplete=unpack is not None and unpack.incomplete)
+
+
+class Unpacker:
+    """Unpacks gzip, of as many members as there are, and deflate, with zlib's header or, as many send it,
+    without.
+    """
+
+    def __init__(self) -> None:
+        """Begins before the first byte."""
+        self._member: Any = None
+        self._waiting = b""
+        self._done = False
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the packed bytes ended before what they pack did."""
+        return not self._done and (self._member is not None or bool(self._waiting))
+
+    def feed(self, data: bytes, room: int) -> bytes:
+        """Returns what the next bytes unpack to, at most `room` bytes.
+
+        Raises:
+            zlib.error: They are not what they ought to be.
+        """
+        data, self._waiting = self._waiting + data, b""
+        out = bytearray()
+        while data and len(out) < room:
+            if self._member is None:
+                if len(data) < _HEADER:
+                    self._waiting = data
+                    break
+                if self._done and data[:_HEADER] != _GZIP:
+                    # Padding behind the last member: everybody who unpacks ignores it.
+                    break
+                self._member, self._done = zlib.decompressobj(wbits=_wbits(data)), False
+            out += self._member.decompress(data, room - len(out))
+            data = b""
+            if self._member.eof:
+                data, self._member, self._done = self._member.unused_data, None, True
+        return bytes(out)
+
+
+def _wbits(data: bytes) -> int:
+    if data[:_HEADER] == _GZIP:
+        return zlib.MAX_WBITS | 16
+    zlib_header = data[0] & 0x0F == 8 and int.from_bytes(data[:_HEADER]) % 31 == 0
+    return zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS

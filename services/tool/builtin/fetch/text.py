@@ -6,6 +6,8 @@ import codecs
 import re
 from html.parser import HTMLParser
 
+import webencodings  # type: ignore[import-untyped]
+
 _SKIPPED = frozenset({"script", "style", "noscript", "template", "svg", "math", "iframe", "object", "canvas"})
 # Elements without an end tag: nothing is inside, so skipping or indenting must not wait for one.
 _VOID = frozenset(
@@ -24,6 +26,7 @@ _CELLS = frozenset({"td", "th"})
 _KEPT_SPACE = "\ue000"
 _SPACE = re.compile(r"[ \t\r\f\v\xa0]+")
 _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]{1,40})", re.IGNORECASE)
+_XML_ENCODING = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9_.:-]{1,40})[\"']")
 _CHUNK = 131_072
 
 
@@ -141,13 +144,23 @@ def decode(body: bytes, charset: str, html: bool) -> str:
     ):
         if body.startswith(mark):
             return body.decode(name, "replace").removeprefix("\ufeff")
-    if not charset and html:
-        match = _CHARSET.search(body[:4096])
-        charset = match[1].decode("ascii") if match else ""
-    try:
-        # Python also knows codecs that are no charsets (zip, rot13): only those that make text count.
-        name = codecs.lookup(charset).name if charset else "utf-8"
-        text = body.decode(name, "replace")
-    except (LookupError, ValueError):
-        text = body.decode("utf-8", "replace")
+    if charset:
+        return _by_label(body, charset)
+    match = (_CHARSET.search(body[:4096]) or _XML_ENCODING.match(body)) if html else None
+    label = match[1].decode("ascii") if match else "utf-8"
+    # UTF-16 that says so in ASCII is none: nobody could have read the label.
+    return _by_label(body, "utf-8" if label.lower().startswith("utf-16") else label)
+
+
+def _by_label(body: bytes, label: str) -> str:
+    """Decodes by the WHATWG's table of labels, as browsers do: `latin-1` and `ascii` mean windows-1252 there.
+
+    What Python calls a codec but is no charset (zip, rot13) is no label; like any unknown one it stands for
+    UTF-8.
+    """
+    found = webencodings.lookup(label) or webencodings.UTF8
+    if found.name == "gbk":
+        # Read as its superset, as that table has it.
+        return body.decode("gb18030", "replace")
+    text: str = found.codec_info.decode(body, "replace")[0]
     return text

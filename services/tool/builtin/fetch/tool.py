@@ -73,4 +73,6 @@ def render(page: Page, max_chars: int) -> str:
         text = text[:max_chars].rstrip()
     if page.cut:
         notes.append("[the page is larger than 1 MiB; only its beginning was read]")
+    if page.incomplete:
+        notes.append("[the page ended before it was complete; only its beginning was received]")
     return "\n".join([head, text or "(the page has no text)", *notes])

@@ -1,4 +1,4 @@
-"""Runs that do not end by their agent's word: their input stays, and the store ends what cannot end itself."""
+"""Runs that do not end by their agent's word: their input stays, and the store ends what cannot."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_a_run_that_cannot_write_its_end_is_ended_by_the_store(kit: Kit) -
     grant = await kit.started("a", "A")
     behind = await kit.submit(grant.session_id, "B")
     await kit.append(grant, 2)
-    run = await kit.store.fail(ref(grant), 'it "could" not\n')
+    run = await kit.store.fail_held(ref(grant), 'it "could" not\n')
     assert run is not None
     assert (run.status, run.last_seq) == (RunStatus.FAILED, 3)
     assert run.error is not None
@@ -147,14 +147,14 @@ async def test_a_run_that_cannot_write_its_end_is_ended_by_the_store(kit: Kit) -
     }
     # What it had on its way is refused, and the session goes on.
     assert (await kit.append(grant, 3)).outcome is AppendOutcome.FENCED
-    assert await kit.store.fail(ref(grant), "again") is None
+    assert await kit.store.fail_held(ref(grant), "again") is None
     await kit.claimed(behind.run.run_id)
 
 
 async def test_a_run_that_was_to_be_cancelled_ends_so_when_it_cannot_write_its_end(kit: Kit) -> None:
     grant = await kit.started()
     await kit.store.cancel(kit.tenant, grant.run_id, "stopped")
-    run = await kit.store.fail(ref(grant), "m")
+    run = await kit.store.fail_held(ref(grant), "m")
     assert run is not None
     assert (run.status, run.cancel_reason) == (RunStatus.CANCELLED, "stopped")
     assert await kit.types(grant.run_id) == ["run.created", "run.cancelled"]
@@ -165,7 +165,7 @@ async def test_a_call_under_way_is_unknown_when_its_run_cannot_write_its_end(kit
     call = intent(grant.run_id)
     await kit.step(grant, 2, event("tool.call", "{}"), intents=(call,))
     await kit.store.begin(call.call_id, grant.session_id, grant.fence)
-    assert await kit.store.fail(ref(grant), "m") is not None
+    assert await kit.store.fail_held(ref(grant), "m") is not None
     assert (await kit.store.look(call.call_id, grant.session_id)).state is ToolCallState.UNKNOWN
 
 
@@ -183,12 +183,12 @@ async def test_only_who_holds_a_run_may_have_it_ended(kit: Kit, stale: str) -> N
         await kit.step(grant, 2, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
     before = await kit.store.get_run(kit.tenant, grant.run_id)
     lease = LeaseRef(grant.session_id, grant.run_id, grant.fence + (9 if stale == "never" else 0))
-    assert await kit.store.fail(lease, "m") is None
+    assert await kit.store.fail_held(lease, "m") is None
     assert await kit.store.get_run(kit.tenant, grant.run_id) == before
 
 
 async def test_a_fence_of_before_a_reattach_still_ends_its_run(kit: Kit) -> None:
     grant = await kit.started()
     assert await kit.store.reattach(ref(grant), "a") is not None
-    assert await kit.store.fail(ref(grant), "m") is not None
+    assert await kit.store.fail_held(ref(grant), "m") is not None
     assert (await kit.store.claim(grant.run_id, "b")).outcome is ClaimOutcome.FINISHED

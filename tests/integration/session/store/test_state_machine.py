@@ -245,7 +245,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
 
         @rule(handle=handles)
         def fail(self, handle: Handle) -> None:
-            ended = run(kit.store.fail(self.ref(handle), "it could not write its end"))
+            ended = run(kit.store.fail_held(self.ref(handle), "it could not write its end"))
             assert (ended is not None) == self.model.fail(handle)
             assert ended is None or (ended.run_id, ended.status) == (handle.run.run_id, handle.run.status)
 

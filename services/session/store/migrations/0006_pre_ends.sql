@@ -99,3 +99,27 @@ BEGIN
     END IF;
     RETURN QUERY SELECT * FROM session.run_view v WHERE v.run_id = p_run;
 END $$;
+
+-- Stores what a begun call did. The fence must be the one it was begun under, current or not: what was done
+-- was done. The first outcome stays, but a late word settles an unknown call, and one that was to run again and
+-- was not begun yet. Of a call that must not run twice only its last try's word counts (p_tries, 0: not said).
+-- Looked at again when it was unknown: a person may have let it run again just then, and the word still counts.
+CREATE OR REPLACE FUNCTION session.complete_tool_call(p_call text, p_fence bigint, p_state smallint,
+                                                      p_content text, p_ref text, p_tries integer)
+RETURNS SETOF session.tool_call
+LANGUAGE plpgsql AS $$
+BEGIN
+    FOR v_look IN 1 .. 2 LOOP
+        UPDATE session.tool_call t SET state = p_state, content = p_content, content_ref = p_ref
+        WHERE t.call_id = p_call AND t.fence = p_fence
+          AND ((t.state = 2 AND (t.effect < 3 OR p_tries IN (0, t.tries)))
+               OR (t.state = 1 AND p_state IN (3, 4) AND p_tries > 0 AND p_tries = t.tries));
+        EXIT WHEN FOUND OR NOT EXISTS (SELECT FROM session.tool_call t
+                                       WHERE t.call_id = p_call AND t.state = 5 AND t.fence = p_fence);
+        PERFORM session.settle_tool_call(p_call, p_state, p_content, p_ref, p_tries);
+    END LOOP;
+    RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'TOOL_CALL_NOT_FOUND' USING ERRCODE = 'HM404';
+    END IF;
+END $$;

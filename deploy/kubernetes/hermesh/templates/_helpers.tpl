@@ -1,0 +1,121 @@
+{{/* The name that every object begins with. */}}
+{{- define "hermesh.fullname" -}}
+{{- if contains "hermesh" .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-hermesh" .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What selects the pods of a component: (dict "root" $ "name" "agent"). */}}
+{{- define "hermesh.selector" -}}
+app.kubernetes.io/name: hermesh
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .name }}
+{{- end -}}
+
+{{/* The labels of a component's objects. */}}
+{{- define "hermesh.labels" -}}
+{{ include "hermesh.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | quote }}
+{{- end -}}
+
+{{/* repository:tag or repository@digest: (dict "image" ... "tag" "for an empty tag"). */}}
+{{- define "hermesh.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ .image.tag | default .tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* A value as text; Helm itself would write 1048576 as 1.048576e+06. */}}
+{{- define "hermesh.text" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
+{{/* A variable from the secret: (dict "root" $ "variable" "HERMESH_X" "key" "x" "optional" true). */}}
+{{- define "hermesh.secretVariable" -}}
+- name: {{ .variable }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "secrets.existingSecret is not set: name the secret that holds the database's URL, the mesh's token and the first API key" .root.Values.secrets.existingSecret }}
+      key: {{ .key }}
+      {{- if .optional }}
+      optional: true
+      {{- end }}
+{{- end -}}
+
+{{/* What a pod of this chart may do: nothing that it does not need ("restricted"). */}}
+{{- define "hermesh.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ . }}
+runAsGroup: {{ . }}
+fsGroup: {{ . }}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "hermesh.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* Pods apart from each other, each version by itself. */}}
+{{- define "hermesh.spread" -}}
+{{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+- maxSkew: 1
+  topologyKey: {{ . }}
+  whenUnsatisfiable: ScheduleAnyway
+  labelSelector:
+    matchLabels: {{- include "hermesh.selector" $ | nindent 6 }}
+  matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- end -}}
+
+{{/* Where a pod goes: the values nodeSelector, tolerations, affinity, priorityClassName. */}}
+{{- define "hermesh.scheduling" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* The variables of every process of the mesh. */}}
+{{- define "hermesh.meshVariables" -}}
+- {name: HERMESH_MESH_ADDRESS, value: "{{ include "hermesh.fullname" . }}-mesh.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:50052"}
+- {name: HERMESH_METRICS_LISTEN, value: "0.0.0.0:9464"}
+{{ include "hermesh.secretVariable" (dict "root" . "variable" "HERMESH_MESH_TOKEN" "key" .Values.secrets.keys.meshToken) }}
+{{- end -}}
+
+{{/* The variables of one service: (dict "root" $ "name" "agent"). */}}
+{{- define "hermesh.serviceVariables" -}}
+{{- $values := .root.Values -}}
+{{- $keys := $values.secrets.keys -}}
+{{- if has .name (list "session" "memory") }}
+{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_DATABASE_URL" "key" $keys.databaseUrl) }}
+{{- end }}
+{{- if eq .name "session" }}
+{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_REDIS_URL" "key" $keys.redisUrl "optional" true) }}
+{{- end }}
+{{- if eq .name "agent" }}
+- {name: HERMESH_LLM_BASE_URL, value: {{ required "model.baseUrl is not set: name an OpenAI-compatible model server, with its /v1" $values.model.baseUrl | quote }}}
+{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_LLM_API_KEY" "key" $keys.llmApiKey "optional" true) }}
+- {name: HERMESH_LLM_MODEL, value: {{ $values.model.name | quote }}}
+- {name: HERMESH_LLM_TOOL_MODE, value: {{ $values.model.toolMode | quote }}}
+- {name: HERMESH_LLM_PREFILL, value: {{ $values.model.prefill | quote }}}
+{{- end }}
+{{- if eq .name "tool" }}
+- {name: HERMESH_OBJECT_STORE_URL, value: {{ $values.objectStoreUrl | quote }}}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,198 @@
+"""The chart's pods for real: migrated, started, probed, rolled and ended as Kubernetes would, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from launcher.embedded.postgres import Postgres
+from launcher.embedded.valkey import Valkey
+from tests.deploy.chart import ALL, SECRET, named, of_kind, render
+from tests.deploy.kubelet import NETWORK, NODE, Node, Pod, available
+from tests.e2e.client import TERMINAL, Frame, assert_whole, frames_of
+
+SERVICES = ("session", "memory", "tool", "agent", "gateway")
+KEY = "hm_" + "k" * 40
+PASSWORD = "test-password"
+START_SECONDS = 60.0
+
+pytestmark = [
+    pytest.mark.skipif(bool(available()), reason=available() or "it can run"),
+    pytest.mark.timeout(300),
+]
+
+
+@contextlib.contextmanager
+def on_node(node: Node, folder: Path, name: str, command: list[str]) -> Iterator[None]:
+    """A server on the node, beside the pods."""
+    with (folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(node.command(*command), stdout=log, stderr=log, cwd="/")
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+async def ready(node: Node, component: str, replicas: int) -> list[Pod]:
+    """Waits until so many pods of a component are ready."""
+    try:
+        await until(lambda: sum(pod.ready for pod in node.of(component)) >= replicas)
+    except TimeoutError:
+        said = "\n".join(pod.log.read_text()[-3000:] for pod in node.of(component) if not pod.ready)
+        raise AssertionError(f"{component} is not ready:\n{said}") from None
+    return [pod for pod in node.of(component) if pod.ready]
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Waits until something is so."""
+    async with asyncio.timeout(START_SECONDS):
+        while not happened():
+            await asyncio.sleep(0.05)
+
+
+class Chart:
+    """The chart installed on a node, with its stores beside it."""
+
+    def __init__(self, node: Node, folder: Path) -> None:
+        self.node = node
+        self.objects = node.objects
+        self.folder = folder
+        self.postgres = Postgres.in_folder(folder / "pg", folder, PASSWORD)
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[None]:
+        """PostgreSQL for the pods' network."""
+        command = [*self.postgres.command(), "-c", f"listen_addresses={NODE}"]
+        with on_node(self.node, self.folder, "postgresql", command):
+            yield
+
+    async def start(self, component: str, replicas: int) -> list[Pod]:
+        """Starts pods of a component and waits until they are ready."""
+        workload = named(list(self.objects), "Deployment", component)
+        for _ in range(replicas):
+            await self.node.start(workload)
+        return await ready(self.node, component, replicas)
+
+    async def replace(self, component: str) -> float:
+        """Rolls a component by one: the next one first. Returns how long the former took to end."""
+        former = self.node.of(component)
+        await self.start(component, len(former) + 1)
+        return await former[0].delete()
+
+    def edge(self) -> str:
+        """The HTTP address of an Envoy that is in the service."""
+        return f"http://{next(pod for pod in self.node.of('envoy') if pod.ready).address}:8080"
+
+
+@pytest.fixture
+async def chart() -> AsyncIterator[Chart]:
+    values = ALL | {"model": {"baseUrl": f"http://{NODE}:8000/v1"}, "objectStoreUrl": "", "defaults": {}}
+    values |= {"envoy": {"drainSeconds": 6}}
+    address = f"{NODE}:5432/postgres"
+    secret = {
+        "database-url": f"postgresql://postgres:{PASSWORD}@{address}",
+        "redis-url": f"redis://:{PASSWORD}@{NODE}:6379/0",
+        "mesh-token": "m" * 40,
+        "api-key": KEY,
+    }
+    with tempfile.TemporaryDirectory(prefix="hm-k8s-") as name:
+        folder = Path(name)
+        async with Node(render(values), {SECRET: secret}).running() as node:
+            chart = Chart(node, folder)
+            chart.postgres.initialize()
+            with (chart.postgres.data / "pg_hba.conf").open("a") as rules:
+                rules.write(f"host all all {NETWORK} scram-sha-256\n")
+            valkey = Valkey(folder, folder / "valkey.conf", PASSWORD)
+            cache = [*valkey.command(), "--bind", NODE, "--port", "6379"]
+            model = [sys.executable, "-m", "bench.model_server", "--host", NODE, "--port", "8000"]
+            with on_node(node, folder, "valkey", cache), on_node(node, folder, "model", model):
+                yield chart
+
+
+async def serves(url: str) -> None:
+    """Waits until an Envoy has found a gateway, and that one everything behind it."""
+    async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(timeout=5) as client:
+        while True:
+            answer = await client.get(f"{url}/ready")
+            if answer.status_code == 200 and answer.json()["status"] == "ready":
+                return
+            await asyncio.sleep(0.2)
+
+
+async def reply(url: str, events: list[str], text: str) -> list[Frame]:
+    """Sends one message on a session of its own and reads the stream to its end, over every `reconnect`.
+
+    `events` gets the name of each frame as it comes.
+    """
+    headers = {"Authorization": f"Bearer {KEY}"}
+    frames: list[Frame] = []
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
+        session = (await client.post("/v1/sessions", json={})).raise_for_status().json()["session_id"]
+        path, body, method = f"/v1/sessions/{session}/runs", {"input": text, "stream": True}, "POST"
+        while not frames or frames[-1].event not in TERMINAL:
+            resumed = {"Last-Event-ID": frames[-1].id} if frames else {}
+            async with client.stream(method, path, json=body, headers=resumed) as response:
+                assert response.status_code == 200, await response.aread()
+                async for frame in frames_of(response):
+                    events.append(frame.event)
+                    if frame.id:
+                        frames.append(frame)
+            path, body, method = f"/v1/runs/{frames[-1].run_id}/events", None, "GET"
+    return frames
+
+
+async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
+    node = chart.node
+    (job,) = of_kind(list(chart.objects), "Job")
+    migration = await node.start(job)
+    # The database is late: the job begins again until it is there, and nothing else has to.
+    await until(lambda: migration.restarts > 0)
+    with chart.database():
+        await until(lambda: migration.exit_code == 0)
+        await chart.start("envoy", 2)
+        for component in SERVICES:
+            await chart.start(component, 2 if component in ("session", "agent") else 1)
+        for pod in node.pods[1:]:
+            status = Path(f"/proc/{pod.pid}/status").read_text()
+            facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            assert int(facts["Uid"].split()[0]) >= 10_000
+            assert int(facts["CapEff"], 16) == 0
+            assert facts["NoNewPrivs"] == "1"
+
+        for pod in node.of("envoy"):
+            await node.within(serves(f"http://{pod.address}:8080"))
+        events: list[str] = []
+        stream = asyncio.create_task(
+            node.within(reply(chart.edge(), events, "[[tokens=900 rate=50]] a long reply"))
+        )
+        await until(lambda: "text.delta" in events)
+        for component in ("agent", "session", "tool", "memory", "gateway"):
+            took = await chart.replace(component)
+            # Out of the services, its delay, what is under way handed over: far below its grace.
+            assert took < 25, component
+        frames = await stream
+        assert_whole(frames)
+        assert frames[-1].event == "run.completed"
+
+        # An Envoy that goes finishes what it has, takes nothing new, and the other one serves meanwhile.
+        events = []
+        going, _ = node.of("envoy")
+        stream = asyncio.create_task(
+            node.within(reply(f"http://{going.address}:8080", events, "[[tokens=50 rate=25]] a short reply"))
+        )
+        await until(lambda: "text.delta" in events)
+        gone = asyncio.create_task(going.delete())
+        await until(lambda: not going.ready)
+        await node.within(serves(chart.edge()))
+        assert_whole(await stream)
+        await gone
+        assert [pod.restarts for pod in node.pods[1:]] == [0] * len(node.pods[1:])
