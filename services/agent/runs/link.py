@@ -145,7 +145,10 @@ class AppendLink:
         self._new_process = True
 
     def add(self, writer: RunWriter) -> None:
-        """Serve a run's writer."""
+        """Serve a run's writer, and no more the one before, of a lease that was lost here."""
+        before = self._writers.get(writer.run_id)
+        if before is not None:
+            self.remove(before)  # one that waits for a beat would be sent in the other's place
         self._writers[writer.run_id] = writer
         self._new_process = False
         if writer.asked_at <= self._broke_at + CUT_SECONDS:

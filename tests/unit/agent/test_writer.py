@@ -395,3 +395,22 @@ async def test_runs_share_a_beat(monkeypatch):
         await setup.store.until(lambda: setup.store.held)
         [(_, message)] = setup.store.held
         assert {append.run_id for append in message.appends} == {run.run_id for run in runs}
+
+
+async def test_a_writer_whose_lease_was_lost_does_not_stand_in_the_way_of_the_next_one():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        old, run = setup.writer()
+        old.event("step.started", {"step": 1}, patient=True)  # it waits for what follows
+        claim = setup.store.take_over(run.run_id)
+        new = RunWriter(
+            claim.grant,
+            lease_until=setup.monotonic() + 10,
+            now_ms=lambda: 1,
+            schedule=setup.link.schedule,
+            monotonic=setup.monotonic,
+        )
+        setup.link.add(new)
+        new.event("run.started", {"attempt": 2}, patient=True)
+        await setup.store.until(lambda: "run.started" in run.types())
+        assert "step.started" not in run.types()
