@@ -9,10 +9,12 @@ byte. A request steers it by directives, written in the model's name or in the l
     [[id=17]]                        a name by which GET /starts tells when the reply began
     [[reason=20]]                    20 reasoning tokens before the text
     [[tool=calculator {"expression":"2+2"}]]   call a tool (may be repeated: the calls go side by side)
+    [[tool=bulk {} calls=60 turns=3]]          60 of these calls in each of 3 turns, then the text
     [[status=429 retry_after=1 times=2]]       answer with an HTTP error (the first 2 times only)
     [[garbage]] [[half]] [[silent]] [[empty]]  nonsense, a broken stream, no answer, an empty reply
     [[echo]]                         repeat the last user message
     [[json={"a":1}]]                 exactly this text
+    [[counted=99999999999]]          say so much, whatever it is, as the counts of tokens
 
 `times=N` limits any of the faults to the first N requests with the same text.
 """
@@ -85,6 +87,7 @@ class Reply:
         prompt_tokens: rough size of the request in tokens.
         finish: the finish reason.
         ident: the name under which the server notes when the reply began; "" for none.
+        counted: JSON to send as the counts of tokens; "" for the right ones.
     """
 
     status: int = 200
@@ -98,6 +101,7 @@ class Reply:
     prompt_tokens: int = 0
     finish: str = "stop"
     ident: str = ""
+    counted: str = ""
 
 
 _SEQUENCE: list[str] = []
@@ -241,11 +245,13 @@ def reply_to(request: Mapping[str, Any], seen: int = 0) -> Reply:
         reasoning=sequence(int(directives.number("reason", 0))),
         tokens=tokens,
         tool_calls=calls,
-        rate=rate,
+        # Steps on the way to a text are not what its rate is about.
+        rate=0.0 if calls and "turns" in values else rate,
         delay=delay,
         prompt_tokens=prompt,
         finish=finish,
         ident=values.get("id", ""),
+        counted=values.get("counted", ""),
     )
 
 
@@ -258,17 +264,20 @@ def _content(
 ) -> tuple[tuple[str, ...], tuple[ToolCall, ...]]:
     results = _results_after_last_user(messages)
     wanted = _constrained_call(request, directives)
-    if directives.tools and results:
+    turns = int(directives.number("turns", 0))
+    if directives.tools and results and turns and _turns_after_last_user(messages) >= turns:
+        return sequence(count), ()
+    if directives.tools and results and not turns:
         return words("The tool said: " + "; ".join(results)), ()
     if wanted is not None and not results:
         return words(wanted), ()
     if directives.tools and _offers_tools(request):
         calls = tuple(
             ToolCall(f"call_{index}", name, arguments)
-            for index, (name, arguments) in enumerate(directives.tools)
+            for index, (name, arguments) in enumerate(directives.tools * int(directives.number("calls", 1)))
         )
         # With an explicit tokens=N the reply also says something before it calls.
-        return (sequence(count) if "tokens" in directives.values else ()), calls
+        return (sequence(count) if "tokens" in directives.values and not turns else ()), calls
     if directives.text is not None:
         return words(directives.text), ()
     if "echo" in directives.values:
@@ -284,6 +293,11 @@ def _results_after_last_user(messages: Sequence[Mapping[str, Any]]) -> list[str]
         if message["role"] == "tool":
             results.append(content_text(message))
     return results[::-1]
+
+
+def _turns_after_last_user(messages: Sequence[Mapping[str, Any]]) -> int:
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=0)
+    return sum(bool(message.get("tool_calls")) for message in messages[last:])
 
 
 def _offers_tools(request: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ import uvloop
 
 from bench.model_script import DEFAULT_MODEL, BadRequest, Reply, reply_to, script_text
 
-MAX_BODY = 16 * 1024 * 1024
+MAX_BODY = 128 * 1024 * 1024
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Content Too Large"}
 _HIGH_RATE_BURST = 4096
 _MOST_STARTS = 100_000
@@ -376,6 +376,9 @@ def _render(frames: Frames, request: dict[str, Any], reply: Reply) -> list[bytes
 
 def _usage(reply: Reply) -> dict[str, Any]:
     said = len(reply.tokens) + len(reply.reasoning)
+    if reply.counted:
+        claimed = orjson.Fragment(reply.counted)
+        return {"prompt_tokens": claimed, "completion_tokens": claimed, "total_tokens": claimed}
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": said,

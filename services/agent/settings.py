@@ -106,9 +106,9 @@ class AgentSettings(MeshSettings):
         ge=1024 * 1024,
         le=1024 * 1024 * 1024,
         description=(
-            "Most bytes that one run may write to its log: text, reasoning, tool calls and results. A run that has "
-            "passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds disk, memory and "
-            "the time of a takeover; a model's window, some MB at most, is far smaller."
+            "Most bytes that one run may write to its log: text, reasoning, tool calls and results. A run "
+            "that has passed it fails with RUN_TOO_LARGE before its next model turn or tool call. It bounds "
+            "disk, memory and the time of a takeover; a model's window, some MB at most, is far smaller."
         ),
     )
     max_appends_per_second: float = Field(

@@ -18,7 +18,7 @@ _log = structlog.get_logger("session.publisher")
 
 _MAX_QUEUED = 20_000
 _MAX_QUEUED_BYTES = 16 * 1024 * 1024
-# Data of events beyond so many characters stays out of Redis, whose memory is dear: watchers read it where it is.
+# Data of events beyond so many characters stays out of Redis, whose memory is dear: PostgreSQL has it.
 _LARGE = 4096
 _BATCH = 64
 _MAX_BATCH_BYTES = 1024 * 1024

@@ -20,6 +20,7 @@ from tests.chaos.faults.plan import Planned
 _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy", "tests", "pyproject.toml")
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
+_CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
 _ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
 _ENDS = "services/session/store/migrations/0006_pre_ends.sql"
 
@@ -129,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "running-call-runs-again",
         "A takeover lets a call that may have acted run again, whatever its effect.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.tool_call t SET state = 5\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         "UPDATE session.tool_call t SET state = 1\n        WHERE t.run_id = p_run AND t.state = 2 AND t.effect = 3;",
         faults=_points(
@@ -170,7 +171,7 @@ MUTATIONS = (
     Mutation(
         "reused-fence",
         "A takeover keeps the fence of the one before.",
-        _FUNCTIONS,
+        _CLAIM,
         "UPDATE session.lease l SET run_id = p_run, fence = l.fence + 1, attach = 0, next_seq = v_next,",
         "UPDATE session.lease l SET run_id = p_run, fence = greatest(l.fence, 1), attach = 0, next_seq = v_next,",
         faults=_AGENTS_DIE,

@@ -43,8 +43,8 @@ SUBMIT_TRIES = 4
 CLAIM_TRIES = 10
 REASON_TIMEOUT = 0.5
 MAX_RENEWALS = 5_000
-# The longest time between two pages of a context, and how many are read at once: after another replica's death many
-# runs come with theirs.
+# The longest time between two pages of a context, and how many are read at once: after another replica's
+# death many runs come with theirs.
 PAGE_SECONDS = 10.0
 MAX_CONTEXTS = 4
 
@@ -200,7 +200,7 @@ class SessionClient:
     ) -> Sequence[RunContext]:
         """Return the pages of a claimed run's context that follow a position.
 
-        A session replica that stops answering is no reason to begin anew: the next one goes on where it stood.
+        Where a session replica stops answering the next one goes on.
 
         Args:
             run_id: the run.

@@ -261,7 +261,7 @@ def decide(
         return Fail(
             "RESOURCE_EXHAUSTED",
             "RUN_TOO_LARGE",
-            f"the run has written {written} bytes and may write {limits.max_bytes}; what it did is in its log",
+            f"the run has written {written} bytes and may write {limits.max_bytes}; what it did is stored",
         )
     if state.calls:
         todo = tuple(call for call in state.calls if not call.state.settled and not call.waits)

@@ -28,7 +28,7 @@ from services.agent.domain.restore import render_tool_calls, stored_tool_calls
 from services.agent.model.port import ChatMessage, Usage
 from services.agent.runs.writer import RunWriter
 
-# Characters of tool messages in one commit: results of a step may be far more than a message between services.
+# Characters of tool messages in one commit: results of a step may be more than a message between services.
 MAX_COMMIT = 512 * 1024
 
 _EFFECTS = {EFFECT_CLASS_PURE: "pure", EFFECT_CLASS_IDEMPOTENT: "idempotent"}

@@ -291,11 +291,14 @@ class Runner:
         """
         if start.more is None:
             return start
+        began = self._world.monotonic()
         try:
             pages = await self._world.contexts.rest(self.spec.run_id, lambda: self._writer.fence, start.more)
         except HermeshError as error:
             lost = error.reason == "FENCE_STALE"
             raise WriterStopped("lost" if lost else "released", "its context cannot be read") from error
+        seconds = round(self._world.monotonic() - began, 3)
+        _log.info("context read", run_id=self.spec.run_id, pages=len(pages), seconds=seconds)
         self._start = start.whole(pages)
         return self._start
 

@@ -171,7 +171,7 @@ class CachedContexts:
 
 
 def within_limits(messages: Sequence[Message]) -> Sequence[Message]:
-    """Returns what a context holds of what precedes a run: the newest within the limits of number and size."""
+    """Returns what a context holds of what precedes a run: the newest within both limits."""
     first = len(messages)
     size = 0
     for message in reversed(messages[-MAX_CONTEXT_MESSAGES:]):

@@ -108,7 +108,7 @@ class Conversations(Protocol):
         ...
 
     async def history(self, tenant_id: UUID, session_id: UUID, last: int) -> list[Message]:
-        """Returns the newest messages up to the ordinal `last` within the limits of a context, oldest first."""
+        """Returns the newest messages up to the ordinal `last`, within a context's limits, oldest first."""
         ...
 
 
@@ -124,8 +124,8 @@ class Runs(Protocol):
 
     async def claim(self, run_id: UUID, owner: str, *, history: bool = True) -> Claim:
         """Takes the lease of a run if the session is free and the run is its next. A run whose cancel was
-        asked for, whose time is up, or that was claimed five times without progress, is finished here. Of what
-        the run itself stored the context has the first page.
+        asked for, whose time is up, or that was claimed five times without progress, is finished here. Of
+        what the run itself stored the context has the first page.
         """
         ...
 

@@ -1,10 +1,10 @@
 """Conversations in Redis: one list a session, `hermesh:{<session>}:messages`, oldest message first.
 
-An element is a head and a body. The head is its ordinal, how many bytes of text the list has got up to and with it,
-the seq of the commit that brought it (0 for input), message id and run id, each followed by a space. The body is a
-JSON array: role, content, tool calls, tool call id, time made (ms).
+An element is a head and a body. The head is its ordinal, how many bytes of text the list has got up to and
+with it, the seq of the commit that brought it (0 for input), message id and run id, each followed by a space.
+The body is a JSON array: role, content, tool calls, tool call id, time made (ms).
 
-A list holds no more than a context needs: so many messages, and so many bytes and the one message that they end in.
+A list holds no more than a context needs: so many messages, and so many bytes and the message they end in.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from services.session.store.cached import size_of
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
 from services.session.store.redis_scripts import Script, guarded, run_script
 
-# Both scripts add elements after the last one and give them their ordinals. ARGV: TTL, most elements, most bytes, two
-# words that the last one must fit, then of each new element its bytes and what follows these in it.
+# Both scripts add elements after the last one and give them their ordinals. ARGV: TTL, most elements, most
+# bytes, two words that the last one must fit, then of each new element its bytes and what follows those.
 _PUSH = """
 local function head(element)
   local ordinal, total, seq, id, run = string.match(element, '^(%d+) (%d+) (%d+) (%S+) (%S+) ')

@@ -2,7 +2,8 @@
 
 Keys are `hermesh:{<session>}:fence` and `hermesh:{<session>}:run:<run>:events`. A stream's entries have the
 explicit ids `<seq>-0` and one field, e: `<type> <time, ms> <data>`. A stream holds a run's events without a
-gap from some seq on; what is before is in PostgreSQL. So is the data of large events: their field ends with the time.
+gap from some seq on; what is before is in PostgreSQL. So is the data of large events: their field ends with
+the time.
 
 Many runs are written by one script and read by one command, because a command costs this process far more
 than an event does. That asks for one Redis (or one with replicas), not for a Redis Cluster.

@@ -11,6 +11,7 @@ from tests.chaos.drills import (
     drain,
     envoy,
     frozen,
+    large,
     locked,
     lost,
     pairs,
@@ -37,6 +38,7 @@ STREAMS = {
 }
 ROUNDS = {
     "frozen": frozen.drill,
+    "large": large.drill,
     "locked": locked.drill,
     "pairs": pairs.drill,
     "lost": lost.drill,

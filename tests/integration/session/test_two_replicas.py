@@ -223,7 +223,7 @@ async def test_a_deleted_session_leaves_no_conversation_in_redis(first: Client, 
             assert (await stream.write(step))[0].outcome == COMMITTED
     client = open_redis(pair.valkey.url)
     assert client is not None
-    key = f"hermesh:{{{session.session_id}}}:conversation"
+    key = f"hermesh:{{{session.session_id}}}:messages"
     async with asyncio.timeout(5):
         while await client.llen(key) != 4:  # noqa: ASYNC110 -- Redis is written behind the answer
             await asyncio.sleep(0.01)

@@ -40,7 +40,7 @@ async def test_they_are_kept_shown_run_and_read_back_as_they_were_written(make_b
     bench.tools.answers = {"pay": "ok"}
     bench.tools.approval = {"pay"}
     claim = bench.store.new_claim("pay")
-    run = await bench.finish(claim)
+    run = await bench.finish(claim, timeout=30)
     assert bench.outcome == "requires_action"
     shown = {
         event.type: arguments_in(event.data)
@@ -61,7 +61,7 @@ async def test_they_are_kept_shown_run_and_read_back_as_they_were_written(make_b
         return await execute(spec, call, *rest)
 
     bench.tools.execute = executed
-    done = await bench.finish(bench.store.take_over(run.run_id))
+    done = await bench.finish(bench.store.take_over(run.run_id), timeout=30)
     assert done.status == RUN_STATUS_COMPLETED
     assert ran == [ODD]
     [use] = bench.model.requests[1].messages[1].tool_calls
@@ -74,7 +74,7 @@ async def test_a_grammar_constrained_call_keeps_its_arguments(make_bench):
         FakeModel([[TextDelta(text)], [Finished("stop")]], HELLO), llm_tool_mode="json", llm_spare_requests=0
     )
     bench.tools.answers = {"pay": "ok"}
-    run = await bench.finish(bench.store.new_claim("pay", RunOptions(tool_choice="pay")))
+    run = await bench.finish(bench.store.new_claim("pay", RunOptions(tool_choice="pay")), timeout=30)
     [journalled] = run.calls.values()
     assert journalled.arguments == ODD
     # Such a model reads its call as text.
@@ -86,7 +86,7 @@ async def test_nested_arguments_are_run(make_bench, levels):
     nested = '{"a":' * levels + "1" + "}" * levels
     bench = make_bench(FakeModel(turn_with(nested), HELLO))
     bench.tools.answers = {"pay": "ok"}
-    run = await bench.finish(bench.store.new_claim("pay"))
+    run = await bench.finish(bench.store.new_claim("pay"), timeout=30)
     assert run.status == RUN_STATUS_COMPLETED
     assert [call.arguments for call in run.calls.values()] == [nested]
 
@@ -105,7 +105,7 @@ async def test_nested_arguments_are_run(make_bench, levels):
 async def test_arguments_that_cannot_be_passed_on_are_told_to_the_model(make_bench, arguments):
     bench = make_bench(FakeModel(turn_with(arguments), HELLO))
     bench.tools.answers = {"pay": "ok"}
-    run = await bench.finish(bench.store.new_claim("pay"))
+    run = await bench.finish(bench.store.new_claim("pay"), timeout=30)
     assert run.status == RUN_STATUS_COMPLETED
     assert bench.tools.executed == []
     [result] = run.data("tool.result")

@@ -28,7 +28,7 @@ async def test_a_run_whose_end_cannot_be_written_is_ended_by_the_store(make_benc
     bench = make_bench(FakeModel(HELLO))
     claim, subscription = bench.store.new_claim("hi"), Subscription()
     active = bench.supervisor.begin(claim, subscription)
-    await asyncio.wait_for(active.done.wait(), 5)
+    await asyncio.wait_for(active.done.wait(), 30)
     run = bench.store.runs[claim.run.run_id]
     assert bench.store.failed == [(run.run_id, False)]
     assert active.outcome == "failed"
@@ -43,7 +43,7 @@ async def test_a_run_whose_end_cannot_be_written_is_ended_by_the_store(make_benc
 async def test_a_run_all_of_whose_events_are_refused_is_ended_by_the_store(make_bench):
     bench = make_bench(FakeModel(HELLO))
     bench.store.script = ["invalid"] * 20
-    run = await bench.finish(bench.store.new_claim("hi"))
+    run = await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert bench.store.failed == [(run.run_id, True)]
     assert bench.outcome == "failed"
     assert run.status == RUN_STATUS_FAILED
@@ -56,7 +56,7 @@ async def test_a_cancel_that_cannot_be_written_ends_the_run_all_the_same(make_be
     active = bench.supervisor.begin(claim)
     await bench.store.until(lambda: "text.delta" in bench.store.runs[claim.run.run_id].types())
     bench.supervisor.cancel(claim.run.run_id)
-    await asyncio.wait_for(active.done.wait(), 5)
+    await asyncio.wait_for(active.done.wait(), 30)
     assert bench.store.failed == [(claim.run.run_id, False)]
 
 
@@ -67,7 +67,7 @@ async def test_a_claimed_run_that_cannot_be_read_is_ended_by_the_store(make_benc
     row.events[0].data = "[]"
     with pytest.raises(InternalError):
         await bench.supervisor.execute(run_id)
-    await bench.tasks.wait_idle(5)
+    await bench.tasks.wait_idle(30)
     assert bench.store.failed == [(run_id, False)]
     assert row.status == RUN_STATUS_FAILED
     assert bench.supervisor.active == 0
@@ -82,7 +82,7 @@ async def test_a_store_that_does_not_answer_leaves_the_run_to_a_takeover(make_be
         raise UnavailableError()
 
     monkeypatch.setattr(bench.store, "fail", away)
-    await bench.finish(bench.store.new_claim("hi"))
+    await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert bench.outcome == "lost"
 
 
@@ -101,9 +101,9 @@ async def test_one_write_that_cannot_be_sent_breaks_no_other_run(make_bench, mon
         return 10**9
 
     monkeypatch.setattr(RunWriter, "take", take)
-    await bench.finish(bad)
+    await bench.finish(bad, timeout=30)
     assert bench.store.failed == [(bad.run.run_id, True)]
-    good = await bench.finish(bench.store.new_claim("good"))
+    good = await bench.finish(bench.store.new_claim("good"), timeout=30)
     assert good.status == RUN_STATUS_COMPLETED
     # Nothing broke: it is the first stream still.
     assert len(bench.store.streams) == 1
@@ -114,7 +114,7 @@ async def test_counts_of_tokens_beyond_all_bounds_are_no_reason_to_fail(make_ben
     turn = [[ToolCallDelta(0, "add", "{}")], [most, Finished("tool_calls")]]
     bench = make_bench(FakeModel(turn, [[TextDelta("done")], [most, Finished("stop")]]))
     bench.tools.answers = {"add": "3"}
-    run = await bench.finish(bench.store.new_claim("hi"))
+    run = await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert run.status == RUN_STATUS_COMPLETED
     assert run.data("usage")[0]["output_tokens"] == 2**31 - 1
 
@@ -131,10 +131,10 @@ async def taken_over_until_it_ends(bench, claim):
     run = bench.store.runs[claim.run.run_id]
     for attempt in range(1, 50):
         bench.supervisor.begin(claim if attempt == 1 else bench.store.take_over(run.run_id))
-        await bench.store.until(partial(written_or_over, run, attempt))
+        await bench.store.until(partial(written_or_over, run, attempt), 30)
         if run.status:
             break
-    await bench.tasks.wait_idle(5)
+    await bench.tasks.wait_idle(30)
     return run
 
 
@@ -158,7 +158,7 @@ async def test_finished_turns_leave_the_spare_requests_as_they_are(make_bench):
     turns = [[[ToolCallDelta(0, "add", "{}")], [Finished("tool_calls")]] for _ in range(10)]
     bench = make_bench(FakeModel(*turns, HELLO), llm_spare_requests=0)
     bench.tools.answers = {"add": "3"}
-    run = await bench.finish(bench.store.new_claim("hi"))
+    run = await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert run.status == RUN_STATUS_COMPLETED
     # Said only where it differs from the step's number.
     assert all(set(data) == {"step"} for data in run.data("step.started"))
@@ -169,7 +169,7 @@ async def test_a_repeated_request_is_counted_in_the_log_from_then_on(make_bench)
     call = [[ToolCallDelta(0, "add", "{}")], [Finished("tool_calls")]]
     bench = make_bench(FakeModel(broken_off, call, HELLO), llm_spare_requests=1)
     bench.tools.answers = {"add": "3"}
-    run = await bench.finish(bench.store.new_claim("hi"))
+    run = await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert run.status == RUN_STATUS_COMPLETED
     assert [data["request"] for data in run.data("attempt.reset")] == [2]
     assert run.data("step.started") == [{"step": 1}, {"step": 2, "request": 3}]
@@ -181,7 +181,7 @@ async def test_each_try_at_each_backend_is_a_request(make_bench):
     ]
     pool = Backends(backends, retry=Retry(10, 0.0001, 0.001), monotonic=asyncio.get_running_loop().time)
     bench = make_bench(pool, llm_spare_requests=4)
-    run = await bench.finish(bench.store.new_claim("hi"))
+    run = await bench.finish(bench.store.new_claim("hi"), timeout=30)
     assert run.data("run.failed")[0]["reason"] == "MODEL_REQUEST_LIMIT"
     assert sum(len(model.requests) for _, model in backends) == 5
     # The limit is the run's: no backend is blamed for it.

@@ -369,7 +369,7 @@ class FakeStore:
             if key in self.sessions
         }
 
-    async def calls_of_run(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
+    async def waiting_calls(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
         await self.get_run(tenant_id, run_id)
         return []
 

@@ -10,9 +10,10 @@
 CREATE FUNCTION session.context_page(p_run uuid, p_message integer, p_call integer, p_event integer, p_bytes bigint,
                                      OUT messages json, OUT tool_calls json, OUT events json, OUT next json)
 LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_column
 DECLARE
     -- So many rows are looked at for one page.
-    c_rows CONSTANT integer := CASE WHEN p_bytes IS NULL THEN NULL ELSE 2000 END;
+    c_rows CONSTANT integer := CASE WHEN p_bytes IS NULL THEN NULL ELSE 500 END;
     v_room bigint := coalesce(p_bytes, 9223372036854775807);
     v_session uuid;
     v_first integer;

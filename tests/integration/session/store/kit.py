@@ -37,6 +37,7 @@ from services.session.domain import (
 )
 from services.session.operations.resolve import resolve
 from services.session.store.postgres import PostgresStore
+from services.session.store.rows import tool_call_of
 
 
 def event(kind: str = "text.delta", data: str = '{"text":"x"}') -> NewEvent:
@@ -139,6 +140,15 @@ class Kit:
         )
         assert result.outcome is AppendOutcome.COMMITTED
         return result
+
+    async def calls(self, run_id: UUID) -> list[ToolCall]:
+        """All of a run's calls, as the journal has them."""
+        rows = await self.pool.fetch(
+            "SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms FROM session.tool_call c"
+            " WHERE run_id = $1 ORDER BY position",
+            run_id,
+        )
+        return [tool_call_of(row) for row in rows]
 
     async def log(self, run_id: UUID) -> list[Event]:
         return await self.store.events_after(self.tenant, run_id, 0, 10_000)

@@ -9,6 +9,7 @@ from services.session.domain import AppendOutcome, ClaimOutcome, ConcurrencyPoli
 from services.session.store.postgres_runs import MAX_IDLE_CLAIMS
 
 PREAMBLE = {"run.created", "run.started", "step.started", "attempt.reset"}
+TEXT = {"text.delta", "reasoning.delta"}
 
 
 @dataclass
@@ -102,7 +103,8 @@ class Model:
             return ClaimOutcome.ALREADY_CLAIMED
         if self.end_if_due(run):
             return ClaimOutcome.FINISHED
-        if any(kind not in PREAMBLE for kind in run.log[run.claim_seq - 1 :]):
+        wrote = set(run.log[run.claim_seq - 1 :])
+        if wrote - PREAMBLE - TEXT or (wrote & TEXT and "attempt.reset" not in wrote):
             run.idle = 0
         if run.idle >= MAX_IDLE_CLAIMS and not again:
             self.end_unheld(run, RunStatus.FAILED)

@@ -236,7 +236,7 @@ async def test_a_step_commits_events_messages_and_intents_together(kit: Kit) -> 
     ]
     assert stored[1].message_id == message.message_id
     assert (await kit.store.get_session(kit.tenant, grant.session_id)).message_count == 2
-    calls = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    calls = await kit.calls(grant.run_id)
     assert [(c.call_id, c.state) for c in calls] == [
         (f"{grant.run_id}:1:0", ToolCallState.INTENT),
         (f"{grant.run_id}:1:1", ToolCallState.INTENT),
@@ -313,16 +313,16 @@ async def test_an_intent_that_was_not_acted_on_may_change_and_no_other(kit: Kit)
     grant = await kit.started()
     await kit.step(grant, 2, event(), intents=(intent(grant.run_id, 0, EffectClass.PURE),))
     await kit.step(grant, 3, event(), intents=(intent(grant.run_id, 0, EffectClass.IDEMPOTENT),))
-    (call,) = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    (call,) = await kit.calls(grant.run_id)
     assert call.effect is EffectClass.IDEMPOTENT
     await kit.store.begin(call.call_id, grant.session_id, grant.fence)
     await kit.step(grant, 4, event(), intents=(intent(grant.run_id, 0, EffectClass.PURE),))
-    (call,) = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    (call,) = await kit.calls(grant.run_id)
     assert (call.effect, call.state) == (EffectClass.IDEMPOTENT, ToolCallState.RUNNING)
     # Another run cannot touch it.
     other = await kit.started()
     await kit.step(other, 2, event(), intents=(intent(grant.run_id, 0, EffectClass.PURE),))
-    assert len(await kit.store.calls_of_run(kit.tenant, other.run_id)) == 0
+    assert len(await kit.calls(other.run_id)) == 0
 
 
 @pytest.mark.parametrize("limit", [1, 3, 100])

@@ -196,16 +196,16 @@ async def test_takeover_gets_the_current_turn_and_the_journal(kit: Kit) -> None:
     ]
     assert claim.context.tool_calls[0].idempotency_key == calls[0].idempotency_key
     assert claim.context.tool_calls[0].arguments == '{"a":1}'
-    assert await kit.store.calls_of_run(kit.tenant, grant.run_id) == claim.context.tool_calls
+    assert await kit.calls(grant.run_id) == claim.context.tool_calls
 
 
-async def test_takeover_before_the_first_step_gets_what_was_written(kit: Kit) -> None:
+async def test_takeover_before_the_first_step_finds_nothing_that_it_needs(kit: Kit) -> None:
     grant = await kit.started()
     await kit.append(grant, 2, event("run.started", "{}"), event("memory.recalled", "{}"))
     await kit.expire(grant.session_id)
     claim = await kit.claimed(grant.run_id, "b")
     assert claim.context is not None
-    assert [e.type for e in claim.context.events] == ["run.started", "memory.recalled"]
+    assert claim.context.events == []
 
 
 async def test_context_keeps_the_newest_messages_within_the_limits(kit: Kit) -> None:
@@ -221,18 +221,18 @@ async def test_context_keeps_the_newest_messages_within_the_limits(kit: Kit) -> 
     assert submitted.claim is not None
     context = submitted.claim.context
     assert context is not None
-    assert len(context.messages) == 200
-    assert context.omitted_messages == 52
-    assert [m.ordinal for m in context.messages] == list(range(53, 253))
+    assert len(context.messages) == 201
+    assert context.omitted_messages == 51
+    assert [m.ordinal for m in context.messages] == list(range(52, 253))
     assert context.messages[-1].content == "new"
 
 
-async def test_context_keeps_within_its_bytes_and_always_the_newest(kit: Kit) -> None:
+async def test_context_keeps_a_history_within_its_bytes_and_always_the_input(kit: Kit) -> None:
     grant = await kit.started("a", "old")
     big = "x" * (200 * 1024)
     await kit.step(grant, 2, event(), messages=tuple(NewMessage(uuid7(), "assistant", big) for _ in range(4)))
     await kit.finish(grant, 3, "last")
-    for text, kept in (("small", 4), ("y" * (600 * 1024), 1)):
+    for text, kept in (("small", 4), ("y" * (600 * 1024), 6), ("after a large one", 2)):
         submitted = await kit.submit(grant.session_id, text, owner="a")
         assert submitted.claim is not None
         context, next_grant = submitted.claim.context, submitted.claim.grant

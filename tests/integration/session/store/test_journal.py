@@ -193,7 +193,7 @@ async def test_a_run_that_ends_leaves_in_doubt_what_may_have_acted(kit: Kit, unh
         await kit.store.cancel(kit.tenant, grant.run_id, "x")
     else:
         await kit.step(grant, 3, event("run.cancelled", "{}"), status=RunStatus.CANCELLED)
-    states = {call.effect: call.state for call in await kit.store.calls_of_run(kit.tenant, grant.run_id)}
+    states = {call.effect: call.state for call in await kit.calls(grant.run_id)}
     assert states == {
         effect: ToolCallState.UNKNOWN if effect is EffectClass.NON_IDEMPOTENT else ToolCallState.RUNNING
         for effect in EffectClass
@@ -269,10 +269,10 @@ async def test_reconciling_settles_an_unknown_call_and_lets_the_run_go_on(kit: K
 
 async def test_the_tools_own_late_word_settles_an_unknown_call(kit: Kit) -> None:
     grant, (call_id,) = await waiting(kit)
-    (call,) = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    (call,) = await kit.calls(grant.run_id)
     # Of another begin: not its word.
     await kit.store.complete(call_id, call.fence + 1, ToolCallState.COMPLETED, "no", "")
-    assert (await kit.store.calls_of_run(kit.tenant, grant.run_id))[0].state is ToolCallState.UNKNOWN
+    assert (await kit.calls(grant.run_id))[0].state is ToolCallState.UNKNOWN
     done = await kit.store.complete(call_id, call.fence, ToolCallState.COMPLETED, "late", "")
     assert (done.state, done.content) == (ToolCallState.COMPLETED, "late")
     assert (await kit.store.get_run(kit.tenant, grant.run_id)).status is RunStatus.QUEUED
@@ -321,7 +321,7 @@ async def test_whatever_had_no_outcome_when_its_run_parked_can_be_settled(kit: K
     grant, (call_id,) = await journalled(kit, EffectClass.NON_IDEMPOTENT)
     await kit.store.begin(call_id, grant.session_id, grant.fence)
     await kit.step(grant, 4, event("action.required", "{}"), status=RunStatus.REQUIRES_ACTION)
-    [call] = await kit.store.calls_of_run(kit.tenant, grant.run_id)
+    [call] = await kit.calls(grant.run_id)
     assert call.state is ToolCallState.UNKNOWN
     run, call = await kit.resolve(grant.run_id, call_id, COMPLETED, "7")
     assert (run.status, call.state, call.content) == (RunStatus.QUEUED, ToolCallState.COMPLETED, "7")

@@ -415,7 +415,7 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
 
         async def stored(self) -> dict[str, Any]:
             runs = await kit.store.runs_from(kit.tenant, self.session_id, 1, 1000)
-            calls = [call for one in runs for call in await kit.store.calls_of_run(kit.tenant, one.run_id)]
+            calls = [call for one in runs for call in await kit.calls(one.run_id)]
             mine = {one.run_id for one in runs}
             pending = await kit.store.pending_actions(kit.tenant, page_size=1000, page_token="")
             return {

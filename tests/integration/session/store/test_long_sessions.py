@@ -92,11 +92,13 @@ async def test_a_turn_reads_what_its_window_holds_and_not_what_its_session_holds
     assert large["message"] <= (MAX_CONTEXT_MESSAGES if history else 0) + 10, large
 
 
-async def test_a_run_with_more_messages_than_the_window_gets_all_of_its_own(kit: Kit) -> None:
+async def test_a_run_with_more_messages_than_the_window_gets_all_of_its_own_and_the_window(kit: Kit) -> None:
     session_id = await filled(kit, 1000)
     texts = [f"own {number}" for number in range(MAX_CONTEXT_MESSAGES + 50)]
     submitted = await kit.submit(session_id, *texts, owner="a")
     assert submitted.claim is not None
     assert submitted.claim.context is not None
-    assert [message.content for message in submitted.claim.context.messages] == texts
-    assert submitted.claim.context.omitted_messages == 1000
+    found = [message.content for message in submitted.claim.context.messages]
+    assert found[MAX_CONTEXT_MESSAGES:] == texts
+    assert found[:MAX_CONTEXT_MESSAGES] == [f"said {number}" for number in range(801, 1001)]
+    assert submitted.claim.context.omitted_messages == 800

@@ -150,7 +150,7 @@ async def test_the_look_for_orphans_costs_what_there_is_to_end(full: Kit) -> Non
         ("sessions", "list_sessions", 50),
         ("sessions", "list_sessions_of_user", 50),
         ("sessions", "list_messages", 20),
-        ("sessions", "newest_messages", 20),
+        ("sessions", "history", 20),
         ("log", "events_after", 2),
         ("log", "heads", 1),
     ],
@@ -168,9 +168,9 @@ async def test_reads_go_by_an_index(full: Kit, file: str, name: str, rows: int) 
         "get_session": (tenant, session),
         "list_sessions": (tenant, last, uuid7(), 50),
         "list_sessions_of_user": (tenant, last, uuid7(), 50, "u7"),
-        "list_messages": (tenant, session, 0, 20),
-        "newest_messages": (tenant, session, 0, 20),
-        "events_after": (tenant, run, 0, 100),
+        "list_messages": (tenant, session, 0, 20, 2**20),
+        "history": (tenant, session, 20, 20, 2**20),
+        "events_after": (tenant, run, 0, 100, 2**20),
         "heads": ([run],),
     }
     statement = sql(file, name)
@@ -186,7 +186,7 @@ async def test_what_waits_for_a_person_is_found_by_the_runs_that_wait(full: Kit)
     for grant in grants:
         call = intent(grant.run_id, needs_approval=True)
         await full.step(grant, 2, event(), intents=(call,), status=RunStatus.REQUIRES_ACTION)
-    args = (full.tenant, UUID(int=0), 0, 50)
+    args = (full.tenant, UUID(int=0), 0, 50, 2**20)
     assert len(await full.pool.fetch(sql("journal", "pending"), *args)) == len(grants)
     scans, pages = await explain(full, sql("journal", "pending"), *args)
     assert any("run_waiting" in scan for scan in scans), scans

@@ -191,7 +191,7 @@ async def test_deleting_while_a_writer_appends_leaves_no_event_behind(kit: Kit) 
     assert await kit.pool.fetchval("SELECT count(*) FROM session.event WHERE session_id = ANY($1)", ids) == 0
 
 
-async def test_messages_page_oldest_first_and_messages_after_takes_the_newest(kit: Kit) -> None:
+async def test_messages_page_oldest_first_and_a_history_is_the_newest_up_to_a_place(kit: Kit) -> None:
     grant = await kit.started("a", *(f"m{n}" for n in range(5)))
     seen, token = [], ""
     while True:
@@ -201,8 +201,8 @@ async def test_messages_page_oldest_first_and_messages_after_takes_the_newest(ki
         if not token:
             break
     assert seen == [(n + 1, f"m{n}") for n in range(5)]
-    newest = await kit.store.messages_after(kit.tenant, grant.session_id, 1, 3)
-    assert [message.ordinal for message in newest] == [3, 4, 5]
+    newest = await kit.store.history(kit.tenant, grant.session_id, 4)
+    assert [message.ordinal for message in newest] == [1, 2, 3, 4]
 
 
 async def test_another_tenant_finds_nothing(kit: Kit) -> None:
@@ -242,8 +242,8 @@ async def test_another_tenant_finds_nothing(kit: Kit) -> None:
         # A foreign id looks exactly like one that does not exist.
         assert (answers[name].reason, answers[name].message) == (absent.reason, absent.message), name
     empty: UUID = other
-    assert await store.messages_after(empty, session_id, 0, 10) == []
+    assert await store.history(empty, session_id, 10) == []
     assert await store.runs_from(empty, session_id, 1, 10) == []
-    assert await store.calls_of_run(empty, run_id) == []
+    assert await store.waiting_calls(empty, run_id) == []
     assert (await store.list_sessions(empty, page_size=5, page_token="")).items == []
     assert (await store.get_session(kit.tenant, session_id)).title == "hello"

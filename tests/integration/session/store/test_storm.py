@@ -62,7 +62,7 @@ class Storm:
 
     async def settle(self, run_id: UUID) -> None:
         kit = self.kit
-        for call in await kit.store.calls_of_run(kit.tenant, run_id):
+        for call in await kit.calls(run_id):
             try:
                 await kit.resolve(run_id, call.call_id, content="ok")
                 self.counts["resolved"] += 1

@@ -10,6 +10,7 @@ import pytest
 
 from meshkit.ids import uuid7
 from services.session.domain import (
+    ContextPosition,
     EffectClass,
     NewMessage,
     NewToolCall,
@@ -79,6 +80,8 @@ def test_a_context_is_read_with_its_parts_in_order() -> None:
             "agent": "a",
             "omitted": 4,
             "approval_tools": ["pay", "*"],
+            "next": [3, 2, 1],
+            "written": 77,
         }
     )
     context = rows.context_of(text, rows.run_of(run_row()))
@@ -91,16 +94,19 @@ def test_a_context_is_read_with_its_parts_in_order() -> None:
     assert (call.content, call.content_ref, call.idempotency_key, call.fence) == ("out", "", "k", 9)
     assert (context.user, context.agent, context.omitted_messages) == ("u", "a", 4)
     assert list(context.approval_tools) == ["pay", "*"]
+    assert (context.next, context.written_bytes) == (ContextPosition(3, 2, 1), 77)
     assert isinstance(message.message_id, UUID)
 
 
 def test_an_empty_context_is_empty() -> None:
-    nothing = dict.fromkeys(("messages", "events", "tool_calls"))
-    text = json.dumps(nothing | {"user": "", "agent": "", "omitted": 0, "approval_tools": []})
+    nothing = dict.fromkeys(("messages", "events", "tool_calls", "next"))
+    rest = {"user": "", "agent": "", "omitted": 0, "approval_tools": [], "written": 0}
+    text = json.dumps(nothing | rest)
     context = rows.context_of(text, rows.run_of(run_row()))
     assert not context.messages
     assert not context.events
     assert not context.tool_calls
+    assert context.next is None
 
 
 @pytest.mark.parametrize(

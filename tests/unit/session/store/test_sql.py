@@ -13,7 +13,7 @@ FILES = ("tenants", "sessions", "runs", "log", "journal", "upkeep")
 # their tenant before.
 NOT_BY_TENANT = {
     "tenants": {"tenant_of_key", "ensure_tenant", "ensure_key", "get_tenant", "set_tenant"},
-    "runs": {"claim", "due", "fail_held", "queued", "end_orphans", "last_ordinals"},
+    "runs": {"claim", "read_context", "due", "fail_held", "queued", "end_orphans", "last_ordinals"},
     "log": {
         "append",
         "refusals",
