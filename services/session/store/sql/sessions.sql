@@ -23,9 +23,9 @@ SELECT session_id, tenant_id, title, metadata, agent, user_name, created_ms, upd
 FROM made;
 
 -- name: find_request
--- What a request id made.
+-- What a request id made; for an answer that it was made before.
 -- $1 tenant_id, $2 scope, $3 key
-SELECT fingerprint, result_id FROM session.idempotency WHERE tenant_id = $1 AND scope = $2 AND key = $3;
+SELECT fingerprint, result_id, session.confirm() FROM session.idempotency WHERE tenant_id = $1 AND scope = $2 AND key = $3;
 
 -- name: get_session
 -- One session of a tenant.
@@ -61,6 +61,16 @@ RETURNING session_id;
 -- Locks a session's lease row, waiting for appends under way.
 -- $1 tenant_id, $2 session_id
 SELECT session_id FROM session.lease WHERE session_id = $2 AND tenant_id = $1 FOR UPDATE;
+
+-- name: calls_under_way
+-- A session's calls that may act now: begun, not known to have ended, and not so long ago that they must have.
+-- A pure one changes nothing. The caller holds the lease row, so that none begins meanwhile.
+-- $1 tenant_id, $2 session_id
+SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
+FROM session.tool_call c
+WHERE c.session_id = $2 AND c.tenant_id = $1 AND c.tries > c.ended_try AND c.effect > 1
+  AND c.quiet_at > clock_timestamp()
+ORDER BY c.run_id, c.position;
 
 -- name: delete_events
 -- Deletes the log of a session's runs.
