@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -163,10 +164,24 @@ _REFUSED: Mapping[str, str] = {
 _BAD_TEXT = (asyncpg.CharacterNotInRepertoireError, asyncpg.UntranslatableCharacterError)
 
 
-def map_pg_error(exc: BaseException) -> HermeshError:
+# Of those that end a connection: what says for certain that a statement came to nothing.
+_UNDONE = (
+    ConnectionRefusedError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.IdleSessionTimeoutError,
+)
+
+
+def map_pg_error(exc: BaseException, *, sent: bool = False) -> HermeshError:
     """Returns the error that a caller may see for a failure in asyncpg.
 
     The driver's own text stays out of it: log the original beside.
+
+    Args:
+        exc: What was raised.
+        sent: Whether it was raised for a statement that changes something and may have reached the server:
+            then no answer does not mean that nothing was changed.
     """
     if isinstance(exc, HermeshError):
         return exc
@@ -190,6 +205,8 @@ def map_pg_error(exc: BaseException) -> HermeshError:
             f"the database cannot do this now: {refused}; nothing was changed, try again",
             retry_after_ms=_RETRY_REFUSED_MS,
         )
+    if isinstance(exc, _DOWN) and sent and not isinstance(exc, _UNDONE):
+        return outcome_unknown()
     if isinstance(exc, _DOWN):
         return UnavailableError(
             "DATABASE_UNAVAILABLE",
@@ -197,6 +214,30 @@ def map_pg_error(exc: BaseException) -> HermeshError:
             retry_after_ms=_RETRY_DOWN_MS,
         )
     return InternalError()
+
+
+def outcome_unknown() -> UnavailableError:
+    """Returns the error for a statement that may have been carried out, or may be yet."""
+    return UnavailableError(
+        "OUTCOME_UNKNOWN",
+        "the database gave no answer, so whether this was done is not known; send it again with the same key "
+        "or request id, and it is done once",
+        retry_after_ms=_RETRY_DOWN_MS,
+    )
+
+
+# Functions of ours that change nothing.
+_READING = frozenset(
+    {"refusal", "in_force", "quiet_in_ms", "now_ms", "ms_until", "call_waits", "uuid7_floor"}
+)
+_CHANGING = re.compile(r"\b(?:INSERT|UPDATE|DELETE)\b(?! OF\b)|\bsession\.(?P<function>[a-z0-9_]+)\(")
+
+
+@cache
+def changes(statement: str) -> bool:
+    """Whether a statement may change anything; one that calls a function that is not known may."""
+    text = re.sub(r"--[^\n]*|FOR (?:NO KEY )?UPDATE", "", statement)
+    return any(match["function"] not in _READING for match in _CHANGING.finditer(text))
 
 
 def refusal(exc: BaseException) -> str | None:

@@ -15,7 +15,7 @@ from meshkit.errors import StartupError
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
 from services.agent.clients.memory import MemoryClient
-from services.agent.clients.session import SessionClient
+from services.agent.clients.session import SessionClient, owner_of
 from services.agent.clients.tools import ToolClient
 from services.agent.domain.loop import Limits
 from services.agent.domain.prompt import RunSpec
@@ -28,6 +28,7 @@ from services.agent.runs.leases import LeaseKeeper
 from services.agent.runs.link import AppendLink
 from services.agent.runs.ports import World
 from services.agent.runs.supervisor import Supervisor
+from services.agent.runs.unheard import Unheard
 from services.agent.servicer import AgentServicer
 from services.agent.settings import AgentSettings
 
@@ -84,7 +85,8 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
             monotonic=monotonic,
         )
         catalog = ModelCatalog(model, settings.llm_model, monotonic)
-        session = SessionClient(channel, settings, append_channel)
+        owner = owner_of(settings.replica)
+        session = SessionClient(channel, settings, owner, append_channel)
         tools = ToolClient(channel, settings)
         memory = MemoryClient(channel, settings)
         background = await stack.enter_async_context(TaskOwner("agent"))
@@ -119,18 +121,21 @@ async def assemble(settings: AgentSettings, *, configure_logging: bool = True) -
         supervisor = Supervisor(settings, session, world, runs)
         link = AppendLink(
             session.open_append,
-            settings.replica,
+            owner,
             supervisor.cancel,
             monotonic,
             settings.max_appends_per_second,
         )
         supervisor.serve_with(link)
         keeper = LeaseKeeper(session, supervisor.writers, supervisor.cancel, monotonic)
+        unheard = Unheard(session, supervisor.holds, monotonic)
+        session.on_missed = unheard.missed
         background.start(link.run(), name="append")
+        background.start(unheard.run(), name="unheard")
         background.start(keeper.run(), name="leases")
         background.start(catalog.keep_fresh(), name="models")
         background.start(tools.keep_fresh(), name="tools")
-        servicer = AgentServicer(settings, supervisor, session, catalog, tools)
+        servicer = AgentServicer(settings, supervisor, session, catalog, tools, unheard)
         server.add(agent_service_pb2_grpc.add_AgentServiceServicer_to_server, servicer, SERVICE_NAME)
         for name, check in model.checks():
             server.add_readiness(name, check)

@@ -12,6 +12,9 @@ run_limit = Gauge(
 refused_runs = Counter(
     "hermesh_agent_refused_runs_total", "Runs refused for lack of a place: new ones, queued ones", ["kind"]
 )
+unheard_leases = Counter(
+    "hermesh_agent_unheard_leases_total", "Leases given up that were granted by calls whose answer never came"
+)
 runs_ended = Counter("hermesh_agent_runs_total", "Runs that ended on this replica", ["outcome"])
 takeovers = Counter("hermesh_agent_takeovers_total", "Claims of a run that another attempt had begun")
 first_token = Histogram(

@@ -29,6 +29,7 @@ from services.agent.model.catalog import ModelCatalog
 from services.agent.runs.bundle import BundledSubscription, Bundles, reconnect
 from services.agent.runs.subscription import Subscription
 from services.agent.runs.supervisor import Supervisor
+from services.agent.runs.unheard import Unheard
 from services.agent.settings import AgentSettings
 
 BEAT_SECONDS = 2.0
@@ -46,6 +47,7 @@ class AgentServicer(AgentServiceServicer):
         session: accepts input.
         catalog: the models.
         tools: the tools, to refuse unknown ones before anything is stored.
+        unheard: looks for leases that a submission was granted unheard.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class AgentServicer(AgentServiceServicer):
         session: SessionClient,
         catalog: ModelCatalog,
         tools: ToolClient,
+        unheard: Unheard,
     ) -> None:
         self._settings = settings
         self._supervisor = supervisor
         self._session = session
         self._catalog = catalog
         self._tools = tools
+        self._unheard = unheard
         self._bundles = Bundles()
 
     async def Run(self, request: RunRequest, context: Context) -> AsyncIterator[RunResponse]:
@@ -103,7 +107,8 @@ class AgentServicer(AgentServiceServicer):
             return await self._session.submit(request, tenant_id, claim=False)
         with supervisor.place(tenant_id):
             began = time.monotonic()
-            submitted = await self._session.submit(request, tenant_id, claim=True)
+            with self._unheard.asking():
+                submitted = await self._session.submit(request, tenant_id, claim=True)
             supervisor.accepted(time.monotonic() - began)
             if submitted.unsure:
                 claim = await supervisor.claim(submitted.run.run_id)

@@ -64,6 +64,8 @@ ELSEWHERE = tuple(
 SCHEMA = "session"
 MIGRATIONS = Path(__file__).parent / "store" / "migrations"
 _CLOSE_SECONDS = 3.0
+_STANDBY_SECONDS = 1.5
+_NO_STANDBY = "no synchronous standby of PostgreSQL answers: nothing can be stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,9 @@ async def assemble(
             max_steps=settings.max_step_commits,
         )
         link = MeshLink(channel)
-        hub = AppendHub(store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up)
+        hub = AppendHub(
+            store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up, dispatch=sweeper.wake
+        )
 
         def watcher_for(tenant_id: UUID) -> Watcher:
             return Watcher(store, tail, tenant_id)
@@ -221,7 +225,22 @@ async def assemble(
             tail.drain()
             watches.drain()
 
+        async def standby() -> str | None:
+            try:
+                if not await store.synchronous():
+                    return None
+            except HermeshError:
+                # That is the other check's to say.
+                return None
+            try:
+                async with asyncio.timeout(_STANDBY_SECONDS):
+                    await store.confirm()
+            except (HermeshError, TimeoutError):
+                return _NO_STANDBY
+            return None
+
         server.add_readiness("postgresql", database)
+        server.add_readiness("standby", standby)
         server.add_readiness("mesh", mesh_check(channel))
         if live is not None:
             server.add_readiness("redis", live.streams.problem)

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
+from functools import partial
 from typing import Protocol
 from uuid import UUID
 
@@ -14,9 +16,9 @@ from meshkit.errors import HermeshError, UnavailableError
 from meshkit.postgres import fast_uuid
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import convert, metrics
-from services.session.domain import AppendOutcome, Grant, LeaseRef, RunAppend, StepCommit
+from services.session.domain import AppendOutcome, Cut, Grant, LeaseRef, RunAppend, StepCommit
 from services.session.flusher import Flusher, Pending
-from services.session.storm import GRACE_MS, STORM_GRACE_MS, StormGuard
+from services.session.storm import STORM_GRACE_MS, StormGuard
 
 _log = structlog.get_logger("session.append")
 
@@ -28,11 +30,14 @@ _MAX_REATTACHING = 32
 _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
-_SHORTEN_TRIES_S = 5.0
-_CUT_FORMER_S = 2.0
+# A cut is tried for so long: while PostgreSQL is away nobody could take a run over, and when it is back whoever
+# waits for the run should not wait for the lease's own end as well.
+_CUT_TRIES_S = 60.0
 # Between two looks at whether the runs that writers hold here are theirs still.
 _LOOK_S = 10.0
 _LOOK_CHUNK = 1000
+# The dispatcher looks a moment after leases have ended.
+_AFTER_S = 0.005
 
 _before_ack = failpoints.point("session.ack.before")
 _after_ack = failpoints.point("session.ack.after")
@@ -45,16 +50,20 @@ class Leases(Protocol):
         """Renews a lease under a new fence."""
         ...
 
-    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
-        """Cuts leases."""
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> set[UUID]:
+        """Cuts leases; returns their runs."""
         ...
 
     async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
         """Returns the runs of those grants that are good no more."""
         ...
 
-    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
-        """Cuts the leases that a replica took and wrote nothing under, or all of its."""
+    async def shorten_claims(self, owner: str, grace_ms: int, age_ms: int = 0) -> Cut:
+        """Cuts the leases that a process took so long ago and wrote nothing under."""
+        ...
+
+    async def end_former(self, owner: str) -> Cut:
+        """Ends the leases of a process's predecessors."""
         ...
 
 
@@ -69,6 +78,7 @@ class AppendHub:
         tasks: TaskOwner,
         guard: StormGuard,
         reachable: Callable[[], bool],
+        dispatch: Callable[[], None],
     ) -> None:
         """Makes a hub without streams.
 
@@ -78,12 +88,14 @@ class AppendHub:
             tasks: Owns the hub's background work.
             guard: Counts streams that break.
             reachable: Whether agents can be reached at all; while they cannot, nobody could take a run over.
+            dispatch: Wakes the dispatcher: leases that were cut have ended.
         """
         self.flusher = flusher
         self.tasks = tasks
         self._leases = leases
         self._guard = guard
         self._reachable = reachable
+        self._dispatch = dispatch
         self._streams: set[AppendStream] = set()
         self._holders: dict[str, AppendStream] = {}
         self._broken: list[LeaseRef] = []
@@ -135,27 +147,48 @@ class AppendHub:
         grace_ms = self._guard.grace_ms(still_open) if self._reachable() else STORM_GRACE_MS
         # A writer that came back on another stream of this replica has a newer fence and keeps its lease.
         grace_ms = max(1, grace_ms - int(_SETTLE_S * 1000))
-        count = 0
-        try:
-            async with asyncio.timeout(_SHORTEN_TRIES_S):
-                count = await self._insist(refs, owners, grace_ms)
-        except (TimeoutError, HermeshError) as error:
-            _log.warning("leases could not be cut; they end by themselves", runs=len(refs), error=str(error))
-            return
-        metrics.leases_shortened.inc(count)
+        count = await self._insist(
+            "a stream broke", partial(self._cut, refs, owners, grace_ms, time.monotonic())
+        )
         if refs or count:
             _log.info("leases cut after a stream broke", runs=len(refs), cut=count, grace_ms=grace_ms)
+        if count:
+            asyncio.get_running_loop().call_later(grace_ms / 1000 + _AFTER_S, self._dispatch)
 
-    async def _insist(self, refs: Sequence[LeaseRef], owners: Set[str], grace_ms: int) -> int:
-        backoff = Backoff(first=0.05, limit=1.0)
-        while True:
-            try:
-                count = await self._leases.shorten(refs, grace_ms)
-                for owner in owners:
-                    count += await self._leases.shorten_claims(owner, grace_ms)
-                return count
-            except UnavailableError:
-                await backoff.sleep()
+    async def _cut(self, refs: list[LeaseRef], owners: Set[str], grace_ms: int, since: float) -> Cut:
+        """Cuts what broken streams held, less what an earlier try did; `refs` keeps what is locked."""
+        age_ms = int((time.monotonic() - since) * 1000)
+        cut = await self._leases.shorten(refs, grace_ms)
+        others = [ref for ref in refs if ref.run_id not in cut]
+        # Neither cut nor lost: somebody has it locked, or its writer is attached to another replica by now.
+        lost = await self._leases.lost_leases(others) if others else set()
+        refs[:] = [ref for ref in others if ref.run_id not in lost]
+        count, locked = len(cut), len(refs)
+        for owner in owners:
+            claims = await self._leases.shorten_claims(owner, grace_ms, age_ms)
+            count, locked = count + claims.cut, locked + claims.locked
+        return Cut(count, locked)
+
+    async def _insist(self, why: str, cut: Callable[[], Awaitable[Cut]]) -> int:
+        """Cuts leases, again while PostgreSQL is away or somebody has them locked; returns how many."""
+        backoff = Backoff(first=0.05, limit=0.5)
+        count = 0
+        try:
+            async with asyncio.timeout(_CUT_TRIES_S):
+                while True:
+                    try:
+                        done = await cut()
+                    except UnavailableError:
+                        pass
+                    else:
+                        count += done.cut
+                        if not done.locked:
+                            break
+                    await backoff.sleep()
+        except (TimeoutError, HermeshError) as error:
+            _log.warning("leases could not be cut; they end by themselves", cause=why, error=str(error))
+        metrics.leases_shortened.inc(count)
+        return count
 
     def attach(self, stream: "AppendStream", run_text: str, lease: LeaseRef) -> None:
         """Notes that a run's writer is on this stream, unless a newer writer is on another."""
@@ -186,21 +219,15 @@ class AppendHub:
         del self._holders[run_text]
         metrics.attached_runs.set(len(self._holders))
 
-    async def cut_former(self, owner: str) -> None:
-        """Cuts what a replica's name holds when its process has just begun.
+    async def end_former(self, owner: str) -> None:
+        """Ends what a process's predecessors held: it has just begun, so they have ended.
 
-        A process that died together with the session replica that had its stream left nobody to tell of it.
-        Tried once: the new process's own claims would be in the way of a later try.
+        One that ended together with the session replica that had its stream left nobody to tell of it.
         """
-        try:
-            async with asyncio.timeout(_CUT_FORMER_S):
-                count = await self._leases.shorten_claims(owner, GRACE_MS, written=True)
-        except (TimeoutError, HermeshError) as error:
-            _log.warning("a former process's leases were not cut; they end", owner=owner, error=str(error))
-            return
-        metrics.leases_shortened.inc(count)
+        count = await self._insist("a process began", partial(self._leases.end_former, owner))
         if count:
-            _log.info("a former process's leases cut", owner=owner, runs=count)
+            _log.info("a former process's leases ended", owner=owner, runs=count)
+            self._dispatch()
 
     async def watch_leases(self) -> None:
         """Forgets writers that lost their run without a word on their stream, until cancelled.
@@ -288,8 +315,8 @@ class AppendStream:
             async for request in requests:
                 if request.owner:
                     self.owner = request.owner
-                if request.new_process and request.owner:
-                    self._hub.tasks.start(self._hub.cut_former(request.owner), name="cut-former")
+                if request.new_process and request.owner[-9:-8] == "~":
+                    self._hub.tasks.start(self._hub.end_former(request.owner), name="end-former")
                 for append in request.appends:
                     self._accept(append)
                 for item in request.reattach:

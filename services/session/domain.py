@@ -453,7 +453,18 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a batch of renewals found: leases that are lost, runs that are to be cancelled."""
+    """What a batch of renewals found: leases that are lost, runs that are to be cancelled, and leases that
+    are neither lost nor renewed, because somebody has them locked.
+    """
 
     lost: Sequence[UUID] = field(default=())
     cancelled: Sequence[UUID] = field(default=())
+    busy: Sequence[UUID] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How many leases were cut, and how many could not be because somebody has them locked."""
+
+    cut: int = 0
+    locked: int = 0

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from meshkit.errors import HermeshError, InvalidArgumentError, UnavailableError
-from meshkit.tasks import TaskOwner
+from meshkit.tasks import Backoff, TaskOwner
 from services.session import metrics
 from services.session.domain import AppendOutcome, AppendResult, RunAppend
 
@@ -22,6 +22,12 @@ _log = structlog.get_logger("session.flusher")
 # Longer than the server's own limits on statements and locks, so that their clearer word comes first.
 _WRITE_TIMEOUT = 8.0
 _MAX_FLUSH_BYTES = 8 * 1024 * 1024
+
+# An append whose lease somebody has locked is tried again by itself, after pauses from the first to the
+# longest, for so long; then its writer is told to send again. Far below what the writer waits for an answer.
+_LOCKED_FIRST = 0.002
+_LOCKED_PAUSE = 0.05
+_LOCKED_SECONDS = 5.0
 
 # Looking a label up costs more than counting.
 _COUNT = {outcome: metrics.appends.labels(outcome.name) for outcome in AppendOutcome}
@@ -50,12 +56,23 @@ class Sink(Protocol):
 class Pending:
     """One write on its way: `run_text` is the run's id as the writer sent it."""
 
-    __slots__ = ("append", "run_text", "sink")
+    __slots__ = ("_locked", "append", "run_text", "sink")
 
     def __init__(self, append: RunAppend, run_text: str, sink: Sink) -> None:
         self.append = append
         self.run_text = run_text
         self.sink = sink
+        self._locked: tuple[float, Backoff] | None = None
+
+    def pause(self) -> float | None:
+        """Returns after how many seconds to try again because of a lock; None if it was tried long enough."""
+        now = time.monotonic()
+        if self._locked is None:
+            backoff = Backoff(_LOCKED_FIRST, _LOCKED_PAUSE)
+            self._locked = now + _LOCKED_SECONDS, backoff
+        until, backoff = self._locked
+        metrics.locked_appends.inc()
+        return backoff.next() if now < until else None
 
 
 class Flusher:
@@ -152,17 +169,23 @@ class Flusher:
         for pending, result in zip(batch, results, strict=True):
             if result.outcome is AppendOutcome.COMMITTED:
                 events += len(pending.append.events)
+            elif result.outcome is AppendOutcome.RETRY and (pause := pending.pause()) is not None:
+                asyncio.get_running_loop().call_later(pause, self.submit, pending)
+                continue
             outcomes[int(self._settle(pending, result))] += 1
         metrics.events.inc(events)
         for outcome, count in outcomes.items():
             _COUNT[AppendOutcome(outcome)].inc(count)
 
     async def _step(self, pending: Pending) -> None:
+        started = time.perf_counter()
         try:
-            async with self._slots:
-                started = time.perf_counter()
-                async with asyncio.timeout(_WRITE_TIMEOUT):
+            while True:
+                async with self._slots, asyncio.timeout(_WRITE_TIMEOUT):
                     result = await self._writer.append_step(pending.append)
+                if result.outcome is not AppendOutcome.RETRY or (pause := pending.pause()) is None:
+                    break
+                await asyncio.sleep(pause)
         except (UnavailableError, TimeoutError) as error:
             _log.warning("a step commit got no answer", run_id=pending.run_text, reason=str(error))
             self._settle_all([pending], AppendOutcome.RETRY)

@@ -20,6 +20,9 @@ step_seconds = Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
 )
 appends = Counter("hermesh_session_appends_total", "Appends by what became of them.", ["outcome"])
+locked_appends = Counter(
+    "hermesh_session_locked_appends_total", "Times an append was put off because its lease was locked."
+)
 events = Counter("hermesh_session_events_total", "Events committed on this replica.")
 watchers = Gauge("hermesh_session_watchers", "Open watches.", ["kind"])
 watch_catch_up = Counter(

@@ -139,10 +139,12 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     async def RenewLeases(self, request: pb.RenewLeasesRequest, context: Context) -> pb.RenewLeasesResponse:
         """See the proto."""
         require_mesh()
-        renewal = await self._store.renew([convert.lease_of(lease) for lease in request.leases])
+        leases = [convert.lease_of(lease) for lease in request.leases]
+        renewal = await self._store.renew(leases, request.owner)
         return pb.RenewLeasesResponse(
             lost_run_ids=[str(run_id) for run_id in renewal.lost],
             cancelled_run_ids=[str(run_id) for run_id in renewal.cancelled],
+            busy_run_ids=[str(run_id) for run_id in renewal.busy],
             ttl_ms=LEASE_TTL_MS,
         )
 
@@ -151,9 +153,20 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
     ) -> pb.ReleaseLeaseResponse:
         """See the proto."""
         require_mesh()
-        released = await self._store.release(convert.lease_of(request.lease))
+        released = await self._store.release(convert.lease_of(request.lease), request.owner)
         self._hub.detach(request.lease.run_id, request.lease.fence)
         return pb.ReleaseLeaseResponse(released=released)
+
+    async def ListLeases(self, request: pb.ListLeasesRequest, context: Context) -> pb.ListLeasesResponse:
+        """See the proto."""
+        require_mesh()
+        leases = await self._store.leases_of(request.owner)
+        return pb.ListLeasesResponse(
+            leases=[
+                pb.LeaseRef(session_id=str(ref.session_id), run_id=str(ref.run_id), fence=ref.fence)
+                for ref in leases
+            ]
+        )
 
     async def FailRun(self, request: pb.FailRunRequest, context: Context) -> pb.FailRunResponse:
         """See the proto."""

@@ -6,6 +6,7 @@ Envoy's least-request counts. Losing one changes nothing: the agent's own task o
 
 import asyncio
 import random
+from collections import deque
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -26,6 +27,11 @@ _BATCH = 64
 _NEXT_S = 0.02
 # How long nothing is dispatched after an agent said that it is full, unless a place is seen to get free.
 _FULL_S = 0.25
+# What no agent could be reached for is asked about again by this replica alone; then any may take it.
+_UNREACHED_S = 2.0
+# Agents that cannot be reached at all are asked about so few runs: that costs nearly nothing, and those that
+# are back have all of them within a second.
+_FEW = 4
 # A stream that outlives this is let go; the run goes on without it.
 _HOLD_SECONDS = 6 * 3600.0
 # After a notice the sweep waits this long for more of them: many commits, one sweep.
@@ -45,8 +51,8 @@ _LATER = frozenset(
 class DueRuns(Protocol):
     """The part of the store that the sweeper needs; see `store.port.Runs`."""
 
-    async def due(self, limit: int) -> list[UUID]:
-        """Takes runs to dispatch."""
+    async def due(self, limit: int, *, again: bool = False) -> list[UUID]:
+        """Takes runs to dispatch, with `again` also those that were taken a moment ago."""
         ...
 
     async def end_orphans(self, limit: int) -> int:
@@ -78,6 +84,10 @@ class Sweeper:
         # How many are taken at once: agents that are full are asked about few, and then about more again.
         self._batch = _BATCH
         self._full_until = 0.0
+        # Runs that reached no agent, and until when they are this replica's to ask about.
+        self._unreached: deque[tuple[UUID, float]] = deque()
+        # Whether a look for due runs got no answer: it may have taken some all the same.
+        self._unheard = False
         self._wake = asyncio.Event()
         self._stopped = False
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
@@ -92,7 +102,7 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweeps until cancelled."""
-        backoff = Backoff(first=0.5, limit=2.0)
+        backoff = Backoff(first=0.1, limit=0.5)
         clock = asyncio.get_running_loop().time
         look_at = 0.0
         while True:
@@ -104,14 +114,15 @@ class Sweeper:
                 pass
             self._wake.clear()
             try:
+                await self.sweep()
                 # What was just queued is neither cancelled nor late: a wake-up is no reason to look.
                 if clock() >= look_at:
-                    await self.end_orphans()
                     look_at = clock() + self._interval
-                await self.sweep()
+                    await self.end_orphans()
             except HermeshError as error:
                 _log.warning("runs to dispatch could not be looked up", error=str(error))
                 await backoff.sleep()
+                self._wake.set()
             else:
                 backoff.reset()
 
@@ -129,28 +140,46 @@ class Sweeper:
         limit = min(self._batch, self._max - self._held)
         if self._stopped or self._full or limit <= 0:
             return 0
-        run_ids = await self._store.due(limit)
-        for run_id in run_ids:
+        runs = self._take_unreached(limit)
+        if len(runs) < limit:
+            until = asyncio.get_running_loop().time() + _UNREACHED_S
+            runs += [(run_id, until) for run_id in await self._due(limit - len(runs))]
+        for run_id, until in runs:
             self._held += 1
-            self._tasks.start(self._dispatch(run_id), name=f"dispatch-{run_id}")
-        if len(run_ids) == limit or self._batch < _BATCH:
+            self._tasks.start(self._dispatch(run_id, until), name=f"dispatch-{run_id}")
+        if len(runs) == limit or self._batch < _BATCH:
             wait = _NEXT_S if self._batch == _BATCH else _FULL_S
             asyncio.get_running_loop().call_later(wait, self._grow)
         metrics.dispatched_runs.set(self._held)
-        return len(run_ids)
+        return len(runs)
+
+    async def _due(self, limit: int) -> list[UUID]:
+        again, self._unheard = self._unheard, True
+        run_ids = await self._store.due(limit, again=again)
+        self._unheard = False
+        return run_ids
+
+    def _take_unreached(self, limit: int) -> list[tuple[UUID, float]]:
+        now = asyncio.get_running_loop().time()
+        runs: list[tuple[UUID, float]] = []
+        while self._unreached and len(runs) < limit:
+            run_id, until = self._unreached.popleft()
+            if now < until:
+                runs.append((run_id, until))
+        return runs
 
     @property
     def _full(self) -> bool:
         return asyncio.get_running_loop().time() < self._full_until
 
-    def _refused(self, retry_after_ms: int | None) -> None:
+    def _refused(self, retry_after_ms: int | None, least: int = 1) -> None:
         """Asks about fewer runs, and later: to be refused costs the agents what they need for their runs."""
         if self._full:
             return
         loop = asyncio.get_running_loop()
         wait = min(retry_after_ms / 1000, 1.0) if retry_after_ms else _FULL_S
         self._full_until = loop.time() + wait
-        self._batch = max(1, self._batch // 4)
+        self._batch = max(least, self._batch // 4)
         loop.call_later(wait, self.wake)
 
     def _grow(self) -> None:
@@ -165,7 +194,7 @@ class Sweeper:
             self._full_until = 0.0
             self._grow()
 
-    async def _dispatch(self, run_id: UUID) -> None:
+    async def _dispatch(self, run_id: UUID, until: float) -> None:
         result = "ended"
         try:
             _dispatching()
@@ -180,6 +209,10 @@ class Sweeper:
             result = code.name.lower()
             if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 self._refused(from_rpc_error(error).retry_after_ms)
+            elif code is grpc.StatusCode.UNAVAILABLE:
+                # No agent, or one that ended: the run may be due again by now.
+                self._unreached.append((run_id, until))
+                self._refused(None, _FEW)
             if code not in _LATER:
                 _log.error("an agent refused a run", run_id=str(run_id), code=code.name)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,6 +21,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     ClaimRunRequest,
     FailRunRequest,
     LeaseRef,
+    ListLeasesRequest,
     ReadContextRequest,
     ReleaseLeaseRequest,
     RenewLeasesRequest,
@@ -41,7 +43,9 @@ T = TypeVar("T")
 SUBMIT_TRIES = 4
 # Some seconds: session replicas that died together are back by then, and no lease is waited out.
 CLAIM_TRIES = 10
+OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
 REASON_TIMEOUT = 0.5
+LOOK_TIMEOUT = 2.0
 MAX_RENEWALS = 5_000
 # The longest time between two pages of a context, and how many are read at once: after another replica's
 # death many runs come with theirs.
@@ -90,9 +94,14 @@ class NotClaimed:
 
 
 async def _tried(
-    call: Callable[[], Awaitable[T]], tries: int, passing: tuple[type[HermeshError], ...]
+    call: Callable[[], Awaitable[T]],
+    tries: int,
+    passing: tuple[type[HermeshError], ...],
+    missed: Callable[[], None] = lambda: None,
 ) -> tuple[T, float, bool]:
     """Make a call that may be repeated, again while it fails with what passes.
+
+    `missed` is told of each try that failed so.
 
     Returns:
         Its answer, the monotonic time at which that was asked for, and whether it was asked for again.
@@ -101,15 +110,27 @@ async def _tried(
         HermeshError: another failure, or the last of so many.
     """
     backoff = Backoff(0.05, 0.5)
+    unknown: HermeshError | None = None
     while True:
         asked_at = asyncio.get_running_loop().time()
         try:
             return await call(), asked_at, backoff.attempts > 0
         except grpc.aio.AioRpcError as rpc_error:
             error = from_rpc_error(rpc_error)
-            if not isinstance(error, passing) or backoff.attempts + 1 >= tries:
+            if not isinstance(error, passing):
                 raise error from rpc_error
+            missed()
+            if unknown is None and (isinstance(error, DeadlineError) or error.reason == OUTCOME_UNKNOWN):
+                unknown = error
+            if backoff.attempts + 1 >= tries:
+                # What a later try did not do, an earlier one may have done.
+                raise unknown or error from rpc_error
         await backoff.sleep()
+
+
+def owner_of(replica: str) -> str:
+    """Return a name by which a process of this replica holds leases; no other process has the same."""
+    return f"{replica[:191]}~{secrets.token_hex(4)}"
 
 
 class SessionClient:
@@ -117,16 +138,23 @@ class SessionClient:
 
     Args:
         channel: to the mesh.
-        settings: for the mesh's credential and this replica's name.
+        settings: for the mesh's credential.
+        owner: this process's name as a holder of leases, see `owner_of`.
         append_channel: to the mesh too, for append streams alone; `channel` if None.
+
+    Attributes:
+        on_missed: told when a try to be granted a lease got no answer.
     """
 
     def __init__(
         self,
         channel: grpc.aio.Channel,
         settings: MeshSettings,
+        owner: str,
         append_channel: grpc.aio.Channel | None = None,
     ) -> None:
+        self.on_missed: Callable[[], None] = lambda: None
+        self._owner = owner
         self._sessions = SessionServiceStub(channel)
         self._internal = SessionInternalServiceStub(channel)
         self._appends = SessionInternalServiceStub(append_channel if append_channel is not None else channel)
@@ -149,11 +177,14 @@ class SessionClient:
             options=request.options if request.HasField("options") else None,
             request_id=request.request_id or str(uuid7()),
             concurrency=request.concurrency,
-            claim_owner=self._settings.replica if claim else "",
+            claim_owner=self._owner if claim else "",
         )
         metadata = mesh_metadata(self._settings, tenant_id)
         response, asked_at, again = await _tried(
-            lambda: self._sessions.SubmitRun(submit, metadata=metadata), SUBMIT_TRIES, (UnavailableError,)
+            lambda: self._sessions.SubmitRun(submit, metadata=metadata),
+            SUBMIT_TRIES,
+            (UnavailableError,),
+            self._missed if claim else lambda: None,
         )
         taken = None
         if response.HasField("grant"):
@@ -177,11 +208,12 @@ class SessionClient:
         Raises:
             HermeshError: the session service could not say.
         """
-        request = ClaimRunRequest(run_id=run_id, owner=self._settings.replica)
+        request = ClaimRunRequest(run_id=run_id, owner=self._owner)
         response, asked_at, _ = await _tried(
             lambda: self._internal.ClaimRun(request, metadata=self._mesh),
             CLAIM_TRIES,
             (UnavailableError, DeadlineError),
+            self._missed,
         )
         if response.outcome != CLAIM_OUTCOME_CLAIMED:
             return NotClaimed(elsewhere=response.outcome == CLAIM_OUTCOME_ALREADY_CLAIMED)
@@ -260,6 +292,9 @@ class SessionClient:
             return ""
         return response.run.cancel_reason
 
+    def _missed(self) -> None:
+        self.on_missed()
+
     def open_append(self) -> AppendCall:
         """Start an append stream."""
         call: AppendCall = self._appends.Append(metadata=self._mesh)
@@ -273,10 +308,11 @@ class SessionClient:
         """
         lost: list[str] = []
         cancelled: list[str] = []
+        busy: list[str] = []
         ttl = 0.0
         for start in range(0, len(leases), MAX_RENEWALS):
             request = RenewLeasesRequest(
-                owner=self._settings.replica,
+                owner=self._owner,
                 leases=[
                     LeaseRef(session_id=session_id, run_id=run_id, fence=fence)
                     for session_id, run_id, fence in leases[start : start + MAX_RENEWALS]
@@ -288,8 +324,23 @@ class SessionClient:
                 raise from_rpc_error(error) from error
             lost += response.lost_run_ids
             cancelled += response.cancelled_run_ids
+            busy += response.busy_run_ids
             ttl = response.ttl_ms / 1000
-        return Renewal(lost, cancelled, ttl)
+        return Renewal(lost, cancelled, ttl, busy)
+
+    async def leases(self) -> Sequence[tuple[str, str, int]]:
+        """See `LeasesPort.leases`.
+
+        Raises:
+            HermeshError: that could not be said.
+        """
+        try:
+            response = await self._internal.ListLeases(
+                ListLeasesRequest(owner=self._owner), metadata=self._mesh, timeout=LOOK_TIMEOUT
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return [(lease.session_id, lease.run_id, lease.fence) for lease in response.leases]
 
     @failpoints.around("agent.fail")
     async def fail(self, session_id: str, run_id: str, fence: int, *, refused: bool) -> bool:
@@ -313,7 +364,8 @@ class SessionClient:
     @failpoints.around("agent.release")
     async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:
         """Give a lease up; False when that could not be said (it ends by itself then)."""
-        request = ReleaseLeaseRequest(lease=LeaseRef(session_id=session_id, run_id=run_id, fence=fence))
+        lease = LeaseRef(session_id=session_id, run_id=run_id, fence=fence)
+        request = ReleaseLeaseRequest(lease=lease, owner=self._owner)
         try:
             async with asyncio.timeout(timeout):
                 response = await self._internal.ReleaseLease(request, metadata=self._mesh)

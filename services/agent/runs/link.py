@@ -45,8 +45,10 @@ MIN_PACE = 0.008
 # less than gRPC takes.
 MAX_MESSAGE = 1024 * 1024
 MAX_WRITE = 14 * 1024 * 1024
-# So long after a stream broke, or this process began, leases may still be cut for it, seconds.
+# So long after a stream broke leases may still be cut for it, seconds.
 CUT_SECONDS = 0.5
+# So long a process says that it is new: what its predecessor held has ended by itself then.
+NEW_SECONDS = 15.0
 
 _sent = failpoints.point("agent.append.sent")
 
@@ -114,7 +116,7 @@ class AppendLink:
 
     Args:
         open_stream: starts a call.
-        owner: this replica's name.
+        owner: this process's name as a holder of leases.
         on_cancel: told about runs that somebody asked to cancel.
         monotonic: the clock of leases.
         rate: how many writes a second are aimed at; 0 = text is never held back.
@@ -142,12 +144,14 @@ class AppendLink:
         self._timers: set[asyncio.TimerHandle] = set()
         self._asked_at: dict[str, float] = {}
         self._broke_at = float("-inf")
-        self._new_process = True
+        self._began = monotonic()
 
     def add(self, writer: RunWriter) -> None:
         """Serve a run's writer."""
+        former = self._writers.get(writer.run_id)
+        if former is not None:  # of a claim before: what it left here would stand in this one's way
+            self.remove(former)
         self._writers[writer.run_id] = writer
-        self._new_process = False
         if writer.asked_at <= self._broke_at + CUT_SECONDS:
             # A stream broke since its lease was asked for, or just before: it may have been cut with it.
             writer.detach()
@@ -231,10 +235,7 @@ class AppendLink:
             if first or message.appends or message.reattach:
                 if first:
                     message.owner = self._owner
-                    if self._new_process:
-                        # A claim of ours that is on its way may be cut with our former process's.
-                        message.new_process = True
-                        self._broke_at = self._monotonic()
+                    message.new_process = self._monotonic() < self._began + NEW_SECONDS
                     first = False
                 await call.write(message)
                 _sent()
@@ -328,8 +329,14 @@ class AppendLink:
         async for response in call:
             for result in response.results:
                 writer = self._writers.get(result.run_id)
-                if writer is not None and writer.answered(result):
+                if writer is None:
+                    continue
+                if writer.answered(result):
                     self._later(partial(writer.send_again, result.first_seq))
+                elif writer.attachment is Attachment.DETACHED:
+                    # Fenced, maybe by ourselves: a re-attach or a claim whose answer we never heard.
+                    self._reattach[result.run_id] = writer
+                    self._wake.set()
             if response.reattached:
                 self._reattached(response.reattached)
             for run_id in response.cancelled_run_ids:
@@ -367,11 +374,14 @@ class AppendLink:
         self._timers.add(timer)
 
     async def _watch(self) -> None:
-        """End the stream when a write or a re-attach stays without an answer."""
+        """End the stream when a write or a re-attach on it stays without an answer."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             limit = self._monotonic() - ANSWER_TIMEOUT
-            late = any(writer.in_flight and writer.sent_at < limit for writer in self._writers.values())
+            late = any(
+                writer.in_flight and writer.sent_at < limit and writer.attachment is Attachment.ATTACHED
+                for writer in self._writers.values()
+            )
             if late or any(at < limit for at in self._asked_at.values()):
                 raise StreamEnded("the session replica does not answer")
 

@@ -146,13 +146,17 @@ class Supervisor:
         Raises:
             HermeshError: the session service could not say.
         """
-        if run_id in self._active or run_id in self._claiming:
+        if self.holds(run_id):
             return NotClaimed(elsewhere=True)
         self._claiming.add(run_id)
         try:
             return await self._session.claim(run_id)
         finally:
             self._claiming.discard(run_id)
+
+    def holds(self, run_id: str) -> bool:
+        """Whether a run is worked on here, or is about to be."""
+        return run_id in self._active or run_id in self._claiming
 
     async def kept(self, work: Coroutine[Any, Any, T]) -> T:
         """Do work to its end although its caller may leave: a lease that was taken is one that is worked on.

@@ -350,7 +350,8 @@ class RunWriter:
             self._settle(append, result.next_seq)
         elif result.outcome == APPEND_OUTCOME_FENCED:
             if append.fence == self.fence:
-                self.stop(WriterStopped("lost"))
+                # Whose lease it is now is asked before the run is given up.
+                self.detach()
         elif result.outcome == APPEND_OUTCOME_INVALID:
             self.stop(WriterStopped("rejected", result.detail))
         else:

@@ -13,6 +13,7 @@ from services.session.domain import (
     BeginOutcome,
     Claim,
     ContextPosition,
+    Cut,
     Decision,
     Event,
     Grant,
@@ -168,10 +169,10 @@ class Runs(Protocol):
         """
         ...
 
-    async def due(self, limit: int) -> list[UUID]:
+    async def due(self, limit: int, *, again: bool = False) -> list[UUID]:
         """Takes up to `limit` runs to dispatch (queued and next in their session, or orphaned) and sets
         their `dispatch_after` 2 s ahead; SKIP LOCKED, so replicas never take the same ones. Tenants take
-        turns.
+        turns. With `again` those that were taken within the last 2 s, too.
         """
         ...
 
@@ -202,27 +203,41 @@ class Log(Protocol):
         ...
 
     async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
-        """Renews a lease under a new fence (`fence + 1`, `attach + 1`); None when it is lost."""
+        """Renews a lease under a new fence (`fence + 1`, `attach + 1`); None when it is lost. The owner may
+        name an earlier fence than the current one: an answer that got lost is asked for again.
+        """
         ...
 
-    async def renew(self, refs: Sequence[LeaseRef]) -> Renewal:
-        """Extends leases in one statement that locks in session order."""
+    async def renew(self, refs: Sequence[LeaseRef], owner: str = "") -> Renewal:
+        """Extends leases in one statement that locks in session order; `owner` as in `reattach`."""
         ...
 
-    async def release(self, ref: LeaseRef) -> bool:
-        """Gives a lease up before its run is done; the run is due at once."""
+    async def release(self, ref: LeaseRef, owner: str = "") -> bool:
+        """Gives a lease up before its run is done; the run is due at once. `owner` as in `reattach`."""
         ...
 
-    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
-        """Cuts leases to `grace_ms` from now where fence and attach still match; returns how many."""
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> set[UUID]:
+        """Cuts leases to `grace_ms` from now where fence and attach still match; returns their runs. Those
+        that somebody has locked are not among them.
+        """
         ...
 
-    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
-        """Cuts the leases that `owner` took and wrote nothing under, or all of its; returns how many."""
+    async def shorten_claims(self, owner: str, grace_ms: int, age_ms: int = 0) -> Cut:
+        """Cuts the leases that `owner` took, at least `age_ms` ago, and wrote nothing under."""
         ...
 
-    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
-        """Returns the runs of those grants that are good no more, whatever became of the lease."""
+    async def end_former(self, owner: str) -> Cut:
+        """Ends the leases of processes that had the name of `owner` before it."""
+        ...
+
+    async def leases_of(self, owner: str) -> list[LeaseRef]:
+        """Returns the leases that `owner` has."""
+        ...
+
+    async def lost_leases(self, refs: Sequence[LeaseRef], owner: str = "") -> set[UUID]:
+        """Returns the runs of those grants that are good no more, whatever became of the lease; `owner` as in
+        `reattach`, if all are one's.
+        """
         ...
 
     async def fences(self, session_ids: Sequence[UUID]) -> dict[UUID, int]:
@@ -315,7 +330,21 @@ class Journal(Protocol):
         ...
 
 
-class Store(Tenants, Conversations, Runs, Log, Journal, Protocol):
+class Durable(Protocol):
+    """What a store with a standby promises."""
+
+    async def synchronous(self) -> bool:
+        """Returns whether commits wait for a standby; looked up, and kept for `confirm`."""
+        ...
+
+    async def confirm(self) -> None:
+        """Returns once all that could be read until now survives the loss of the server; at once where
+        nothing waits for a standby. Raises UnavailableError when no standby says so in time.
+        """
+        ...
+
+
+class Store(Tenants, Conversations, Runs, Log, Journal, Durable, Protocol):
     """All of it."""
 
     @property

@@ -19,7 +19,7 @@ from meshkit.errors import (
     InternalError,
     NotFoundError,
 )
-from meshkit.postgres import map_pg_error, refusal
+from meshkit.postgres import changes, load_sql, map_pg_error, outcome_unknown, refusal
 from services.session import metrics
 
 _log = structlog.get_logger("session.store")
@@ -28,7 +28,13 @@ Record: TypeAlias = "asyncpg.Record"
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
+_SQL = load_sql("services.session.store.sql", "upkeep.sql")
+
+# A warning; there is but one that our statements give.
+_WAIT_CANCELLED = "01000"
+
 ACQUIRE_TIMEOUT = 5.0
+CONFIRM_TIMEOUT = 5.0
 # What PostgreSQL refused is held to be so still for this long: reads may work all the while, and whoever
 # waits to write asks again far sooner.
 REFUSAL_SECONDS = 10.0
@@ -49,18 +55,19 @@ _MESSAGES: Mapping[str, str] = {
 }
 
 
-def translate(error: BaseException, ids: Mapping[str, UUID | str]) -> HermeshError:
+def translate(error: BaseException, ids: Mapping[str, UUID | str], *, sent: bool = False) -> HermeshError:
     """Returns the error to raise for one of the driver, and logs those that are bugs.
 
     Args:
         error: What asyncpg raised.
         ids: What the statement was about, for the error's metadata.
+        sent: As `map_pg_error` takes it.
     """
     kind = _RAISED.get(getattr(error, "sqlstate", None) or "")
     if kind is not None:
         reason = str(error.args[0])
         return kind(reason, _MESSAGES.get(reason, ""), metadata={key: str(ids[key]) for key in ids})
-    mapped = map_pg_error(error)
+    mapped = map_pg_error(error, sent=sent)
     if isinstance(mapped, InternalError):
         _log.error("a statement failed by a bug", exc_info=error)
     return mapped
@@ -88,25 +95,83 @@ class PostgresPart:
         self._run_timeout_ms = run_timeout_ms
         self._refused = ""
         self._refused_until = 0.0
+        # Whether a commit waits for a standby, as of the last look.
+        self._synchronous = False
+        self._confirming = asyncio.Lock()
+        self._confirm_asked = self._confirm_done = 0
 
     @property
     def refused(self) -> str | None:
         """What PostgreSQL lacked when it refused a statement a moment ago, such as room; None for nothing."""
         return self._refused if time.monotonic() < self._refused_until else None
 
+    async def synchronous(self) -> bool:
+        """Returns whether commits wait for a standby, by the server's settings as they are now."""
+        self._synchronous = (await self._one(_SQL["synchronous"]))["synchronous"]
+        return self._synchronous
+
+    async def confirm(self) -> None:
+        """Returns once all that could be read until now is where a failover keeps it.
+
+        A read may see what only this server has: what was committed while a wait for the standby was cancelled,
+        or before a crash. All who ask while one such commit is under way share the next.
+
+        Raises:
+            UnavailableError: No standby says so in time.
+        """
+        if not self._synchronous:
+            return
+        self._confirm_asked += 1
+        mine = self._confirm_asked
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT):
+                await self._confirm(mine)
+        except TimeoutError as error:
+            raise map_pg_error(error) from error
+
+    async def _confirm(self, mine: int) -> None:
+        async with self._confirming:
+            if self._confirm_done >= mine:
+                return
+            covered = self._confirm_asked
+            await self._one(_SQL["confirm"])
+            self._confirm_done = covered
+
     @asynccontextmanager
-    async def _connection(self, ids: Mapping[str, UUID | str]) -> AsyncIterator[Connection]:
-        """Yields a connection; the driver's errors inside the block become ours."""
+    async def _connection(
+        self, ids: Mapping[str, UUID | str], *, writes: bool = True
+    ) -> AsyncIterator[Connection]:
+        """Yields a connection; the driver's errors inside the block become ours.
+
+        Args:
+            ids: What it is about, for an error's metadata.
+            writes: Whether what is done with it changes anything.
+        """
+        sent = False
+        warnings: list[str] = []
+
+        def warned(_: object, message: asyncpg.PostgresLogMessage) -> None:
+            warnings.append(message.sqlstate)
+
         try:
             connection = await self._acquire()
+            watched = self._synchronous and writes
             try:
+                if watched:
+                    connection.add_log_listener(warned)
+                sent = writes
                 yield connection
+                if _WAIT_CANCELLED in warnings:
+                    # Somebody ended the wait for the standby, and PostgreSQL calls that a success.
+                    raise outcome_unknown()
             finally:
+                if watched:
+                    connection.remove_log_listener(warned)
                 await self._pool.release(connection)
         except HermeshError:
             raise
         except Exception as error:
-            raise self._failed(error, ids) from error
+            raise self._failed(error, ids, sent=sent) from error
 
     async def _acquire(self) -> Connection:
         """Takes a connection of the pool; the caller gives it back. Raises what the driver does."""
@@ -114,31 +179,36 @@ class PostgresPart:
         async with asyncio.timeout(ACQUIRE_TIMEOUT):
             return await self._pool.acquire()
 
-    def _failed(self, error: Exception, ids: Mapping[str, UUID | str]) -> HermeshError:
+    def _failed(self, error: Exception, ids: Mapping[str, UUID | str], *, sent: bool) -> HermeshError:
         """Notes what PostgreSQL refuses; returns the error to raise."""
         lacks = refusal(error)
         if lacks is not None:
             self._refused = lacks
             self._refused_until = time.monotonic() + REFUSAL_SECONDS
             metrics.refusals.labels(getattr(error, "sqlstate", "")).inc()
-        return translate(error, ids)
+        return translate(error, ids, sent=sent)
 
     async def _fetch(self, statement: str, *args: Any, **ids: UUID | str) -> list[Record]:
         """Runs one statement and returns its rows; `ids` go to an error's metadata."""
+        if self._synchronous:
+            async with self._connection(ids, writes=changes(statement)) as connection:
+                return await connection.fetch(statement, *args)
         # Not by `_connection`: this carries every flush, and a context manager is a third of its own cost.
+        sent = False
         try:
             connection = await self._acquire()
             try:
+                sent = True
                 rows: list[Record] = await connection.fetch(statement, *args)
             finally:
                 await self._pool.release(connection)
         except Exception as error:
-            raise self._failed(error, ids) from error
+            raise self._failed(error, ids, sent=sent and changes(statement)) from error
         return rows
 
     async def _fetchrow(self, statement: str, *args: Any, **ids: UUID | str) -> Record | None:
         """Runs one statement and returns its first row."""
-        async with self._connection(ids) as connection:
+        async with self._connection(ids, writes=changes(statement)) as connection:
             return await connection.fetchrow(statement, *args)
 
     async def _one(self, statement: str, *args: Any, **ids: UUID | str) -> Record:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
+import asyncpg
+
 from meshkit import failpoints
-from meshkit.errors import InvalidArgumentError, OutOfRangeError
+from meshkit.errors import InvalidArgumentError, OutOfRangeError, UnavailableError
 from meshkit.postgres import load_sql
 from services.session.domain import (
     AppendOutcome,
     AppendResult,
+    Cut,
     Event,
     Grant,
     LeaseRef,
@@ -20,13 +23,18 @@ from services.session.domain import (
     StepCommit,
 )
 from services.session.store.port import PAGE_BYTES
-from services.session.store.postgres_base import PostgresPart, not_found
+from services.session.store.postgres_base import PostgresPart, Record, not_found
 from services.session.store.rows import error_json, intents_json, messages_json
 
 _SQL = load_sql("services.session.store.sql", "log.sql")
 _RUNS = load_sql("services.session.store.sql", "runs.sql")
 
 _NO_COMMIT = StepCommit()
+
+
+def _cut(rows: Sequence[Record]) -> Cut:
+    cut = sum(row["cut"] for row in rows)
+    return Cut(cut, len(rows) - cut)
 
 
 class PostgresLog(PostgresPart):
@@ -97,28 +105,33 @@ class PostgresLog(PostgresPart):
         """See the port. One round trip: `session.append_step`."""
         commit = append.commit or _NO_COMMIT
         usage = commit.usage
-        row = await self._one(
-            _SQL["append_step"],
-            append.session_id,
-            append.run_id,
-            append.fence,
-            append.first_seq,
-            [event.type for event in append.events],
-            [event.time_ms for event in append.events],
-            [event.data for event in append.events],
-            messages_json(commit.messages),
-            intents_json(commit.intents),
-            None if commit.status is None else int(commit.status),
-            error_json(commit.error),
-            None if usage is None else usage.input_tokens,
-            None if usage is None else usage.output_tokens,
-            None if usage is None else usage.cached_tokens,
-        )
+        try:
+            row = await self._one(
+                _SQL["append_step"],
+                append.session_id,
+                append.run_id,
+                append.fence,
+                append.first_seq,
+                [event.type for event in append.events],
+                [event.time_ms for event in append.events],
+                [event.data for event in append.events],
+                messages_json(commit.messages),
+                intents_json(commit.intents),
+                None if commit.status is None else int(commit.status),
+                error_json(commit.error),
+                None if usage is None else usage.input_tokens,
+                None if usage is None else usage.output_tokens,
+                None if usage is None else usage.cached_tokens,
+            )
+        except UnavailableError as error:
+            if isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                return AppendResult(append.run_id, append.first_seq, AppendOutcome.RETRY, 0)
+            raise
         return AppendResult(append.run_id, append.first_seq, AppendOutcome(row["outcome"]), row["next_seq"])
 
     @failpoints.around("session.reattach")
     async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
-        """See the port. Any fence of the same claim will do: an answer that got lost is asked for again."""
+        """See the port."""
         row = await self._fetchrow(
             _SQL["reattach"],
             ref.session_id,
@@ -132,7 +145,7 @@ class PostgresLog(PostgresPart):
         return Grant(ref.session_id, ref.run_id, row["fence"], row["attach"], row["next_seq"], self._ttl_ms)
 
     @failpoints.around("session.renew")
-    async def renew(self, refs: Sequence[LeaseRef]) -> Renewal:
+    async def renew(self, refs: Sequence[LeaseRef], owner: str = "") -> Renewal:
         """See the port."""
         if not refs:
             return Renewal()
@@ -142,23 +155,29 @@ class PostgresLog(PostgresPart):
             [ref.run_id for ref in refs],
             [ref.fence for ref in refs],
             timedelta(milliseconds=self._ttl_ms),
+            owner,
         )
         kept = {row["run_id"] for row in rows}
+        others = [ref for ref in refs if ref.run_id not in kept]
+        # A lease that somebody has locked at this moment is neither renewed nor lost.
+        lost = await self.lost_leases(others, owner) if others else set()
         return Renewal(
-            lost=[ref.run_id for ref in refs if ref.run_id not in kept],
+            lost=[ref.run_id for ref in others if ref.run_id in lost],
             cancelled=[row["run_id"] for row in rows if row["cancel_requested"]],
+            busy=[ref.run_id for ref in others if ref.run_id not in lost],
         )
 
     @failpoints.around("session.release")
-    async def release(self, ref: LeaseRef) -> bool:
+    async def release(self, ref: LeaseRef, owner: str = "") -> bool:
         """See the port."""
-        return await self._fetchrow(_SQL["release"], ref.session_id, ref.run_id, ref.fence) is not None
+        row = await self._fetchrow(_SQL["release"], ref.session_id, ref.run_id, ref.fence, owner)
+        return row is not None
 
     @failpoints.around("session.shorten")
-    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> set[UUID]:
         """See the port."""
         if not refs:
-            return 0
+            return set()
         rows = await self._fetch(
             _SQL["shorten"],
             [ref.session_id for ref in refs],
@@ -167,20 +186,30 @@ class PostgresLog(PostgresPart):
             [ref.attach for ref in refs],
             timedelta(milliseconds=grace_ms),
         )
-        return len(rows)
+        return {row["run_id"] for row in rows}
 
-    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
+    async def shorten_claims(self, owner: str, grace_ms: int, age_ms: int = 0) -> Cut:
         """See the port."""
-        grace = timedelta(milliseconds=grace_ms)
-        return len(await self._fetch(_SQL["shorten_claims"], owner, grace, written))
+        grace, age = timedelta(milliseconds=grace_ms), timedelta(milliseconds=age_ms)
+        return _cut(await self._fetch(_SQL["shorten_claims"], owner, grace, age))
 
-    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+    async def end_former(self, owner: str) -> Cut:
+        """See the port."""
+        return _cut(await self._fetch(_SQL["end_former"], owner))
+
+    async def leases_of(self, owner: str) -> list[LeaseRef]:
+        """See the port."""
+        rows = await self._fetch(_SQL["leases_of"], owner)
+        return [LeaseRef(row["session_id"], row["run_id"], row["fence"], row["attach"]) for row in rows]
+
+    async def lost_leases(self, refs: Sequence[LeaseRef], owner: str = "") -> set[UUID]:
         """See the port."""
         rows = await self._fetch(
             _SQL["lost_leases"],
             [ref.session_id for ref in refs],
             [ref.run_id for ref in refs],
             [ref.fence for ref in refs],
+            owner,
         )
         return {row["run_id"] for row in rows}
 
@@ -196,6 +225,9 @@ class PostgresLog(PostgresPart):
             NotFoundError: RUN_NOT_FOUND.
         """
         rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
+        if rows:
+            # Readers are shown nothing that a failover could take back.
+            await self.confirm()
         if rows and rows[0]["seq"] == seq + 1:
             return [Event(run_id, *row) for row in rows]
         # Nothing that follows the cursor: either it is the end of the log, or older events are gone.
@@ -204,6 +236,7 @@ class PostgresLog(PostgresPart):
             raise not_found("run", run_id)
         if not rows:
             rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
+            await self.confirm()
         if (rows and rows[0]["seq"] != seq + 1) or (not rows and run["last_seq"] > seq):
             raise OutOfRangeError(
                 "CURSOR_EXPIRED",

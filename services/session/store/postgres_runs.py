@@ -175,9 +175,10 @@ class PostgresRuns(PostgresPart):
         return None if row is None else run_of(row)
 
     @failpoints.around("session.due")
-    async def due(self, limit: int) -> list[UUID]:
+    async def due(self, limit: int, *, again: bool = False) -> list[UUID]:
         """See the port."""
-        return [row["run_id"] for row in await self._fetch(_SQL["due"], limit, DISPATCH_AGAIN)]
+        ahead = DISPATCH_AGAIN if again else timedelta()
+        return [row["run_id"] for row in await self._fetch(_SQL["due"], limit, DISPATCH_AGAIN, ahead)]
 
     async def queued(self) -> dict[UUID, int]:
         """See the port."""

@@ -32,7 +32,7 @@ from services.session.domain import (
     Submission,
 )
 from services.session.store.cached import CachedContexts
-from services.session.store.port import CONTEXT_PAGE_BYTES
+from services.session.store.port import CONTEXT_PAGE_BYTES, MAX_CONTEXT_BYTES
 from services.session.store.postgres import PostgresStore
 from services.session.store.redis_conversations import RedisConversations, conversation_key
 from services.session.store.rows import context_of
@@ -268,3 +268,47 @@ async def test_random_histories_with_lost_writes_give_postgresqls_contexts(world
             await world.step(claim, seq, ("assistant", f"{turn} end"), status=RunStatus.COMPLETED)
         if rng.random() < 0.1:
             await world.client.flushall()
+
+
+async def test_a_list_keeps_no_more_bytes_than_a_context_needs(world: World) -> None:
+    session_id = await world.session()
+    key = conversation_key(session_id)
+    seq = 2
+    for _ in range(12):
+        claim = await world.claimed(session_id, "next")
+        assert claim is not None
+        await world.check(claim)
+        seq = await world.step(claim, 2, ("assistant", ""), *[("tool", "t" * 60_000)] * 3)
+        await world.step(claim, seq, ("assistant", "done"), status=RunStatus.COMPLETED)
+        held = sum(map(len, await world.client.lrange(key, 0, -1)))
+        assert held < MAX_CONTEXT_BYTES + 70_000
+    hits = count("hit")
+    claim = await world.claimed(session_id, "last")
+    assert claim is not None
+    await world.check(claim)
+    assert count("hit") == hits + 1
+
+
+async def test_what_is_too_large_for_the_cache_is_not_in_it(world: World) -> None:
+    session_id = await world.session()
+    key = conversation_key(session_id)
+    claim = await world.claimed(session_id, "first")
+    assert claim is not None
+    await world.settle()
+    seq = await world.step(claim, 2, ("assistant", ""), *[("tool", "t" * 60_000)] * 40)
+    assert await world.client.exists(key) == 0
+    # A takeover of what does not fit one page caches nothing, either.
+    await world.pool.execute(
+        "UPDATE session.lease SET lease_until = clock_timestamp() - interval '1 s' WHERE session_id = $1",
+        session_id,
+    )
+    claim = await world.contexts.claim(claim.run.run_id, "b")
+    await world.check(claim)
+    assert claim.context is not None
+    assert claim.context.next is not None
+    assert await world.client.exists(key) == 0
+    await world.step(claim, seq, ("assistant", "done"), status=RunStatus.COMPLETED)
+    claim = await world.claimed(session_id, "second")
+    assert claim is not None
+    await world.check(claim)
+    assert await world.client.exists(key) == 1

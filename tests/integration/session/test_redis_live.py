@@ -188,3 +188,19 @@ async def test_foreign_data_in_a_stream_is_an_error(live: Live) -> None:
     with pytest.raises(UnavailableError):
         await live.reader.read({RUN: Position(SESSION, 0)})
     assert not live.reader.healthy
+
+
+async def test_a_large_event_comes_without_its_data(live: Live) -> None:
+    await live.streams.seed({SESSION: 1})
+    item = publication(2, 3)
+    item.events = [item.events[0], NewEvent("tool.result", 7, ""), item.events[2]]
+    assert await live.streams.publish([item]) == [Reply.OK]
+    (_, fields) = (await live.client.xrange(stream_key(SESSION, RUN)))[1]
+    # So that a reader that knows of no such events takes it for broken and not for empty.
+    assert fields == {b"e": b"tool.result 7"}
+    found = (await live.reader.read({RUN: Position(SESSION, 1)}))[RUN]
+    assert [(event.seq, event.type, event.time_ms, event.data) for event in found] == [
+        (2, "text.delta", 1002, '{"text":"é2"}'),
+        (3, "tool.result", 7, ""),
+        (4, "text.delta", 1004, '{"text":"é4"}'),
+    ]

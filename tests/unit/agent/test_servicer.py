@@ -104,7 +104,8 @@ async def test_run_streams_the_stored_events_from_the_first_to_the_last(agent, m
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert row.text() == "".join(f"t{i} " for i in range(50))
     assert reconnect == ""
-    assert mesh.submits[0].claim_owner == "agent-test"
+    name, _, epoch = mesh.submits[0].claim_owner.partition("~")
+    assert (name, len(epoch)) == ("agent-test", 8)
 
 
 async def test_streams_of_a_gateway_are_bundled(agent, mesh):

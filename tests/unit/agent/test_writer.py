@@ -269,14 +269,16 @@ async def test_text_faster_than_anyone_reads_gathers_and_slow_text_does_not_wait
         assert fast_run.text().endswith(" gathers with this")
 
 
-async def test_a_process_says_that_it_is_new_until_it_has_a_run():
+async def test_a_process_says_that_it_is_new_as_long_as_its_former_one_may_hold_leases(monkeypatch):
     async with TaskOwner() as tasks:
         setup = Setup(tasks)
         setup.store.hold = True
         for opened in (1, 2, 3):
             await setup.store.until(lambda opened=opened: len(setup.store.held) == opened)
-            if opened == 2:
+            if opened == 1:
                 setup.writer()
+            if opened == 2:
+                monkeypatch.setattr("services.agent.runs.link.NEW_SECONDS", 0.0)
             # The last time the link is cancelled while its stream breaks, and ends all the same.
             setup.store.break_streams()
     assert [request.owner for _, request in setup.store.held] == ["agent-test"] * 3
@@ -395,3 +397,22 @@ async def test_runs_share_a_beat(monkeypatch):
         await setup.store.until(lambda: setup.store.held)
         [(_, message)] = setup.store.held
         assert {append.run_id for append in message.appends} == {run.run_id for run in runs}
+
+
+async def test_a_run_that_is_claimed_anew_is_not_kept_waiting_by_its_writer_before():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        former, run = setup.writer()
+        former.event("run.started", {"attempt": 1}, patient=True)
+        claim = setup.store.take_over(run.run_id)
+        writer = RunWriter(
+            claim.grant,
+            lease_until=setup.monotonic() + 10,
+            now_ms=lambda: 1,
+            schedule=setup.link.schedule,
+            monotonic=setup.monotonic,
+        )
+        setup.link.add(writer)
+        writer.event("run.started", {"attempt": 2}, patient=True)
+        await setup.store.until(lambda: run.types()[-1] == "run.started", 30)
+        assert run.data("run.started") == [{"attempt": 2}]

@@ -22,6 +22,7 @@ from services.session.domain import (
     AppendResult,
     Claim,
     ClaimOutcome,
+    Cut,
     Event,
     Grant,
     LeaseRef,
@@ -73,6 +74,9 @@ class FakeStore:
         self.shortened: list[tuple[list[LeaseRef], int]] = []
         self.shortened_event = asyncio.Event()
         self.shortened_claims: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self.ended_former: asyncio.Queue[str] = asyncio.Queue()
+        self.locked: set[UUID] = set()
+        self.asked_again: list[bool] = []
         self.flushes: list[int] = []
         self.due_runs: list[UUID] = []
         self.queued_runs: dict[UUID, int] = {}
@@ -239,7 +243,8 @@ class FakeStore:
         self.runs[run_id] = replace(run, status=RunStatus.CANCELLED)
         return await self.get_run(tenant_id, run_id), event
 
-    async def due(self, limit: int) -> list[UUID]:
+    async def due(self, limit: int, *, again: bool = False) -> list[UUID]:
+        self.asked_again.append(again)
         if self.fail_due:
             raise self.fail_due.pop(0)
         taken, self.due_runs = self.due_runs[:limit], self.due_runs[limit:]
@@ -288,7 +293,12 @@ class FakeStore:
             raise self.fail.pop(0)
         if any("\x00" in event.data for append in appends for event in append.events):
             raise InvalidArgumentError("INVALID_ARGUMENT", "a text holds a character that cannot be stored")
-        results = [self._write(append) for append in appends]
+        results = [
+            AppendResult(append.run_id, append.first_seq, AppendOutcome.RETRY, 0)
+            if append.run_id in self.locked
+            else self._write(append)
+            for append in appends
+        ]
         if self.committed_then_fail:
             raise self.committed_then_fail.pop(0)
         return results
@@ -297,6 +307,8 @@ class FakeStore:
         await self.gate.wait()
         if self.fail:
             raise self.fail.pop(0)
+        if append.run_id in self.locked:
+            return AppendResult(append.run_id, append.first_seq, AppendOutcome.RETRY, 0)
         return self._write(append)
 
     async def reattach(self, ref: LeaseRef, owner: str) -> Grant | None:
@@ -310,12 +322,12 @@ class FakeStore:
         lease.owner = owner
         return Grant(ref.session_id, ref.run_id, lease.fence, lease.attach, lease.next_seq, TTL_MS)
 
-    async def renew(self, refs: Sequence[LeaseRef]) -> Renewal:
+    async def renew(self, refs: Sequence[LeaseRef], owner: str = "") -> Renewal:
         lost = [ref.run_id for ref in refs if self.leases[ref.session_id].fence != ref.fence]
         cancelled = [ref.run_id for ref in refs if self.runs[ref.run_id].cancel_requested]
         return Renewal(lost, cancelled)
 
-    async def release(self, ref: LeaseRef) -> bool:
+    async def release(self, ref: LeaseRef, owner: str = "") -> bool:
         lease = self.leases[ref.session_id]
         if lease.fence != ref.fence:
             return False
@@ -333,20 +345,33 @@ class FakeStore:
         self.runs[ref.run_id] = failed
         return failed
 
-    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> int:
+    async def shorten(self, refs: Sequence[LeaseRef], grace_ms: int) -> set[UUID]:
         if self.fail:
             raise self.fail.pop(0)
         self.shortened.append((list(refs), grace_ms))
         self.shortened_event.set()
-        return len(refs)
+        return {ref.run_id for ref in refs} - self.locked
 
-    async def shorten_claims(self, owner: str, grace_ms: int, *, written: bool = False) -> int:
+    async def shorten_claims(self, owner: str, grace_ms: int, age_ms: int = 0) -> Cut:
         if self.fail:
             raise self.fail.pop(0)
-        self.shortened_claims.put_nowait((owner, grace_ms, written))
-        return 0
+        self.shortened_claims.put_nowait((owner, grace_ms))
+        return Cut()
 
-    async def lost_leases(self, refs: Sequence[LeaseRef]) -> set[UUID]:
+    async def end_former(self, owner: str) -> Cut:
+        if self.fail:
+            raise self.fail.pop(0)
+        self.ended_former.put_nowait(owner)
+        return Cut(1)
+
+    async def leases_of(self, owner: str) -> list[LeaseRef]:
+        return [
+            LeaseRef(session_id, lease.run_id, lease.fence, lease.attach)
+            for session_id, lease in self.leases.items()
+            if lease.owner == owner and lease.run_id
+        ]
+
+    async def lost_leases(self, refs: Sequence[LeaseRef], owner: str = "") -> set[UUID]:
         if self.fail:
             raise self.fail.pop(0)
         kept = {(lease.run_id, lease.fence) for lease in self.leases.values() if lease.owner and lease.run_id}
@@ -373,6 +398,12 @@ class FakeStore:
     async def waiting_calls(self, tenant_id: UUID, run_id: UUID) -> list[ToolCall]:
         await self.get_run(tenant_id, run_id)
         return []
+
+    async def synchronous(self) -> bool:
+        return False
+
+    async def confirm(self) -> None:
+        pass
 
     async def maintain(self) -> None:
         pass

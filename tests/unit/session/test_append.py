@@ -276,17 +276,22 @@ async def test_a_broken_stream_without_a_run_cuts_what_its_owner_claimed(
     assert await call.read()
     call.cancel()
     async with asyncio.timeout(5):
-        owner, grace_ms, written = await client.store.shortened_claims.get()
+        owner, grace_ms = await client.store.shortened_claims.get()
     assert owner == "agent-7"
     assert 1 <= grace_ms <= GRACE_MS
-    assert not written
 
 
-async def test_a_process_that_begins_has_its_former_ones_leases_cut(client: Client) -> None:
+async def test_a_process_that_begins_has_its_former_ones_leases_ended_once_the_store_is_back(
+    client: Client,
+) -> None:
+    client.store.fail = [unavailable()] * 3
     async with append_stream(client) as stream:
-        await stream.call.write(internal.AppendRequest(owner="agent-7", new_process=True))
+        await stream.call.write(internal.AppendRequest(owner="agent-7~01234567", new_process=True))
         async with asyncio.timeout(5):
-            assert await client.store.shortened_claims.get() == ("agent-7", GRACE_MS, True)
+            assert await client.store.ended_former.get() == "agent-7~01234567"
+        await stream.call.write(internal.AppendRequest(owner="agent-7", new_process=True))
+    # A name that tells no process from another says nothing about former ones.
+    assert client.store.ended_former.empty()
 
 
 async def test_streams_that_break_together_keep_most_of_their_leases(

@@ -14,7 +14,9 @@ RUN = uuid7()
 
 def hub() -> AppendHub:
     unused = cast(Any, None)
-    return AppendHub(unused, unused, tasks=TaskOwner("test"), guard=unused, reachable=lambda: True)
+    return AppendHub(
+        unused, unused, tasks=TaskOwner("test"), guard=unused, reachable=lambda: True, dispatch=lambda: None
+    )
 
 
 def lease(fence: int) -> LeaseRef:

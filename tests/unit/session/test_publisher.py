@@ -189,3 +189,40 @@ async def test_what_comes_during_a_publication_gathers_and_what_it_left_does_not
             await asyncio.sleep(0)
         assert streams.calls == [3, 2]
         assert len(publisher._queue) == 1
+
+
+async def test_large_events_stay_out_of_redis_and_out_of_the_queue(
+    streams: FakeStreams, store: FakeStore
+) -> None:
+    published: list[Publication] = []
+    publish = streams.publish
+
+    async def noted(items: Sequence[Publication], *, reseed: bool = False) -> list[Reply]:
+        published.extend(items)
+        return await publish(items, reseed=reseed)
+
+    streams.publish = noted  # type: ignore[method-assign]
+    streams.fences[SESSION] = 1
+    large = text("x" * 60_000)
+    async with running(streams, store) as publisher:
+        for place in range(64):
+            events = [text("a"), large, text("b")]
+            publisher.offer(RunAppend(SESSION, RUN, 1, 2 + 3 * place, events, size=61_000))
+        assert publisher._size < 64 * 200
+        await until(lambda: streams.streams.get(RUN, [0])[-1] == 193)
+    events = [event for item in published for event in item.events]
+    assert [event.data for event in events[:3]] == [text("a").data, "", text("b").data]
+    assert sum(len(event.data) for event in events) < 64 * 200
+    assert [event.type for event in events] == ["text.delta"] * 192
+
+
+async def test_a_batch_is_bounded_by_its_bytes(streams: FakeStreams, store: FakeStore) -> None:
+    streams.fences[SESSION] = 1
+    sessions = [uuid7() for _ in range(40)]
+    streams.fences |= dict.fromkeys(sessions, 1)
+    async with running(streams, store) as publisher:
+        for session_id in sessions:
+            append = RunAppend(session_id, uuid7(), 1, 2, [text("x" * 4000)] * 25, size=101_000)
+            publisher.offer(append)
+        await until(lambda: sum(streams.calls) == 40)
+    assert max(streams.calls) <= 11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -62,6 +63,12 @@ class World:
             fate = self.random.random()
             if fate < 0.5:
                 self.tail.deliver_events(self.run_id, batch)
+            elif fate < 0.65:
+                # Some of them were too large for Redis.
+                self.tail.deliver_events(
+                    self.run_id,
+                    [replace(one, data="") if self.random.random() < 0.5 else one for one in batch],
+                )
             elif fate < 0.8:
                 self.late.append(batch)
         elif choice < 0.7 and self.late:

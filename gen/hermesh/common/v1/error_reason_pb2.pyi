@@ -132,6 +132,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
     given time; keys that are known go on working.
     """
+    ERROR_REASON_OUTCOME_UNKNOWN: _ErrorReason.ValueType  # 61
+    """UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
+    same request again with the same key or request id, and it is done once; a request without one may be done twice.
+    """
     ERROR_REASON_CALLS_UNDER_WAY: _ErrorReason.ValueType  # 58
     """FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.
     Nothing was deleted; delete the session again after the given time.
@@ -252,6 +256,10 @@ ERROR_REASON_MODEL_REQUEST_LIMIT: ErrorReason.ValueType  # 52
 ERROR_REASON_TOO_MANY_WRONG_KEYS: ErrorReason.ValueType  # 57
 """RESOURCE_EXHAUSTED. More API keys that are not known came from this address than are looked up. Retry after the
 given time; keys that are known go on working.
+"""
+ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason.ValueType  # 61
+"""UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
+same request again with the same key or request id, and it is done once; a request without one may be done twice.
 """
 ERROR_REASON_CALLS_UNDER_WAY: ErrorReason.ValueType  # 58
 """FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.

@@ -197,7 +197,7 @@ class ClaimRunRequest(message.Message):
     run_id: builtins.str
     """The run."""
     owner: builtins.str
-    """The agent replica that asks."""
+    """The process that asks; see AppendRequest."""
     def __init__(
         self,
         *,
@@ -321,10 +321,12 @@ class AppendRequest(message.Message):
     OWNER_FIELD_NUMBER: builtins.int
     NEW_PROCESS_FIELD_NUMBER: builtins.int
     owner: builtins.str
-    """The replica that owns the stream's runs; in the first message."""
+    """The process that owns the stream's runs; in the first message. An owner is the replica's name, a tilde, and
+    eight characters that no other process has.
+    """
     new_process: builtins.bool
-    """Whether the replica's process has just begun and holds no run: what its name still holds was a former
-    process's, and is cut short. In the first message.
+    """Whether the owner's process has just begun: what processes of its name still hold that are not it, they held
+    when they ended, and those leases are ended. In the first message.
     """
     @builtins.property
     def appends(self) -> containers.RepeatedCompositeFieldContainer[RunAppend]:
@@ -697,6 +699,7 @@ class RenewLeasesResponse(message.Message):
     LOST_RUN_IDS_FIELD_NUMBER: builtins.int
     CANCELLED_RUN_IDS_FIELD_NUMBER: builtins.int
     TTL_MS_FIELD_NUMBER: builtins.int
+    BUSY_RUN_IDS_FIELD_NUMBER: builtins.int
     ttl_ms: builtins.int
     """How long the renewed leases last from now, milliseconds."""
     @builtins.property
@@ -707,16 +710,21 @@ class RenewLeasesResponse(message.Message):
     def cancelled_run_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Runs that somebody asked to cancel."""
 
+    @builtins.property
+    def busy_run_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Runs whose lease is neither lost nor renewed, because something else has it locked: ask again soon."""
+
     def __init__(
         self,
         *,
         lost_run_ids: abc.Iterable[builtins.str] | None = ...,
         cancelled_run_ids: abc.Iterable[builtins.str] | None = ...,
         ttl_ms: builtins.int = ...,
+        busy_run_ids: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cancelled_run_ids", b"cancelled_run_ids", "lost_run_ids", b"lost_run_ids", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["busy_run_ids", b"busy_run_ids", "cancelled_run_ids", b"cancelled_run_ids", "lost_run_ids", b"lost_run_ids", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -727,6 +735,9 @@ class ReleaseLeaseRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     LEASE_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
+    owner: builtins.str
+    """The process that holds it; an earlier fence of its own will do then."""
     @builtins.property
     def lease(self) -> LeaseRef:
         """The lease."""
@@ -735,10 +746,11 @@ class ReleaseLeaseRequest(message.Message):
         self,
         *,
         lease: LeaseRef | None = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["lease", b"lease", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,6 +771,48 @@ class ReleaseLeaseResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["released", b"released"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLeasesRequest(message.Message):
+    """The request of ListLeases."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: builtins.int
+    owner: builtins.str
+    """The process that holds them."""
+    def __init__(
+        self,
+        *,
+        owner: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLeasesResponse(message.Message):
+    """The response of ListLeases."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def leases(self) -> containers.RepeatedCompositeFieldContainer[LeaseRef]:
+        """Its leases."""
+
+    def __init__(
+        self,
+        *,
+        leases: abc.Iterable[LeaseRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["leases", b"leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

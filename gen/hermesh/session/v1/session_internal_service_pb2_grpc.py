@@ -65,6 +65,11 @@ class SessionInternalServiceStub:
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.FromString,
                 _registered_method=True)
+        self.ListLeases = channel.unary_unary(
+                '/hermesh.session.v1.SessionInternalService/ListLeases',
+                request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.SerializeToString,
+                response_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.FromString,
+                _registered_method=True)
         self.FailRun = channel.unary_unary(
                 '/hermesh.session.v1.SessionInternalService/FailRun',
                 request_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.FailRunRequest.SerializeToString,
@@ -138,6 +143,14 @@ class SessionInternalServiceServicer:
 
     def ReleaseLease(self, request, context):
         """Gives a lease up before the run is done, so that another replica may claim it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeases(self, request, context):
+        """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
+        never got, it gives up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +232,11 @@ def add_SessionInternalServiceServicer_to_server(servicer, server):
                     servicer.ReleaseLease,
                     request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'ListLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeases,
+                    request_deserializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.FromString,
+                    response_serializer=hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.SerializeToString,
             ),
             'FailRun': grpc.unary_unary_rpc_method_handler(
                     servicer.FailRun,
@@ -414,6 +432,33 @@ class SessionInternalService:
             '/hermesh.session.v1.SessionInternalService/ReleaseLease',
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseRequest.SerializeToString,
             hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.session.v1.SessionInternalService/ListLeases',
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesRequest.SerializeToString,
+            hermesh_dot_session_dot_v1_dot_session__internal__service__pb2.ListLeasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class SessionInternalServiceStub:
     """Extends the leases of one replica in one statement."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReleaseLeaseRequest, _session_internal_service_pb2.ReleaseLeaseResponse]
     """Gives a lease up before the run is done, so that another replica may claim it at once."""
+    ListLeases: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.ListLeasesRequest, _session_internal_service_pb2.ListLeasesResponse]
+    """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
+    never got, it gives up.
+    """
     FailRun: _grpc.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]
     """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
     nothing that came from outside, so that nothing in it can fail as the run's own writing did.
@@ -79,6 +83,10 @@ class SessionInternalServiceAsyncStub(SessionInternalServiceStub):
     """Extends the leases of one replica in one statement."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ReleaseLeaseRequest, _session_internal_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Gives a lease up before the run is done, so that another replica may claim it at once."""
+    ListLeases: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.ListLeasesRequest, _session_internal_service_pb2.ListLeasesResponse]  # type: ignore[assignment]
+    """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
+    never got, it gives up.
+    """
     FailRun: _aio.UnaryUnaryMultiCallable[_session_internal_service_pb2.FailRunRequest, _session_internal_service_pb2.FailRunResponse]  # type: ignore[assignment]
     """Ends a run whose holder cannot write its end: the store writes its terminal event. The request carries
     nothing that came from outside, so that nothing in it can fail as the run's own writing did.
@@ -146,6 +154,16 @@ class SessionInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_internal_service_pb2.ReleaseLeaseResponse, _abc.Awaitable[_session_internal_service_pb2.ReleaseLeaseResponse]]:
         """Gives a lease up before the run is done, so that another replica may claim it at once."""
+
+    @_abc_1.abstractmethod
+    def ListLeases(
+        self,
+        request: _session_internal_service_pb2.ListLeasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_internal_service_pb2.ListLeasesResponse, _abc.Awaitable[_session_internal_service_pb2.ListLeasesResponse]]:
+        """Lists the leases that a process has by PostgreSQL's word: one that it was granted by a call whose answer it
+        never got, it gives up.
+        """
 
     @_abc_1.abstractmethod
     def FailRun(

@@ -3,19 +3,20 @@
 -- name: begin
 -- See session.begin_tool_call.
 -- $1 call_id, $2 session_id, $3 fence, $4 how long it may act
-SELECT b.outcome, (b.call).*, session.quiet_in_ms((b.call).quiet_at) AS quiet_in_ms
+SELECT b.outcome, (b.call).*, session.quiet_in_ms((b.call).quiet_at) AS quiet_in_ms,
+       CASE WHEN b.outcome <> 1 THEN session.confirm() END
 FROM session.begin_tool_call($1, $2, $3, $4) b;
 
 -- name: complete
 -- See session.end_try.
 -- $1 call_id, $2 fence, $3 state, $4 content, $5 content_ref, $6 tries, $7 whether it still acts
-SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
+SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms, session.confirm()
 FROM session.end_try($1, $2, $3, $4, $5, $6, $7) c;
 
 -- name: reconcile
 -- See session.settle_tool_call.
 -- $1 call_id, $2 state, $3 content, $4 content_ref, $5 tries
-SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
+SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms, session.confirm()
 FROM session.settle_tool_call($1, $2, $3, $4, $5) c;
 
 -- name: look
@@ -35,7 +36,7 @@ ORDER BY c.position;
 -- name: resolve
 -- See session.resolve_action.
 -- $1 tenant_id, $2 run_id, $3 call_id, $4 decision, $5 content, $6 request_id, $7 fingerprint, $8 time_ms, $9 data
-SELECT (r.run).* FROM session.resolve_action($1, $2, $3, $4, $5, $6, $7, $8, $9) r;
+SELECT (r.run).*, session.confirm() FROM session.resolve_action($1, $2, $3, $4, $5, $6, $7, $8, $9) r;
 
 -- name: get_call
 -- One call of a run.

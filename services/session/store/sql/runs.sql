@@ -3,7 +3,7 @@
 -- name: submit
 -- See session.submit_run.
 SELECT s.duplicate, s.created_ms AS event_time_ms, s.created_data, s.outcome, s.fence, s.attach, s.next_seq,
-       s.context, (s.run).*
+       s.context, (s.run).*, CASE WHEN s.duplicate THEN session.confirm() END
 FROM session.submit_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
                         $20, $21) s;
 
@@ -56,19 +56,21 @@ LIMIT $4;
 -- name: cancel
 -- See session.cancel_run.
 -- $1 tenant_id, $2 run_id, $3 reason
-SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).* FROM session.cancel_run($1, $2, $3) c;
+SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).*, session.confirm()
+FROM session.cancel_run($1, $2, $3) c;
 
 -- name: fail_held
 -- See session.fail_held.
 -- $1 session_id, $2 run_id, $3 fence, $4 what a person reads
-SELECT * FROM session.fail_held($1, $2, $3, $4);
+SELECT f.*, session.confirm() FROM session.fail_held($1, $2, $3, $4) f;
 
 -- name: due
 -- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
 -- Each tenant's oldest first, then each one's second oldest, and so on: a flood of one makes no other wait.
 -- now() and not clock_timestamp() where an index shall serve. What is due only much later was put off by a clock
--- that has gone back since.
--- $1 how many, $2 interval
+-- that has gone back since. After a statement of this kind whose answer nobody heard, what it took is taken again:
+-- whom two dispatch, one claims.
+-- $1 how many, $2 interval, $3 how far ahead of their time they are taken
 WITH RECURSIVE owners AS (
     -- By the index from one tenant to the next: it costs the tenants that have runs, and not all their runs.
     (SELECT r.tenant_id FROM session.run r WHERE r.status IN (1, 2) AND r.dispatch_after IS NOT NULL
@@ -87,7 +89,7 @@ WITH RECURSIVE owners AS (
         FROM session.run r
         JOIN session.lease l USING (session_id)
         WHERE r.tenant_id = t.tenant_id AND r.status IN (1, 2)
-          AND (r.dispatch_after <= now() OR r.dispatch_after > now() + interval '1 minute')
+          AND (r.dispatch_after <= now() + $3::interval OR r.dispatch_after > now() + interval '1 minute')
           AND (l.owner IS NULL OR NOT session.in_force(l.lease_until))
         ORDER BY r.dispatch_after
         LIMIT $1
@@ -98,7 +100,7 @@ WITH RECURSIVE owners AS (
     FROM session.run r
     WHERE r.run_id = ANY (ARRAY(SELECT w.run_id FROM waiting w ORDER BY w.place, w.dispatch_after LIMIT $1))
       AND r.status IN (1, 2)
-      AND (r.dispatch_after <= now() OR r.dispatch_after > now() + interval '1 minute')
+      AND (r.dispatch_after <= now() + $3::interval OR r.dispatch_after > now() + interval '1 minute')
     FOR NO KEY UPDATE OF r SKIP LOCKED
 )
 UPDATE session.run r SET dispatch_after = clock_timestamp() + $2::interval

@@ -23,9 +23,9 @@ SELECT session_id, tenant_id, title, metadata, agent, user_name, created_ms, upd
 FROM made;
 
 -- name: find_request
--- What a request id made.
+-- What a request id made; for an answer that it was made before.
 -- $1 tenant_id, $2 scope, $3 key
-SELECT fingerprint, result_id FROM session.idempotency WHERE tenant_id = $1 AND scope = $2 AND key = $3;
+SELECT fingerprint, result_id, session.confirm() FROM session.idempotency WHERE tenant_id = $1 AND scope = $2 AND key = $3;
 
 -- name: get_session
 -- One session of a tenant.

@@ -19,3 +19,12 @@ SELECT set_config('statement_timeout', '55s', true);
 DELETE FROM session.idempotency
 WHERE ctid = ANY(ARRAY(SELECT ctid FROM session.idempotency WHERE created_at < now() - $1::interval
                        ORDER BY created_at LIMIT $2));
+
+-- name: synchronous
+-- Whether commits wait for a standby.
+SELECT current_setting('synchronous_standby_names') <> ''
+       AND current_setting('synchronous_commit') NOT IN ('off', 'local') AS synchronous;
+
+-- name: confirm
+-- See session.confirm.
+SELECT session.confirm();

@@ -165,8 +165,7 @@ class Model:
     def reattach(self, handle: Handle, owner: str) -> bool:
         if self.leased is not handle.run or self.owner is None:
             return False
-        same_claim = self.owner == owner and self.fence - self.attach <= handle.fence <= self.fence
-        if handle.fence != self.fence and not same_claim:
+        if handle.fence != self.fence and (self.owner != owner or handle.fence > self.fence):
             return False
         self.fence += 1
         self.attach += 1

@@ -261,7 +261,8 @@ def machine(run: Callable[[Awaitable[Any]], Any], kit: Kit) -> type[RuleBasedSta
 
             def heard(answer: Any, before: JournalModel) -> None:
                 if answer is not None:
-                    self.tickets.append(Ticket(ticket.run_id, answer[0], ticket.owner, ticket.claim))
+                    # It may have been granted the run anew since, without having heard of it.
+                    self.tickets.append(Ticket(ticket.run_id, answer[0], ticket.owner, self.witness.claim))
 
             return Op(f"reattach {ticket.fence}", real, model, heard)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from meshkit.ids import uuid7
-from services.session.domain import AppendOutcome, ClaimOutcome, LeaseRef, RunStatus
+from services.session.domain import AppendOutcome, ClaimOutcome, Cut, LeaseRef, RunAppend, RunStatus
 from tests.integration.session.store.kit import Kit, event, ref
 
 
@@ -78,10 +78,25 @@ async def test_reattach_whose_answer_was_lost_is_asked_for_again_with_the_old_fe
     assert await kit.store.reattach(ref(grant), "another") is None
 
 
+async def test_what_an_owner_was_granted_unheard_is_its_own(kit: Kit) -> None:
+    """A claim and a re-attach that PostgreSQL carried out long after whoever asked had given up on them."""
+    grant = await kit.started()
+    await kit.claimed(grant.run_id, "a")
+    await kit.store.reattach(ref(grant), "a")
+    renewal = await kit.store.renew([ref(grant)], "a")
+    assert (renewal.lost, renewal.busy) == ([], [])
+    assert (await kit.store.renew([ref(grant)], "b")).lost == [grant.run_id]
+    again = await kit.store.reattach(ref(grant), "a")
+    assert again is not None
+    assert (await kit.append(again, grant.next_seq)).outcome is AppendOutcome.COMMITTED
+    assert not await kit.store.release(ref(grant), "b")
+    assert await kit.store.release(ref(grant), "a")
+
+
 async def test_reattach_after_a_takeover_or_the_end_is_lost(kit: Kit) -> None:
     grant = await kit.started()
     await kit.expire(grant.session_id)
-    newer = (await kit.claimed(grant.run_id, "a")).grant
+    newer = (await kit.claimed(grant.run_id, "b")).grant
     assert newer is not None
     assert await kit.store.reattach(ref(grant), "a") is None
     await kit.finish(newer, 2)
@@ -105,14 +120,14 @@ async def test_cutting_a_lease_needs_fence_and_attach_to_match(kit: Kit) -> None
     grant, moved = await kit.started(), await kit.started()
     attached = await kit.store.reattach(ref(moved), "a")
     assert attached is not None
-    assert await kit.store.shorten([ref(grant), ref(moved)], 500) == 1
+    assert await kit.store.shorten([ref(grant), ref(moved)], 500) == {grant.run_id}
     assert await until(kit, grant.session_id) <= 500
     assert await until(kit, moved.session_id) > 5_000
     # Never longer than it was.
-    assert await kit.store.shorten([ref(grant)], 60_000) == 1
+    assert await kit.store.shorten([ref(grant)], 60_000) == {grant.run_id}
     assert await until(kit, grant.session_id) <= 500
-    assert await kit.store.shorten([ref(attached)], 500) == 1
-    assert await kit.store.shorten([], 500) == 0
+    assert await kit.store.shorten([ref(attached)], 500) == {moved.run_id}
+    assert await kit.store.shorten([], 500) == set()
 
 
 async def test_claims_that_nobody_wrote_under_are_cut_by_their_owner(kit: Kit) -> None:
@@ -120,14 +135,71 @@ async def test_claims_that_nobody_wrote_under_are_cut_by_their_owner(kit: Kit) -
     fresh, written, moved, other = [await kit.started(owner) for owner in (mine, mine, mine, another)]
     await kit.append(written, 2)
     assert await kit.store.reattach(ref(moved), mine) is not None
-    assert await kit.store.shorten_claims(mine, 0) == 1
+    assert await kit.store.shorten_claims(mine, 0, 60_000) == Cut()
+    assert await kit.store.shorten_claims(mine, 0) == Cut(1)
     assert (await kit.store.claim(fresh.run_id, "c")).outcome is ClaimOutcome.CLAIMED
     for grant in (written, moved, other):
         assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
-    assert await kit.store.shorten_claims(mine, 0, written=True) == 2
-    for grant in (written, moved):
+
+
+async def test_a_process_ends_what_its_former_ones_held_and_nothing_else(kit: Kit) -> None:
+    name = f"a-{uuid7()}"
+    former, before, own, other, longer = [
+        await kit.started(owner)
+        for owner in (
+            f"{name}~00000001",
+            f"{name}~00000002",
+            f"{name}~00000003",
+            "b~00000001",
+            f"{name}0~00000001",
+        )
+    ]
+    assert await kit.store.end_former(f"{name}~00000003") == Cut(2)
+    assert await kit.store.end_former(f"{name}~00000003") == Cut()
+    for grant in (former, before):
         assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.CLAIMED
-    assert (await kit.store.claim(other.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
+    for grant in (own, other, longer):
+        assert (await kit.store.claim(grant.run_id, "c")).outcome is ClaimOutcome.ALREADY_CLAIMED
+    assert [one.run_id for one in await kit.store.leases_of(f"{name}~00000003")] == [own.run_id]
+
+
+async def test_a_locked_lease_is_skipped_and_not_taken_for_lost(kit: Kit) -> None:
+    mine = f"a-{uuid7()}~00000001"
+    locked, free = await kit.started(mine), await kit.started(mine)
+    both = [ref(locked), ref(free)]
+    async with kit.pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "SELECT FROM session.lease WHERE session_id = $1 FOR UPDATE", locked.session_id
+        )
+        async with asyncio.timeout(1.5):  # far below the limit on the wait for a lock
+            appends = [RunAppend(one.session_id, one.run_id, one.fence, 2, [event()]) for one in both]
+            results = await kit.store.append(appends)
+            renewal = await kit.store.renew(both, mine)
+            assert await kit.store.shorten(both, 60_000) == {free.run_id}
+            assert await kit.store.shorten_claims(mine, 60_000) == Cut(0, 1)
+            assert await kit.store.end_former(f"{mine[:-1]}2") == Cut(1, 1)
+            step = await kit.step(locked, 2, event())
+    assert [result.outcome for result in results] == [AppendOutcome.RETRY, AppendOutcome.COMMITTED]
+    assert (renewal.lost, renewal.busy) == ([], [locked.run_id])
+    assert step.outcome is AppendOutcome.RETRY
+    assert (await kit.step(locked, 2, event())).outcome is AppendOutcome.COMMITTED
+
+
+async def test_a_locked_run_keeps_no_other_from_its_end(kit: Kit) -> None:
+    locked, other = await kit.started(), await kit.started()
+    for grant in (locked, other):
+        await kit.store.cancel(kit.tenant, grant.run_id, "enough")
+        await kit.expire(grant.session_id)
+    async with kit.pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "SELECT FROM session.session WHERE session_id = $1 FOR UPDATE", locked.session_id
+        )
+        async with asyncio.timeout(1.5):
+            await kit.store.end_orphans(64)
+    assert (await kit.store.get_run(kit.tenant, other.run_id)).status is RunStatus.CANCELLED
+    assert (await kit.store.get_run(kit.tenant, locked.run_id)).status is RunStatus.RUNNING
+    await kit.store.end_orphans(64)
+    assert (await kit.store.get_run(kit.tenant, locked.run_id)).status is RunStatus.CANCELLED
 
 
 async def test_fences_are_read_for_many_sessions(kit: Kit) -> None:

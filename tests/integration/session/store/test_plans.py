@@ -104,7 +104,7 @@ def sql(file: str, name: str) -> str:
 
 async def test_the_sweep_costs_what_is_unfinished_and_not_what_is_stored(full: Kit) -> None:
     statement = sql("runs", "due")
-    scans, pages = await explain(full, statement, 64, timedelta(seconds=2))
+    scans, pages = await explain(full, statement, 64, timedelta(seconds=2), timedelta())
     assert any("run_due" in scan for scan in scans), scans
     assert not any(scan.startswith("Seq Scan") for scan in scans), scans
     assert pages < 20
@@ -113,7 +113,7 @@ async def test_the_sweep_costs_what_is_unfinished_and_not_what_is_stored(full: K
     for submitted in queued:
         for _ in range(5):
             await full.submit(submitted.run.session_id)
-    scans, pages = await explain(full, statement, 64, timedelta(seconds=2))
+    scans, pages = await explain(full, statement, 64, timedelta(seconds=2), timedelta())
     assert any("run_due" in scan for scan in scans), scans
     assert not any(scan.startswith("Seq Scan") for scan in scans), scans
     # A few pages for each held or queued run; those behind them in their sessions cost nothing.

@@ -131,6 +131,8 @@ class Storm:
                 intents = (intent(grant.run_id, seq, needs_approval=True),) if parks else ()
                 await kit.step(grant, seq, event(kinds[status], "{}"), intents=intents, status=status)
                 return
+            if result.outcome is AppendOutcome.RETRY:
+                continue
             if result.outcome is not AppendOutcome.COMMITTED:
                 assert result.outcome is AppendOutcome.FENCED
                 return

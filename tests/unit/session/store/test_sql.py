@@ -23,6 +23,8 @@ NOT_BY_TENANT = {
         "release",
         "shorten",
         "shorten_claims",
+        "end_former",
+        "leases_of",
         "lost_leases",
         "fences",
         "heads",

@@ -1,0 +1,149 @@
+"""A PostgreSQL and its synchronous standby, real ones, that can be frozen, lost and promoted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from launcher.embedded.postgres import BIN, as_ordinary_user
+from meshkit.migrate import migrate
+from tests.chaos.faults.stores import PASSWORD, Store, own_postgres
+from tests.conftest import MIGRATIONS
+
+SECONDS = 30.0
+
+
+def processes(store: Store) -> list[int]:
+    """The pids of a server and all that it started."""
+    assert store.process is not None
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found = [store.process.pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def send(store: Store, number: signal.Signals) -> None:
+    """Signals a server and all that it started."""
+    for pid in processes(store):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+@dataclass
+class Replicated:
+    """A primary whose commits wait for its standby."""
+
+    primary: Store
+    standby: Store
+
+    @property
+    def url(self) -> str:
+        """Where the primary is."""
+        return self.primary.url
+
+    async def ask(self, statement: str, *, of: Store | None = None) -> Any:
+        """One value, from the primary if not said otherwise."""
+        connection = await asyncpg.connect((of or self.primary).url, timeout=SECONDS)
+        try:
+            return await connection.fetchval(statement)
+        finally:
+            await connection.close()
+
+    def freeze(self) -> None:
+        """The standby does nothing any more."""
+        send(self.standby, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on."""
+        send(self.standby, signal.SIGCONT)
+
+    async def fail_over(self) -> str:
+        """Loses the primary for good, and what is on its way, and promotes the standby; returns where that is."""
+        for store in (self.primary, self.standby):
+            send(store, signal.SIGKILL)
+            await store.stop(signal.SIGKILL)
+        await self.standby.start()
+        await self.ask("SELECT pg_promote(true, 30)", of=self.standby)
+        # The one that is left has no standby to wait for.
+        await self.ask("ALTER SYSTEM SET synchronous_standby_names = ''", of=self.standby)
+        await self.ask("SELECT pg_reload_conf()", of=self.standby)
+        async with asyncio.timeout(SECONDS):
+            while await self.ask("SHOW synchronous_standby_names", of=self.standby):
+                await asyncio.sleep(0.02)
+        return self.standby.url
+
+
+@asynccontextmanager
+async def replicated() -> AsyncIterator[Replicated]:
+    """Both of them, with every service's schema; commits wait for the standby from here on."""
+    folder = Path(tempfile.mkdtemp(prefix="hm-sr-"))
+    homes = [folder / "a", folder / "b"]
+    for home in homes:
+        home.mkdir(mode=0o700)
+    primary = own_postgres(homes[0], homes[0] / "data", homes[0] / "log", "-c", "fsync=off")
+    stores = [primary]
+    try:
+        await primary.start()
+        for schema, directory in MIGRATIONS.items():
+            await migrate(primary.url, directory, schema=schema)
+        backup = [
+            *as_ordinary_user(),
+            *(
+                str(BIN / "pg_basebackup"),
+                "-D",
+                str(homes[1] / "data"),
+                "-h",
+                str(homes[0]),
+                "-U",
+                "postgres",
+            ),
+            *("-R", "-c", "fast", "-X", "stream", "--no-sync"),
+        ]
+        environment = {"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD}
+        done = await asyncio.to_thread(
+            subprocess.run,
+            backup,
+            env=environment,
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+            cwd="/",
+        )
+        assert done.returncode == 0, done.stderr
+        standby = own_postgres(homes[1], homes[1] / "data", homes[1] / "log", "-c", "fsync=off")
+        stores.append(standby)
+        await standby.start()
+        pair = Replicated(primary, standby)
+        await pair.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        await pair.ask("SELECT pg_reload_conf()")
+        async with asyncio.timeout(SECONDS):
+            while await pair.ask("SELECT sync_state FROM pg_stat_replication") != "sync":
+                await asyncio.sleep(0.02)
+        yield pair
+    finally:
+        for store in stores:
+            if store.process is not None:
+                send(store, signal.SIGCONT)
+                await store.stop(signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
