@@ -27,6 +27,8 @@ from tests.chaos.traffic.watchers import Watcher
 from tests.chaos.validate import check
 
 TRAFFIC_SECONDS = 8.0
+# For so long clients go on beyond that while something is still broken.
+_MORE_SECONDS = 20.0
 CLIENTS = 10
 # From the last fault's end until every run must be over: a lease's life, five idle claims, and a little.
 SETTLE_SECONDS = 45.0
@@ -187,6 +189,8 @@ class Episode:
                 breaking = [group.create_task(_later(stage, one)) for one in planned]
                 try:
                     await asyncio.sleep(self.seconds)
+                    # What a fault does to clients shows only while there are some.
+                    await asyncio.wait(breaking, timeout=_MORE_SECONDS) if breaking else None
                     stopping.set()
                     await asyncio.wait(breaking) if breaking else None
                     _, late = await asyncio.wait(working, timeout=self.settle)

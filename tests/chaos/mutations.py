@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.chaos.faults import faults, mesh_faults
+from tests.chaos.faults import faults, mesh_faults, store_faults
 from tests.chaos.faults.cluster import ROOT
 from tests.chaos.faults.faults import Stage
 from tests.chaos.faults.plan import Planned
@@ -22,7 +22,7 @@ _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
 _ENDS = "services/session/store/migrations/0006_pre_ends.sql"
-_BEGIN = "services/session/store/migrations/0007_pre_delete.sql"
+_BEGIN = "services/session/store/migrations/0008_pre_delete.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,5 +278,18 @@ MUTATIONS = (
         "            if rows:\n                return [tool_call_of(row) for row in rows]\n",
         "",
         faults=[Planned(2.0, faults.kill_gateway)],
+    ),
+    Mutation(
+        "locked-write-lost",
+        "An append whose session somebody has locked is skipped, and acknowledged.",
+        "services/session/flusher.py",
+        "            elif result.outcome is AppendOutcome.RETRY and (pause := pending.pause()) is not None:\n"
+        "                asyncio.get_running_loop().call_later(pause, self.submit, pending)\n"
+        "                continue\n",
+        "            elif result.outcome is AppendOutcome.RETRY:\n"
+        "                after = pending.append.first_seq + len(pending.append.events)\n"
+        "                result = AppendResult(pending.append.run_id, pending.append.first_seq, "
+        "AppendOutcome.COMMITTED, after)\n",
+        faults=[Planned(when, store_faults.postgres_locked) for when in (1.0, 3.0, 5.0)],
     ),
 )

@@ -141,8 +141,9 @@ class LiveEyes:
     async def _look(self, session: str, run: str) -> None:
         seen = self._seen.setdefault(run, {})
         for entry, fields in await self._client.xrange(stream_key(session, run)):  # type: ignore[arg-type]
-            kind, _, data = fields[b"e"].decode().split(" ", 2)
-            mark = digest(data)
+            kind, _, *data = fields[b"e"].decode().split(" ", 2)
+            # The data of a large event is in PostgreSQL alone.
+            mark = digest(data[0]) if data else ""
             place = entry.decode()
             # The same place with other bytes is a finding of its own.
             if seen.get(place) != mark:

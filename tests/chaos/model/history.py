@@ -40,7 +40,8 @@ the service side (PostgreSQL's own triggers, in the transaction that they tell o
     call        order, call, run, from, to, fence: a tool call changed its state (0 = it was made)
 
 Redis, read from outside now and then and at the end
-    live        session, run, seq, type, digest: an entry of a live stream
+    live        session, run, seq, type, digest: an entry of a live stream; the digest of one whose data was
+                left out is ""
     live_fence  session, fence
 
 PostgreSQL at the end, one record a row

@@ -343,3 +343,15 @@ def test_a_fence_of_redis_ahead_of_postgresql(world: World) -> None:
 def test_a_fence_of_redis_for_a_session_that_is_not_there(world: World) -> None:
     of(world, "live_fence")[-1]["session"] = "session-x"
     assert_found(world, 3, "PostgreSQL none so high")
+
+
+def test_redis_may_leave_out_the_data_of_a_large_entry_but_not_its_type() -> None:
+    world = World()
+    run = world.submit(world.session())
+    world.cancel(run)
+    [created] = of(world, "log", run=run.name, seq=1)
+    live = {"session": run.session.name, "run": run.name, "seq": 1, "type": created["type"], "digest": ""}
+    world.records.append({"t": world.now, "n": 0, "kind": "live"} | live)
+    assert_clean(world)
+    world.records[-1]["type"] = "text.delta"
+    assert_found(world, 7, "is not the log's")
