@@ -22,6 +22,7 @@ from launcher.folder import NEEDED_BYTES, Folder
 from launcher.plan import PARTS
 from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
+from meshkit import variables
 
 IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
 NEEDED_FILES = 4096
@@ -68,6 +69,8 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
     yield Finding(
         "the model's weights", "there" if there else "missing", "" if there else "run make up again"
     )
+    for mistyped in variables.unknown(os.environ):
+        yield Finding(mistyped.name, "not a setting", str(mistyped))
     folder = Folder(settings.folder)
     try:
         folder.prepare()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ COMPOSE_GATEWAY_PORT = 8080
 BUFFER_BYTES = 1024 * 1024
 MAX_HEAP_MIB = 1024
 MAX_CONNECTIONS = 10_000
+_OWN_FILES = 512
 
 
 class Policy(StrEnum):
@@ -142,6 +144,16 @@ def render_local(
             ]
         ),
     )
+
+
+def connections(wanted: int, files: int) -> int:
+    """Returns how many connections from outside fit into a limit on open files.
+
+    Each may need another one to a gateway; past the limit Envoy could not even refuse.
+    """
+    if files == resource.RLIM_INFINITY:
+        return wanted
+    return min(wanted, max(64, (files - _OWN_FILES) // 2))
 
 
 def _quoted(path: Path) -> str:

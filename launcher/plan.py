@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -230,7 +231,9 @@ class Plan:
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
                 agent_policy=self.settings.agent_lb,
-                max_connections=self.settings.edge_max_connections,
+                max_connections=envoy.connections(
+                    self.settings.edge_max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                ),
                 max_heap_mib=self.settings.edge_max_heap_mib,
                 pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),

@@ -48,7 +48,10 @@ class LauncherSettings(BaseSettings):
     edge_max_connections: int = Field(
         10_000,
         ge=1,
-        description="Connections that Envoy takes from outside, both public ports together.",
+        description=(
+            "Connections that Envoy takes from outside, both public ports together; less where the limit on "
+            "open files does not allow for two each."
+        ),
     )
     edge_max_heap_mib: int = Field(
         1024,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +45,7 @@ class HostileCalls:
     """One connection to a gRPC port whose calls are never finished.
 
     Attributes:
+        sent: Bytes of each stream's message that the server let in.
         answered: Streams on which something came back.
         ended: Whether the server closed the connection.
     """
@@ -55,6 +57,7 @@ class HostileCalls:
         self._connection_window = _WINDOW
         self._windows: dict[int, int] = {}
         self._changed = asyncio.Condition()
+        self.sent: Counter[int] = Counter()
         self.answered: set[int] = set()
         self.ended = False
 
@@ -107,7 +110,7 @@ class HostileCalls:
         elif kind in (HEADERS, RST_STREAM):
             self.answered.add(stream)
 
-    def begin(self, path: str) -> int:
+    def begin(self, path: str, metadata: dict[str, str] | None = None) -> int:
         """Begins a call, its headers only; returns its stream."""
         stream, self._next = self._next, self._next + 2
         block = header_block(
@@ -118,6 +121,7 @@ class HostileCalls:
                 ":authority": "mesh",
                 "content-type": "application/grpc",
                 "te": "trailers",
+                **(metadata or {}),
             }
         )
         self._windows[stream] = self._initial
@@ -134,6 +138,7 @@ class HostileCalls:
                 size = min(self._room(stream), _FRAME, len(data))
                 self._windows[stream] -= size
                 self._connection_window -= size
+                self.sent[stream] += size
             part, data = data[:size], data[size:]
             try:
                 self._writer.write(frame(DATA, 0, stream, part))

@@ -160,9 +160,13 @@ endpoints = [
         "/v1/sessions/{session_id}",
         delete,
         "Deletes a session with all that belongs to it",
-        {204: Answer("It is gone.")},
+        {204: Answer("It is gone; none of its tool calls acts any more.")},
         tag="sessions",
-        description="A run in progress is cancelled.",
+        description=(
+            "A run in progress is cancelled, and its tool calls with it. Calls that act are waited for; "
+            "where they do not stop within seconds the answer is 409 CALLS_UNDER_WAY, which names them, and "
+            "nothing is deleted yet: delete it again."
+        ),
     ),
     Endpoint(
         "GET",

@@ -1,27 +1,17 @@
 // The chat page. No framework and no foreign code: a small client of the gateway's own HTTP API.
 //
-// fold.js makes of events what is shown, conversation.js reads and follows a session's log, run.js draws. This file has
-// the rest of the page: the conversation that is open, the list of them, signing in.
+// fold.js makes of events what is shown, conversation.js reads and follows a session's log, run.js draws, sidebar.js lists
+// the conversations. This file has the one that is open, signing in, and what a person does at the page.
 
 import { getJson, json, request, session as signedIn, uniqueKey } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { element } from "./markdown.js";
 import { RunView } from "./run.js";
-
-const $ = (id) => document.getElementById(id);
-
-const state = {
-  sessions: [],
-  nextPage: "",
-  pages: 1, // how many pages of the list were loaded
-  sessionId: null,
-  conversation: null, // of sessionId, once that is open
-  views: new Map(), // of the runs that are shown, by run
-  creating: null, // the session that is being made
-};
-
-// Other tabs of this browser hear at once when the list has changed.
-const tabs = new BroadcastChannel("hermesh");
+import {
+  closeSidebar, drawHeader, drawSessions, endRename, listChanged, loadMore, loadSessions, openSidebar, remember, remove,
+  rename, sidebar, startRename, tabs,
+} from "./sidebar.js";
+import { $, setStatus, state } from "./state.js";
 
 // ---- the conversation --------------------------------------------------------------------------------
 
@@ -33,12 +23,6 @@ function stick(draw) {
   const stays = atBottom();
   draw();
   if (stays) toBottom();
-}
-
-function setStatus(text, bad = false) {
-  const status = $("status");
-  if (status.textContent !== text) status.textContent = text;
-  status.classList.toggle("bad", bad);
 }
 
 function showEmpty() {
@@ -253,121 +237,6 @@ async function stop() {
   }
 }
 
-// ---- the list of conversations ------------------------------------------------------------------------
-
-const titleOf = (session) => session?.title || "New conversation";
-
-function remember(session) {
-  const at = state.sessions.findIndex((other) => other.session_id === session.session_id);
-  if (at >= 0) state.sessions[at] = session;
-  else state.sessions.unshift(session);
-  drawSessions();
-  drawHeader();
-}
-
-function listChanged() {
-  tabs.postMessage("list");
-  loadSessions().catch(() => {});
-}
-
-async function loadSessions() {
-  const page = await getJson("/v1/sessions?page_size=50");
-  const fresh = new Set(page.sessions.map((session) => session.session_id));
-  const older = state.pages > 1 ? state.sessions.filter((session) => !fresh.has(session.session_id)) : [];
-  state.sessions = [...page.sessions, ...older];
-  if (state.pages === 1) state.nextPage = page.next_page_token;
-  drawSessions();
-  drawHeader();
-}
-
-async function loadMore() {
-  const page = await getJson(`/v1/sessions?page_size=50&page_token=${encodeURIComponent(state.nextPage)}`);
-  const known = new Set(state.sessions.map((session) => session.session_id));
-  state.sessions.push(...page.sessions.filter((session) => !known.has(session.session_id)));
-  state.nextPage = page.next_page_token;
-  state.pages += 1;
-  drawSessions();
-}
-
-function drawSessions() {
-  $("sessions").replaceChildren(...state.sessions.map((session) => element("li", {}, element("a", {
-    href: `#/s/${session.session_id}`,
-    class: session.active_run_id ? "running" : "",
-    "aria-current": session.session_id === state.sessionId ? "page" : undefined,
-    title: titleOf(session),
-  }, titleOf(session)))));
-  $("more-sessions").hidden = !state.nextPage;
-}
-
-function drawHeader() {
-  const session = state.sessions.find((one) => one.session_id === state.sessionId);
-  $("title").textContent = titleOf(session);
-  document.title = session ? `${titleOf(session)} – Hermesh` : "Hermesh";
-  $("rename-button").hidden = $("delete-button").hidden = !state.sessionId;
-}
-
-function startRename() {
-  const { sessionId } = state;
-  $("rename").value = state.sessions.find((one) => one.session_id === sessionId)?.title || "";
-  // It is that one which is renamed, whatever is open by the time the title is there.
-  $("rename-form").dataset.sessionId = sessionId;
-  $("rename-form").hidden = false;
-  $("title").hidden = true;
-  $("rename").select();
-}
-
-function endRename() {
-  $("rename-form").hidden = true;
-  $("title").hidden = false;
-}
-
-async function rename(event) {
-  event.preventDefault();
-  const { sessionId } = event.target.dataset;
-  try {
-    remember(await json("PATCH", `/v1/sessions/${sessionId}`, { title: $("rename").value.trim() }));
-    tabs.postMessage("list");
-    if (sessionId !== state.sessionId) return;
-    endRename();
-    $("input").focus();
-  } catch (error) {
-    setStatus(`It could not be renamed: ${error.message}`, true);
-  }
-}
-
-async function remove() {
-  const { sessionId } = state;
-  const dialog = $("delete-dialog");
-  const answer = await new Promise((done) => {
-    dialog.returnValue = "no";
-    dialog.addEventListener("close", () => done(dialog.returnValue), { once: true });
-    dialog.showModal();
-  });
-  if (answer !== "yes") return;
-  try {
-    await request("DELETE", `/v1/sessions/${sessionId}`);
-    tabs.postMessage("list");
-    state.sessions = state.sessions.filter((one) => one.session_id !== sessionId);
-    if (sessionId === state.sessionId) await openSession(null);
-    else drawSessions();
-  } catch (error) {
-    setStatus(`It could not be deleted: ${error.message}`, true);
-  }
-}
-
-function openSidebar() {
-  $("sidebar").classList.add("open");
-  $("shade").hidden = false;
-  $("open-sidebar").setAttribute("aria-expanded", "true");
-  $("close-sidebar").focus();
-}
-
-function closeSidebar() {
-  $("sidebar").classList.remove("open");
-  $("shade").hidden = true;
-  $("open-sidebar").setAttribute("aria-expanded", "false");
-}
-
 // ---- signing in ---------------------------------------------------------------------------------------
 
 function showSignIn(message = "") {
@@ -427,6 +296,7 @@ async function begin() {
 // ---- events of the page ---------------------------------------------------------------------------------
 
 const input = $("input");
+sidebar.open = openSession;
 signedIn.ended = () => showSignIn("The sign-in has ended.");
 
 function fit() {
@@ -511,6 +381,10 @@ const refresh = () => { if (!$("chat").hidden && document.visibilityState === "v
 tabs.addEventListener("message", refresh);
 document.addEventListener("visibilitychange", refresh);
 window.addEventListener("focus", refresh);
+// What has not reached the gateway yet is nowhere else.
+window.addEventListener("beforeunload", (event) => {
+  if (state.conversation?.runs.some((run) => run.status === "sending" || run.status === "unsure")) event.preventDefault();
+});
 window.addEventListener("online", () => setStatus(""));
 window.addEventListener("offline", () => setStatus("This device is offline.", true));
 

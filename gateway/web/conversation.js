@@ -3,6 +3,7 @@
 
 import { ApiError, Expired, events, getJson, json, request, sleep, uniqueKey } from "./api.js";
 import { eventsOfMessages, fold, isFinished, newRun } from "./fold.js";
+import { firstEvents, isGone, messagesOf } from "./history.js";
 
 const BACKOFF = { first: 300, most: 5000 };
 // How much of the log is read at once: enough for a screen, and no more than a moment's work.
@@ -70,11 +71,13 @@ export class Conversation {
   async follow(batch) {
     let wait = BACKOFF.first;
     while (!this.left) {
+      await this.attention();
       const before = this.cursor;
       let pause = 0;
+      this.reading = new AbortController();
       try {
         const stream = events(`/v1/sessions/${this.sessionId}/events`, {
-          signal: this.stopped.signal, cursor: this.cursor, opened: () => this.connected(),
+          signal: AbortSignal.any([this.reading.signal, this.stopped.signal]), cursor: this.cursor, opened: () => this.connected(),
         });
         for (;;) {
           const { value, done } = await stream.next();
@@ -83,6 +86,7 @@ export class Conversation {
         }
       } catch (error) {
         if (this.left) return;
+        if (this.reading.signal.aborted) continue;
         if (error instanceof Expired) {
           const passed = await this.passExpired(batch).catch(() => false);
           if (passed) continue;
@@ -98,6 +102,18 @@ export class Conversation {
       wait = moved ? BACKOFF.first : Math.min(wait * 2, BACKOFF.most);
       if (this.busy || !this.shown) this.disconnected();
       await sleep(Math.max(pause, moved ? 50 : wait * (0.5 + Math.random() / 2)));
+    }
+  }
+
+  // A browser has six connections for a host, for all its tabs: one that nobody looks at, and in which nothing is
+  // under way, gives its own up, and reads on from its cursor when somebody looks again.
+  get unattended() {
+    return document.visibilityState === "hidden" && this.shown && !this.busy;
+  }
+
+  async attention() {
+    while (!this.left && this.unattended) {
+      await new Promise((looked) => document.addEventListener("visibilitychange", looked, { once: true }));
     }
   }
 
@@ -256,54 +272,21 @@ export class Conversation {
 
   // Folds the runs at the batch's beginning whose log is gone; returns the cursor after them, or "" if there are none.
   async fromMessages(batch, runOf) {
+    const { signal } = this.stopped;
     const gone = [];
     for (const row of batch) {
-      if (unfinished(row) || !(await this.expired(row))) break;
+      if (unfinished(row) || !(await isGone(row.run_id, signal))) break;
       gone.push(row);
     }
     if (!gone.length) return "";
-    const wanted = new Map(gone.map((row) => [row.run_id, []]));
-    let token = "";
-    let found = false;
-    do {
-      const page = await getJson(
-        `/v1/sessions/${this.sessionId}/messages?page_size=500&page_token=${encodeURIComponent(token)}`,
-        { signal: this.stopped.signal },
-      );
-      for (const message of page.messages) wanted.get(message.run_id)?.push(message);
-      found ||= page.messages.some((message) => wanted.has(message.run_id));
-      // They come in the order of the runs: past the last one there are no more.
-      const past = found && page.messages.length && !wanted.has(page.messages[page.messages.length - 1].run_id);
-      token = past ? "" : page.next_page_token;
-    } while (token);
+    const messages = await messagesOf(this.sessionId, gone.map((row) => row.run_id), signal);
     for (const row of gone) {
       const run = runOf(row);
       run.whole = false;
-      for (const event of eventsOfMessages(row, wanted.get(row.run_id))) fold(run, event);
+      for (const event of eventsOfMessages(row, messages.get(row.run_id))) fold(run, event);
       run.lastSeq = Math.max(run.lastSeq, row.last_seq);
     }
     return cursorOf(gone[gone.length - 1]);
-  }
-
-  async expired(row) {
-    try {
-      await this.firstEvent(row.run_id);
-      return false;
-    } catch (error) {
-      if (error instanceof Expired) return true;
-      throw error;
-    }
-  }
-
-  async firstEvent(runId) {
-    const reading = new AbortController();
-    try {
-      const signal = AbortSignal.any([reading.signal, this.stopped.signal]);
-      for await (const event of events(`/v1/runs/${runId}/events`, { signal })) return event;
-      return null;
-    } finally {
-      reading.abort();
-    }
   }
 
   // ---- what waits for its turn ----
@@ -311,6 +294,7 @@ export class Conversation {
   async keepLooking() {
     while (!this.left) {
       await sleep(LOOK_MS);
+      if (this.unattended) this.reading?.abort();
       if (this.left || !this.busy || document.visibilityState !== "visible") continue;
       await this.look().catch(() => {}); // the stream says what is wrong
     }
@@ -329,18 +313,8 @@ export class Conversation {
       const waits = row.status === "queued" && !known?.lastSeq;
       const ended = row.status === "cancelled" && row.attempt === 0 && (known?.lastSeq || 0) < row.last_seq;
       if (!waits && !ended) continue;
-      const reading = new AbortController();
-      try {
-        const signal = AbortSignal.any([reading.signal, this.stopped.signal]);
-        for await (const event of events(`/v1/runs/${row.run_id}/events`, { signal })) {
-          this.foldInto(this.runOf(event), event);
-          if (event.seq >= row.last_seq || waits) break;
-        }
-      } catch (error) {
-        if (!(error instanceof Expired)) throw error;
-      } finally {
-        reading.abort();
-      }
+      const last = waits ? 1 : row.last_seq;
+      for (const event of await firstEvents(row.run_id, last, this.stopped.signal)) this.foldInto(this.runOf(event), event);
     }
   }
 

@@ -15,6 +15,7 @@ from services.session import convert
 from services.session.backlog import Backlog
 from services.session.commits import Commits
 from services.session.domain import ActionDecision, ConcurrencyPolicy, RunStatus
+from services.session.operations.delete import delete_session
 from services.session.operations.options import check_options
 from services.session.operations.resolve import resolve
 from services.session.operations.submit import check_text, fingerprint, submit
@@ -115,8 +116,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
     ) -> pb.DeleteSessionResponse:
         """See the proto."""
         session_id = _id(request.session_id, "session_id")
-        await self._store.delete_session(require_tenant(), session_id)
-        self._commits.deleted(session_id)
+        await delete_session(self._store, self._commits, require_tenant(), session_id)
         return pb.DeleteSessionResponse()
 
     async def ListMessages(

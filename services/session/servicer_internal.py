@@ -205,6 +205,7 @@ class SessionInternalServicer(grpc_pb.SessionInternalServiceServicer):
             request.content,
             request.content_ref,
             request.tries,
+            request.still_acts,
         )
         return pb.CompleteToolCallResponse(tool_call=convert.tool_call_to_proto(call))
 

@@ -68,6 +68,8 @@ class Execution:
     def __init__(self, request: CallRequest) -> None:
         self.request = request
         self.cancelled = False
+        # The tool was told to stop and does not.
+        self.stuck = False
         # Both return their failures: raised ones would be logged as the owner's.
         self.task: asyncio.Task[Outcome | HermeshError] | None = None
         self.act: asyncio.Task[Any] | None = None
@@ -304,6 +306,7 @@ class Executor:
             task.cancel()
             await asyncio.wait({task}, timeout=STOP_SECONDS)
         if not task.done():
+            execution.stuck = True
             self._stuck += 1
             task.add_done_callback(self._unstuck)
         # A process that was stopped may find the act at its end and its time passed at once.
@@ -372,7 +375,7 @@ class Executor:
         with ExitStack() as waiting:
             while True:
                 try:
-                    entry = await self._journal.complete(request, outcome, tries)
+                    entry = await self._journal.complete(request, outcome, tries, still_acts=execution.stuck)
                 except HermeshError as error:
                     wait = backoff.next()
                     if not isinstance(error, _PASSING) or time.monotonic() + wait > end:

@@ -27,8 +27,12 @@ class Journal(Protocol):
         """Records that the tool is about to act, for so many seconds at most. Only GO allows it to."""
         ...
 
-    async def complete(self, request: CallRequest, outcome: Outcome, tries: int = 0) -> Entry:
-        """Records what a try did. May be repeated: the first outcome stays, and is returned."""
+    async def complete(
+        self, request: CallRequest, outcome: Outcome, tries: int = 0, *, still_acts: bool = False
+    ) -> Entry:
+        """Records what a try did, and whether it still acts. May be repeated: the first outcome stays, and is
+        returned.
+        """
         ...
 
     async def look(self, request: CallRequest) -> Entry:
@@ -75,7 +79,9 @@ class MeshJournal:
         return outcome, _entry(response.tool_call)
 
     @failpoints.around("tool.complete")
-    async def complete(self, request: CallRequest, outcome: Outcome, tries: int = 0) -> Entry:
+    async def complete(
+        self, request: CallRequest, outcome: Outcome, tries: int = 0, *, still_acts: bool = False
+    ) -> Entry:
         """Calls CompleteToolCall."""
         try:
             response = await self._stub.CompleteToolCall(
@@ -86,6 +92,7 @@ class MeshJournal:
                     content=outcome.content,
                     content_ref=outcome.content_ref,
                     tries=tries,
+                    still_acts=still_acts,
                 ),
                 metadata=mesh_metadata(self._settings, request.tenant_id),
                 timeout=CALL_SECONDS,

@@ -36,6 +36,9 @@ def _arguments() -> argparse.Namespace:
         action="append",
         help="in place of a theme; more than one in their order",
     )
+    parser.add_argument(
+        "--megabytes", type=float, default=0.0, help="of results in each run of one more client"
+    )
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="gets a folder a seed")
     parser.add_argument("--cases", action="store_true", help="every case of cases.py, first")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="this one case")
@@ -48,7 +51,7 @@ async def _play(arguments: argparse.Namespace) -> int:
     base = arguments.base if arguments.base is not None else int(time.time())
     seeds = [arguments.seed] if arguments.seed is not None else list(range(base, base + arguments.seeds))
     faults = tuple(arguments.fault or ())
-    episodes = [Case("", seed, "", arguments.theme, faults) for seed in seeds]
+    episodes = [Case("", seed, "", arguments.theme, faults, arguments.megabytes) for seed in seeds]
     if arguments.cases:
         episodes = [*CASES, *episodes]
     if arguments.case:
@@ -65,7 +68,9 @@ async def _play(arguments: argparse.Namespace) -> int:
         for one in episodes:
             planned = only(*one.faults) if one.faults else None
             place = folder / (one.name or str(one.seed))
-            verdict = await Episode(cluster, one.seed, place, theme=one.theme, faults=planned).run()
+            verdict = await Episode(
+                cluster, one.seed, place, theme=one.theme, faults=planned, megabytes=one.megabytes
+            ).run()
             _say(verdict, one.name)
             failed += not verdict.ok
             if failed and not arguments.keep_going:

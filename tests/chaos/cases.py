@@ -18,6 +18,7 @@ class Case:
         what: what was wrong, or what is broken for the first time in the episode.
         theme: that the seed's faults are drawn from; empty where `faults` names them.
         faults: the names of the episode's faults, one after the other.
+        megabytes: of tools' results in each run of one more client.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Case:
     what: str
     theme: str = ""
     faults: tuple[str, ...] = ()
+    megabytes: float = 0.0
 
 
 CASES = (
@@ -78,5 +80,12 @@ CASES = (
         9206,
         "Everything there is is killed at once and started as after a boot.",
         faults=("machine_lost",),
+    ),
+    Case(
+        "large-run",
+        9207,
+        "A run whose own results pass what one message may hold loses its agents.",
+        faults=("kill_agent", "kill_agent", "kill_agent"),
+        megabytes=12.0,
     ),
 )

@@ -65,6 +65,7 @@ class Episode:
         theme: of the faults; the seed's own if empty.
         faults: these and no others, in place of a theme.
         mutation: the bug that the code was given, if any; it goes into the verdict.
+        megabytes: of tools' results in each run of one more client; drawn in the theme `large`, else 0.
         settle: how long clients, and then runs, may take to come to their end.
     """
 
@@ -76,6 +77,7 @@ class Episode:
     clients: int = CLIENTS
     seconds: float = TRAFFIC_SECONDS
     mutation: str = ""
+    megabytes: float = 0.0
     settle: float = SETTLE_SECONDS
 
     async def run(self) -> Verdict:
@@ -84,7 +86,7 @@ class Episode:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "history.jsonl"
         path.unlink(missing_ok=True)
-        theme = self.theme or ("named" if self.faults is not None else theme_of(self.seed))
+        theme = self.theme_or_drawn
         rng = random.Random(self.seed)
         planned = list(self.faults) if self.faults is not None else plan(rng, theme, self.seconds)
         ledger_from = self.cluster.ledger_file.stat().st_size if self.cluster.ledger_file.exists() else 0
@@ -112,6 +114,11 @@ class Episode:
         (self.folder / "verdict.json").write_text(json.dumps(vars(verdict), indent=1) + "\n")
         return verdict
 
+    @property
+    def theme_or_drawn(self) -> str:
+        """The theme: the caller's, or the seed's own."""
+        return self.theme or ("named" if self.faults is not None else theme_of(self.seed))
+
     async def _play(self, stage: Stage, planned: Sequence[Planned]) -> bool:
         recorder = stage.recorder
         sessions: list[str] = []
@@ -136,6 +143,23 @@ class Episode:
                     stopping,
                     sessions.append,
                     lambda session, run: runs.append((session, run)),
+                )
+            )
+        megabytes = self.megabytes
+        if not megabytes and self.theme_or_drawn == "large":
+            megabytes = drawn.choices([1, 2, 4, 8, 16], weights=[4, 3, 3, 2, 1])[0]
+        if megabytes:
+            recorder.write("mark", text=f"runs of {megabytes} MB")
+            clients.append(
+                Client(
+                    f"e{self.seed}-big",
+                    Http(mesh.url, mesh.headers),
+                    random.Random(f"{self.seed}-big"),
+                    recorder,
+                    stopping,
+                    sessions.append,
+                    lambda session, run: runs.append((session, run)),
+                    megabytes=megabytes,
                 )
             )
         deleted: dict[str, str] = {}

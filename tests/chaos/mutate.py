@@ -29,7 +29,14 @@ _SETTLE_SECONDS = 20.0
 def _episode(cluster: Cluster, mutation: Mutation, seed: int, folder: Path, name: str) -> Episode:
     faults = mutation.faults or None
     return Episode(
-        cluster, seed, folder, theme=mutation.theme, faults=faults, mutation=name, settle=_SETTLE_SECONDS
+        cluster,
+        seed,
+        folder,
+        theme=mutation.theme,
+        faults=faults,
+        mutation=name,
+        megabytes=mutation.megabytes,
+        settle=_SETTLE_SECONDS,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.chaos.faults import faults
+from tests.chaos.faults import faults, mesh_faults
 from tests.chaos.faults.cluster import ROOT
 from tests.chaos.faults.faults import Stage
 from tests.chaos.faults.plan import Planned
@@ -21,8 +21,8 @@ _COPIED = ("meshkit", "services", "gateway", "launcher", "bench", "gen", "deploy
 _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
-_ACTIONS = "services/session/store/migrations/0004_pre_actions.sql"
 _ENDS = "services/session/store/migrations/0006_pre_ends.sql"
+_BEGIN = "services/session/store/migrations/0007_pre_delete.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Mutation:
         faults: what brings it out, again and again; empty draws from `theme`.
         theme: of the plan.
         prefill: whether the model continues what was cut off.
+        megabytes: of results in each run of one more client.
+        tries: with how many seeds it is looked for.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Mutation:
     theme: str = "mixed"
     prefill: bool = True
     tries: int = 4
+    megabytes: float = 0.0
 
     def apply(self, tree: Path) -> None:
         """Breaks a copy of the code.
@@ -83,15 +86,11 @@ def _points(*plan: tuple[float, str, str]) -> list[Planned]:
     return [Planned(when, at(name, action)) for when, name, action in plan]
 
 
-async def _kill_agent(stage: Stage) -> None:
-    await faults.kill_one(stage, "agent")
+async def _supervisor_alone(stage: Stage) -> None:
+    await mesh_faults.supervisor_lost(stage, alone=True)
 
 
-async def _kill_gateway(stage: Stage) -> None:
-    await faults.kill_one(stage, "gateway")
-
-
-_AGENTS_DIE = [Planned(when, _kill_agent) for when in (1.5, 3.5, 5.5)]
+_AGENTS_DIE = [Planned(when, faults.kill_agent) for when in (1.5, 3.5, 5.5)]
 
 MUTATIONS = (
     Mutation(
@@ -138,12 +137,12 @@ MUTATIONS = (
             (3.0, "tool.complete.before", "crash"),
             (5.0, "tool.act.after", "crash"),
         )
-        + [Planned(when, _kill_agent) for when in (1.2, 2.2, 3.2, 4.2, 5.2)],
+        + [Planned(when, faults.kill_agent) for when in (1.2, 2.2, 3.2, 4.2, 5.2)],
     ),
     Mutation(
         "completed-call-runs-again",
         "The stored result of a call is not used: it begins again.",
-        _ACTIONS,
+        _BEGIN,
         "WHEN v_call.state IN (3, 4) THEN 2",
         "WHEN v_call.state IN (3, 4) THEN 1",
         faults=_points(
@@ -182,7 +181,7 @@ MUTATIONS = (
         "services/session/watch.py",
         "async with aclosing(self._follow(run, after_seq)) as batches:",
         "async with aclosing(self._follow(run, 0)) as batches:",
-        faults=[Planned(2.0, _kill_gateway)],
+        faults=[Planned(2.0, faults.kill_gateway)],
     ),
     Mutation(
         "live-events-unchecked",
@@ -209,7 +208,7 @@ MUTATIONS = (
         _ENDS,
         "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL;",
         "WHERE run_id = v_next.run_id AND status = 1 AND dispatch_after IS NULL AND false;",
-        faults=[Planned(2.0, _kill_gateway)],
+        faults=[Planned(2.0, faults.kill_gateway)],
         tries=1,
     ),
     Mutation(
@@ -218,7 +217,7 @@ MUTATIONS = (
         _ENDS,
         "UPDATE session.lease SET owner = NULL, lease_until = NULL WHERE session_id = v_session AND run_id = p_run;",
         "PERFORM 1;",
-        faults=[Planned(2.0, _kill_gateway)],
+        faults=[Planned(2.0, faults.kill_gateway)],
         tries=1,
     ),
     Mutation(
@@ -227,7 +226,7 @@ MUTATIONS = (
         _ENDS,
         "PERFORM session.join_input(v_ended);",
         "UPDATE session.run SET input = NULL WHERE run_id = v_ended;",
-        faults=[Planned(2.0, _kill_gateway)],
+        faults=[Planned(2.0, faults.kill_gateway)],
     ),
     Mutation(
         "silent-splice",
@@ -245,5 +244,39 @@ MUTATIONS = (
         "            prefix=decision.prefix,\n            max_tokens",
         '            prefix="",\n            max_tokens',
         faults=_AGENTS_DIE,
+    ),
+    Mutation(
+        "endpoints-forgotten",
+        "A supervisor that takes over lists only the replicas that it has come to.",
+        "launcher/supervisor.py",
+        "            known |= {child.address for child in self._waiting(service)}\n",
+        "",
+        faults=[Planned(1.0, _supervisor_alone)],
+        tries=3,
+    ),
+    Mutation(
+        "arguments-rewritten",
+        "A call's arguments are read and written anew on their way to readers.",
+        "services/agent/domain/restore.py",
+        '{"call_id": call.call_id, "name": call.name, "arguments": orjson.Fragment(call.arguments)}',
+        '{"call_id": call.call_id, "name": call.name, "arguments": orjson.loads(call.arguments)}',
+        faults=[Planned(2.0, faults.kill_gateway)],
+    ),
+    Mutation(
+        "page-forgotten",
+        "A takeover goes on without the second page of what its run has.",
+        "services/agent/runs/start.py",
+        "messages=(*self.messages, *(one for page in pages for one in _messages(page))),",
+        "messages=(*self.messages, *(one for page in pages[1:] for one in _messages(page))),",
+        faults=[Planned(when, faults.kill_agent) for when in (2.0, 4.0, 6.0, 8.0)],
+        megabytes=12.0,
+    ),
+    Mutation(
+        "deleted-while-acting",
+        "A session is deleted although a call of it acts.",
+        "services/session/store/postgres_sessions.py",
+        "            if rows:\n                return [tool_call_of(row) for row in rows]\n",
+        "",
+        faults=[Planned(2.0, faults.kill_gateway)],
     ),
 )

@@ -110,6 +110,54 @@ async def test_a_cancel_stops_the_tool_on_whichever_replica_it_runs(tools: Tools
     assert len(places) == 2
 
 
+async def session_of(client: httpx.AsyncClient, run: str) -> str:
+    return str((await client.get(f"/v1/runs/{run}")).json()["session_id"])
+
+
+async def test_after_a_sessions_deletion_none_of_its_calls_acts(tools: ToolsMesh) -> None:
+    async with http(tools.mesh) as client:
+        for _ in range(4):
+            run, _ = await begun(client, WAIT, "tool.call")
+            session = await session_of(client, run)
+            await tools.did(run, "began")
+            answer = await client.delete(f"/v1/sessions/{session}")
+            # Not a moment later: it had stopped when the answer was given.
+            assert (answer.status_code, tools.words(run)) == (204, ["began", "stopped"]), answer.text
+            assert (await client.get(f"/v1/sessions/{session}")).status_code == 404
+
+
+async def test_a_session_is_deleted_though_the_agent_that_should_stop_its_call_hangs(
+    tools: ToolsMesh,
+) -> None:
+    mesh = tools.mesh
+    async with http(mesh) as client:
+        run, _ = await begun(client, WAIT, "tool.call")
+        session = await session_of(client, run)
+        await tools.did(run, "began")
+        with frozen(*(row.pid for row in mesh.of("agent"))):
+            answer = await client.delete(f"/v1/sessions/{session}")
+            assert (answer.status_code, tools.words(run)) == (204, ["began", "stopped"]), answer.text
+    mesh.wait_healthy()
+
+
+async def test_a_deletion_names_the_call_that_does_not_stop_and_is_done_once_it_has(tools: ToolsMesh) -> None:
+    async with http(tools.mesh) as client:
+        run, _ = await begun(client, "[[tool=stubborn {}]]", "tool.call")
+        session = await session_of(client, run)
+        await tools.did(run, "began")
+        answer = await client.delete(f"/v1/sessions/{session}")
+        assert answer.status_code == 409, answer.text
+        assert answer.json()["reason"] == "CALLS_UNDER_WAY"
+        assert run in answer.json()["metadata"]["calls"]
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "acted" not in tools.words(run)
+        async with asyncio.timeout(30):
+            while (answer := await client.delete(f"/v1/sessions/{session}")).status_code == 409:
+                assert answer.json()["reason"] == "CALLS_UNDER_WAY"
+        assert answer.status_code == 204
+        assert tools.words(run)[-1] == "acted"
+
+
 async def test_a_cancel_of_a_queued_run_is_done_at_once(tools: ToolsMesh) -> None:
     async with http(tools.mesh) as client:
         session = await new_session(client)

@@ -5,6 +5,7 @@ The mesh is fake; see tests/e2e/chat_page.py.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -120,11 +121,9 @@ async def test_input_that_waits_is_shown_also_after_a_reload_and_has_its_turn(
     await send(page, "second")
     await send(page, "third")
     waits = page.locator(".waits")
-    await expect(waits).to_have_count(2)
-    await expect(waits.first).to_contain_text("Waits for its turn")
     for _ in range(2):
         await expect(page.locator(".message.user")).to_have_text(["first", "second", "third"])
-        await expect(waits).to_have_count(2)
+        await expect(waits).to_have_text(["Waits for its turn. Cancel it"] * 2)
         await page.reload()
     await expect(page.locator(".message.user")).to_have_text(["first", "second", "third"])
     steps.end()
@@ -199,6 +198,34 @@ async def test_another_tab_sees_what_this_one_does(
     await other.click("#delete-button")
     await other.get_by_role("button", name="Delete", exact=True).last.click()
     await expect(page.locator("#sessions a")).to_have_count(0)
+
+
+async def test_a_tab_that_nobody_looks_at_holds_no_connection_and_catches_up(
+    page: Page, served: Served
+) -> None:
+    """Six connections are all that a browser has for a host."""
+    hide = """(state) => {
+      Object.defineProperty(document, "visibilityState", { configurable: true, get: () => state });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    await send(page, "one")
+    await expect(page.locator(".message.assistant .text")).to_have_text("one")
+    session = next(iter(served.mesh.sessions.values()))
+
+    async def watching(count: int) -> None:
+        async with asyncio.timeout(10):
+            while served.gateway.hub.open != count:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    await watching(1)
+    await page.evaluate(hide, "hidden")
+    await watching(0)
+    message = InputMessage(role="user", content="two ")
+    request = session_pb.SubmitRunRequest(session_id=session.session_id, input=[message])
+    await served.mesh.submit(request, session.tenant)
+    await page.evaluate(hide, "visible")
+    await expect(page.locator(".message.assistant .text")).to_have_text(["one", "two"])
+    await watching(1)
 
 
 async def test_messages_that_are_sent_fast_stay_in_order_and_in_one_conversation(

@@ -4,9 +4,12 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from uuid import UUID
 
+import asyncpg
 import pytest
 from playwright.async_api import Page, async_playwright, expect
+from redis.asyncio import Redis
 
 from bench.mesh import Mesh
 from tests.e2e.browser import LEFT_OUT, find_or_install
@@ -21,7 +24,7 @@ async def page(mesh: Mesh) -> AsyncIterator[Page]:
         chromium = await playwright.chromium.launch(
             executable_path=browser.path, args=list(browser.flags), timeout=60_000
         )
-        opened = await chromium.new_page()
+        opened = await (await chromium.new_context()).new_page()
         opened.set_default_timeout(30_000)
         await opened.goto(f"{mesh.url}/#key={mesh.api_key}")
         await expect(opened.locator("#chat")).to_be_visible(timeout=30_000)
@@ -108,7 +111,7 @@ async def test_what_waits_for_its_turn_survives_a_reload_and_a_stop(page: Page, 
     await expect(page.locator(".message.assistant .text")).to_be_visible(timeout=30_000)
     await send(page, "[[tokens=3 rate=100]] second")
     await send(page, "[[tokens=3 rate=100]] third")
-    await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
+    await expect(page.locator(".waits button")).to_have_count(2, timeout=30_000)
     await page.reload()
     await expect(page.locator(".waits")).to_have_count(2, timeout=30_000)
     await page.get_by_role("button", name="Cancel it").first.click()
@@ -124,3 +127,36 @@ async def test_what_waits_for_its_turn_survives_a_reload_and_a_stop(page: Page, 
     await expect(page.locator("#input")).to_have_value("[[tokens=3 rate=100]] third")
     await page.keyboard.press("Enter")
     await expect(page.locator(".message.assistant .text")).to_have_count(2, timeout=30_000)
+
+
+async def test_a_run_whose_log_is_not_kept_any_more_is_shown_from_its_messages(
+    page: Page, mesh: Mesh
+) -> None:
+    texts = page.locator(".message.assistant .text")
+    await send(page, "[[echo]] long ago")
+    await expect(texts).to_have_text("[[echo]] long ago", timeout=30_000)
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    await send(page, "[[echo]] lately")
+    await expect(texts).to_have_count(2, timeout=30_000)
+    await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    session = page.url.rpartition("/")[2]
+    # What retention does after 30 days; by then Redis has forgotten the run, too.
+    postgres = await asyncpg.connect(
+        (await asyncio.to_thread(mesh.command, "env", "HERMESH_DATABASE_URL")).strip()
+    )
+    try:
+        oldest = "SELECT run_id FROM session.run WHERE session_id = $1 ORDER BY ordinal LIMIT 1"
+        run = await postgres.fetchval(oldest, UUID(session))
+        await postgres.execute("DELETE FROM session.event WHERE run_id = $1", run)
+    finally:
+        await postgres.close()
+    async with Redis.from_url(
+        (await asyncio.to_thread(mesh.command, "env", "HERMESH_REDIS_URL")).strip()
+    ) as redis:
+        await redis.flushall()
+    await page.reload()
+    await expect(texts).to_have_text(["[[echo]] long ago", "[[echo]] lately"], timeout=30_000)
+    await expect(page.locator(".notice", has_text="only the messages are left")).to_have_count(1)
+    await expect(page.locator(".message.user")).to_have_count(2)
+    await send(page, "[[echo]] now")
+    await expect(texts).to_have_count(3, timeout=30_000)

@@ -31,6 +31,13 @@ METHODS = (
     "/hermesh.memory.v1.MemoryService/Remember",
     "/grpc.health.v1.Health/Check",
 )
+HEALTH = METHODS[-1]
+OWN_METHODS = {
+    "session": f"{SESSION}/SubmitRun",
+    "agent": "/hermesh.agent.v1.AgentService/Execute",
+    "tool": "/hermesh.tool.v1.ToolService/Execute",
+    "memory": "/hermesh.memory.v1.MemoryService/Remember",
+}
 CONNECTIONS = 4
 HALF_OPEN = 350
 MESSAGES = 20
@@ -102,6 +109,31 @@ async def test_a_good_client_is_answered_while_calls_without_a_key_never_end(mes
         # Nobody was taken out of the mesh, and nobody holds what was never sent whole.
         assert {row.replica: row.pid for row in mesh.status() if row.replica in pids} == pids
         grown = {replica: resident_mib(pid) - before[replica] for replica, pid in pids.items()}
+        assert max(grown.values()) < GROWTH_MIB, grown
+    mesh.wait_healthy()
+
+
+async def test_a_service_refuses_such_calls_itself_from_their_headers(mesh: Mesh) -> None:
+    """Envoy holds them back; a service that is reached without it waits for none of them either."""
+    rows = [row for row in mesh.status() if row.service in OWN_METHODS]
+    before = {row.replica: resident_mib(row.pid) for row in rows}
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        for row in rows:
+            connection = await stack.enter_async_context(HostileCalls(row.address))
+            for _ in range(HALF_OPEN):
+                connection.begin(HEALTH)
+            silent = {connection.begin(OWN_METHODS[row.service]) for _ in range(HALF_OPEN)}
+            unfinished_calls = {connection.begin(OWN_METHODS[row.service]) for _ in range(MESSAGES)}
+            for stream in unfinished_calls:
+                group.create_task(connection.send(stream, unfinished(16_777_216)))
+            await connection.until_answered(silent | unfinished_calls)
+            assert not connection.ended
+        async with http(mesh) as client:
+            frames = await run_to_end(client, await new_session(client), "[[tokens=5]]")
+            assert frames[-1].event == "run.completed"
+        now = {row.replica: row for row in mesh.status()}
+        assert all(now[row.replica].health == row.health and now[row.replica].pid == row.pid for row in rows)
+        grown = {row.replica: resident_mib(row.pid) - before[row.replica] for row in rows}
         assert max(grown.values()) < GROWTH_MIB, grown
     mesh.wait_healthy()
 

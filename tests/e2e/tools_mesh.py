@@ -41,6 +41,18 @@ async def wait(arguments, context):
         raise
 
 
+@tool("stubborn", description="Goes on.", input_schema=NOTHING, effect=Effect.NON_IDEMPOTENT, timeout=60.0)
+async def stubborn(arguments, context):
+    note("began", context)
+    ends = asyncio.get_running_loop().time() + 12
+    while (left := ends - asyncio.get_running_loop().time()) > 0:
+        try:
+            await asyncio.sleep(left)
+        except asyncio.CancelledError:
+            note("told", context)
+    note("acted", context)
+
+
 @tool("lose", description="Loses the answer.", input_schema=NOTHING, effect=Effect.NON_IDEMPOTENT)
 async def lose(arguments, context):
     raise OutcomeUnknownError("no answer came")

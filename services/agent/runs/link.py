@@ -148,6 +148,9 @@ class AppendLink:
 
     def add(self, writer: RunWriter) -> None:
         """Serve a run's writer."""
+        former = self._writers.get(writer.run_id)
+        if former is not None:  # of a claim before: what it left here would stand in this one's way
+            self.remove(former)
         self._writers[writer.run_id] = writer
         if writer.asked_at <= self._broke_at + CUT_SECONDS:
             # A stream broke since its lease was asked for, or just before: it may have been cut with it.

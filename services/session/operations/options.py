@@ -5,6 +5,8 @@ from meshkit.errors import FieldViolation, InvalidArgumentError
 
 _MAX_INSTRUCTIONS_BYTES = 256 * 1024
 _MAX_STOPS = 16
+# Each may ask the model: a run's requests are bounded by them.
+_MAX_TURNS = 1000
 _MAX_TOOLS = 128
 
 
@@ -26,7 +28,7 @@ def check_options(options: resources.RunOptions) -> None:
     if options.HasField("top_p"):
         rule(0 < options.top_p <= 1, "top_p", "must be above 0 and at most 1")
     rule(options.max_output_tokens >= 0, "max_output_tokens", "must not be negative")
-    rule(options.max_turns >= 0, "max_turns", "must not be negative")
+    rule(0 <= options.max_turns <= _MAX_TURNS, "max_turns", f"must be from 0 to {_MAX_TURNS}")
     rule(options.timeout_ms >= 0, "timeout_ms", "must not be negative")
     rule(options.turn_timeout_ms >= 0, "turn_timeout_ms", "must not be negative")
     rule(len(options.stop) <= _MAX_STOPS, "stop", f"must have at most {_MAX_STOPS} entries")

@@ -98,8 +98,11 @@ class Conversations(Protocol):
         """Sets the title if given, and labels; an empty value removes the label."""
         ...
 
-    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> None:
-        """Deletes a session with all that hangs on it; its lease too, so that a writer is fenced."""
+    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> list[ToolCall]:
+        """Deletes a session with all that hangs on it; its lease too, so that a writer is fenced.
+
+        Returns the calls that may act at this moment: while there are any, nothing is deleted.
+        """
         ...
 
     async def list_messages(
@@ -280,8 +283,12 @@ class Journal(Protocol):
         content: str,
         content_ref: str,
         tries: int = 0,
+        acts: bool = False,
     ) -> ToolCall:
-        """Stores what a begun call did; the first outcome stays. `tries` says which try did it."""
+        """Stores what a begun call did; the first outcome stays.
+
+        `tries` says which try did it, `acts` that it did not stop when it was told to.
+        """
         ...
 
     async def reconcile(

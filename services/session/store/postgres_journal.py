@@ -47,10 +47,11 @@ class PostgresJournal(PostgresPart):
         content: str,
         content_ref: str,
         tries: int = 0,
+        acts: bool = False,
     ) -> ToolCall:
         """See the port. Raises NotFoundError(TOOL_CALL_NOT_FOUND)."""
         row = await self._one(
-            _SQL["complete"], call_id, fence, int(state), content, content_ref, tries, call_id=call_id
+            _SQL["complete"], call_id, fence, int(state), content, content_ref, tries, acts, call_id=call_id
         )
         return tool_call_of(row)
 

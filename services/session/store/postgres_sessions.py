@@ -11,10 +11,10 @@ from meshkit.errors import AlreadyExistsError, FieldViolation, InvalidArgumentEr
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
-from services.session.domain import Message, Page, Session
+from services.session.domain import Message, Page, Session, ToolCall
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES, PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, not_found
-from services.session.store.rows import message_of, session_of
+from services.session.store.rows import message_of, session_of, tool_call_of
 
 _SQL = load_sql("services.session.store.sql", "sessions.sql")
 _UPKEEP = load_sql("services.session.store.sql", "upkeep.sql")
@@ -126,16 +126,20 @@ class PostgresSessions(PostgresPart):
             raise not_found("session", session_id)
         return await self.get_session(tenant_id, session_id)
 
-    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> None:
+    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> list[ToolCall]:
         """See the port."""
         async with self._connection({"session_id": session_id}) as connection, connection.transaction():
             await connection.fetchval(_UPKEEP["set_long_statement"])
             # Appends under way end first; those that come later find no lease and are fenced.
             if await connection.fetchval(_SQL["lock_lease"], tenant_id, session_id) is None:
                 raise not_found("session", session_id)
+            rows = await connection.fetch(_SQL["calls_under_way"], tenant_id, session_id)
+            if rows:
+                return [tool_call_of(row) for row in rows]
             # Its request ids stay until they expire: a late repeat must not make anything anew.
             for name in ("delete_events", "delete_session"):
                 await connection.execute(_SQL[name], tenant_id, session_id, timeout=_DELETE_TIMEOUT)
+        return []
 
     async def list_messages(
         self, tenant_id: UUID, session_id: UUID, *, page_size: int, page_token: str

@@ -110,6 +110,7 @@ CREATE TABLE session.tool_call (
     unsaid text DEFAULT ''::text NOT NULL,
     unsaid_ms bigint DEFAULT 0 NOT NULL,
     created_ms bigint NOT NULL,
+    ended_try integer DEFAULT 0 NOT NULL,
     CONSTRAINT tool_call_effect_check CHECK (((effect >= 1) AND (effect <= 3))),
     CONSTRAINT tool_call_state_check CHECK (((state >= 1) AND (state <= 5)))
 );
@@ -123,6 +124,8 @@ COMMENT ON COLUMN session.tool_call.quiet_at IS 'from when on no try that was be
 COMMENT ON COLUMN session.tool_call.needs_approval IS 'a person has to agree before it may begin; false once one has';
 
 COMMENT ON COLUMN session.tool_call.unsaid IS 'the data of an action.resolved that was decided while an agent held the run, and is not in the log yet';
+
+COMMENT ON COLUMN session.tool_call.ended_try IS 'the last try that is known to have ended, whatever came of it';
 
 CREATE FUNCTION session.begin_tool_call(p_call text, p_session uuid, p_fence bigint, p_act interval) RETURNS TABLE(outcome smallint, call session.tool_call)
     LANGUAGE plpgsql
@@ -147,7 +150,12 @@ BEGIN
         WHEN v_call.state = 5 OR (v_call.state = 2 AND v_call.effect = 3) THEN 3
         WHEN v_call.state = 1 AND v_call.needs_approval THEN 5
         ELSE 1 END;
-    IF v_outcome = 1 THEN
+    IF v_outcome = 1 AND EXISTS (SELECT FROM session.run r WHERE r.run_id = v_call.run_id AND r.cancel_requested)
+    THEN
+        v_outcome := 2;
+        UPDATE session.tool_call t SET state = 4, content = 'The run was cancelled; the call was not begun.'
+        WHERE t.call_id = p_call RETURNING * INTO v_call;
+    ELSIF v_outcome = 1 THEN
         UPDATE session.tool_call t SET state = 2, fence = p_fence, tries = t.tries + 1,
                quiet_at = greatest(t.quiet_at, clock_timestamp() + p_act)
         WHERE t.call_id = p_call RETURNING * INTO v_call;
@@ -574,6 +582,17 @@ BEGIN
         END;
     END LOOP;
     RETURN v_ended;
+END $$;
+
+CREATE FUNCTION session.end_try(p_call text, p_fence bigint, p_state smallint, p_content text, p_ref text, p_tries integer, p_acts boolean) RETURNS SETOF session.tool_call
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM FROM session.complete_tool_call(p_call, p_fence, p_state, p_content, p_ref, p_tries);
+    IF NOT p_acts THEN
+        UPDATE session.tool_call t SET ended_try = p_tries WHERE t.call_id = p_call AND t.ended_try < p_tries;
+    END IF;
+    RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
 END $$;
 
 CREATE FUNCTION session.fail_held(p_session uuid, p_run uuid, p_fence bigint, p_message text) RETURNS SETOF session.run_view

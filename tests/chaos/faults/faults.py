@@ -104,6 +104,16 @@ async def kill_one(stage: Stage, service: str) -> None:
         await kill_this(stage, stage.rng.choice(living))
 
 
+async def kill_agent(stage: Stage) -> None:
+    """kill -9 of one agent."""
+    await kill_one(stage, "agent")
+
+
+async def kill_gateway(stage: Stage) -> None:
+    """kill -9 of one gateway."""
+    await kill_one(stage, "gateway")
+
+
 async def kill_this(stage: Stage, victim: Replica) -> None:
     """kill -9 of this replica."""
     async with stage.broken("kill", victim.replica):

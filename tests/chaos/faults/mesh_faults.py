@@ -45,13 +45,15 @@ async def endpoints_bad(stage: Stage) -> None:
             await cluster.up()
 
 
-async def supervisor_lost(stage: Stage) -> None:
+async def supervisor_lost(stage: Stage, *, alone: bool | None = None) -> None:
     """kill -9 of the supervisor, perhaps of a replica that nobody starts again, and `hermesh up`.
 
-    Its children go on, so that without such a replica no client may notice: that is noted as a drain.
+    Its children go on, so that `alone`, without such a replica, no client may notice: that is noted as a
+    drain. Drawn if None.
     """
     cluster = stage.cluster
-    alone = stage.rng.random() < 0.5
+    drawn = stage.rng.random() < 0.5
+    alone = drawn if alone is None else alone
     noted = _drain(stage, "supervisor") if alone else stage.broken("kill", "supervisor")
     async with cluster.whole, noted:
         cluster.processes[0].send(signal.SIGKILL)

@@ -69,6 +69,17 @@ THEMES: dict[str, tuple[dict[Fault, int], tuple[int, int]]] = {
         {mesh_faults.supervisor_lost: 3, mesh_faults.machine_lost: 2, mesh_faults.scale_zero: 3},
         (1, 2),
     ),
+    # With runs of several megabytes beside the others.
+    "large": (
+        {
+            faults.kill: 4,
+            faults.drain: 1,
+            faults.postgres_down: 1,
+            faults.valkey_down: 1,
+            store_faults.postgres_terminated: 1,
+        },
+        (2, 3),
+    ),
     "all": (
         {
             store_faults.postgres_frozen: 1,
@@ -103,13 +114,14 @@ _WEIGHTS = {
     "valkey": 3,
     "edge": 3,
     "whole": 3,
+    "large": 3,
     "all": 4,
 }
 # Every fault, by its own name.
 FAULTS: dict[str, Fault] = {
-    fault.__name__: fault
-    for drawn, _ in THEMES.values()
-    for fault in drawn  # type: ignore[attr-defined]
+    fault.__name__: fault  # type: ignore[attr-defined]
+    for drawn in (*(theme for theme, _ in THEMES.values()), (faults.kill_agent, faults.kill_gateway))
+    for fault in drawn
 }
 
 

@@ -21,7 +21,7 @@ from tests.chaos.traffic.transport import (
     Refused,
     Transport,
 )
-from tests.chaos.traffic.work import CROWDED, CUT, Work, draw
+from tests.chaos.traffic.work import CROWDED, CUT, Work, draw, large
 
 TERMINAL = frozenset({"run.completed", "run.failed", "run.cancelled"})
 _FIRST_PAUSE = 0.05
@@ -40,12 +40,18 @@ class Reader:
     text: list[tuple[int, str]] = field(default_factory=list)
     reply: str | None = None
     status: str = ""
+    sum: str = ""
+    calls: int = 0
 
     def take(self, event: Event) -> None:
         """Takes an event in; text as a reader shows it."""
         self.last = event.seq
         if event.type == "text.delta":
             self.text.append((event.seq, str(event.data["text"])))
+        elif event.type == "tool.call":
+            self.calls += 1
+            if self.sum not in event.text:
+                raise Malformed(f"a call's arguments are not as the model wrote them: {event.text[:300]}")
         elif event.type == "attempt.reset":
             self.text = [piece for piece in self.text if piece[0] < event.data["from_seq"]]
         elif event.type == "message.completed":
@@ -71,6 +77,7 @@ class Client:
         stopping: set when no more messages are to be sent.
         on_session: told of the session it made.
         on_run: told of (session, run) once accepted.
+        megabytes: of tools' results in each of its runs, one after the other; 0 for what is drawn.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Client:
         stopping: asyncio.Event,
         on_session: Callable[[str], None],
         on_run: Callable[[str, str], None],
+        megabytes: float = 0.0,
     ) -> None:
         self.name = name
         self._transport = transport
@@ -90,6 +98,7 @@ class Client:
         self._stopping = stopping
         self._on_session = on_session
         self._on_run = on_run
+        self._megabytes = megabytes
         self._numbers = count(1)
         self._streams = count(1)
         self._resolved: set[tuple[str, int]] = set()
@@ -105,7 +114,7 @@ class Client:
             while not self._stopping.is_set():
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._message(session, crowded=False))
-                    if self._rng.random() < CROWDED:
+                    if not self._megabytes and self._rng.random() < CROWDED:
                         await asyncio.sleep(self._rng.uniform(0.05, 0.6))
                         group.create_task(self._message(session, crowded=True))
         finally:
@@ -138,7 +147,9 @@ class Client:
 
     async def _message(self, session: str, *, crowded: bool) -> None:
         number = next(self._numbers)
-        work = draw(self._rng, f"{self.name}-{number}", crowded=crowded)
+        name = f"{self.name}-{number}"
+        megabytes = self._megabytes
+        work = large(megabytes, name) if megabytes else draw(self._rng, name, crowded=crowded)
         key = f"{self.name}-{number}"
         reader = await self._accepted(session, work, key)
         if reader is None:
@@ -151,6 +162,8 @@ class Client:
             self._write(
                 "error", where="reply", detail=f"{len(words)} words of {work.words}: {reader.reply!r}"
             )
+        if work.calls and reader.status == "run.completed" and reader.calls != work.calls:
+            self._write("error", where="reply", detail=f"{reader.calls} calls of {work.calls}")
 
     async def _accepted(self, session: str, work: Work, key: str) -> Reader | None:
         """Submits until it is accepted, or refused for good."""
@@ -168,7 +181,7 @@ class Client:
                     return await self._run(session, work, key)
                 run = await self._transport.submit(session, work.text, key, work.policy)
                 self._accept(key, session, run, 202)
-                return Reader(run)
+                return Reader(run, sum=work.sum)
             except Refused as refused:
                 self._write(
                     "refused",
@@ -194,7 +207,7 @@ class Client:
 
     async def _run(self, session: str, work: Work, key: str) -> Reader:
         """Submits and reads on the same call, as far as that goes; raises if not even accepted."""
-        reader = Reader("")
+        reader = Reader("", sum=work.sum)
         stream = f"{self.name}-s{next(self._streams)}"
         items = self._transport.run(session, work.text, key, work.policy)
 

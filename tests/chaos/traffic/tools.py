@@ -1,6 +1,7 @@
 """Tools whose side effects a ledger counts; loaded by the tool service under HERMESH_TOOL_MODULES.
 
-Arguments of all: `before` and `after`, seconds to wait before and after the act.
+Arguments of all but the last: `before` and `after`, seconds to wait before and after the act; `sum`, a number
+with many digits that readers look for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TIMEOUT = 4.0
 _CONNECT_SECONDS = 2.0
 _SCHEMA = {
     "type": "object",
-    "properties": {"before": {"type": "number"}, "after": {"type": "number"}},
+    "properties": {"before": {"type": "number"}, "after": {"type": "number"}, "sum": {"type": "integer"}},
     "additionalProperties": False,
 }
 
@@ -95,3 +96,20 @@ async def look_up(arguments: Mapping[str, Any], context: ToolContext) -> str:
 async def wire_money(arguments: Mapping[str, Any], context: ToolContext) -> str:
     """Must not happen twice, nor before somebody agreed."""
     return await _act("wire_money", "non_idempotent", arguments, context)
+
+
+@tool(
+    "pages",
+    description="Reads pages.",
+    input_schema={
+        "type": "object",
+        "properties": {"characters": {"type": "integer", "maximum": 60_000}},
+        "required": ["characters"],
+    },
+    effect=Effect.PURE,
+    timeout=TIMEOUT,
+)
+async def pages(arguments: Mapping[str, Any], context: ToolContext) -> str:
+    """Answers at length, and does nothing outside."""
+    line = f"{context.call_id} "
+    return (line * (arguments["characters"] // len(line) + 1))[: arguments["characters"]]

@@ -14,6 +14,11 @@ CANCELLED = 0.08
 CUT = 0.35
 # What share of messages is followed by another one before the first is answered.
 CROWDED = 0.25
+_SUM = "<sum>"
+# Less than what goes to the object store, and as many as a model may call side by side.
+_PAGE_CHARACTERS = 60_000
+_SIDE_BY_SIDE = 60
+_LARGE_WORDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class Work:
         policy: for a session that is busy.
         cancel_after: cancel once so many events came; 0 never.
         stream: whether it is submitted and streamed by one call.
+        sum: a number as the model writes it into each call's arguments; readers must see it unchanged.
+        calls: how many calls the run makes; 0 where that is not known.
     """
 
     text: str
@@ -33,17 +40,39 @@ class Work:
     policy: str
     cancel_after: int
     stream: bool
+    sum: str = ""
+    calls: int = 0
 
 
 def draw(rng: random.Random, name: str, *, crowded: bool = False) -> Work:
     """Draws one message; `name` makes its text unlike any other's."""
     script, words = rng.choices([_plain, _tool, _tools, _broken], weights=[5, 5, 2, 2])[0](rng)
+    # More digits than a float, or than JavaScript's numbers, keep.
+    number = f"{random.Random(name).randint(10**22, 10**23)}"
+    text = f"{name} [[{script}]]"
     return Work(
-        text=f"{name} [[{script}]]",
+        text=text.replace(_SUM, number),
         words=words,
+        sum=number if _SUM in text else "",
         policy=rng.choices(POLICIES, weights=[5, 1, 2, 2])[0] if crowded else "enqueue",
         cancel_after=rng.randint(2, 12) if rng.random() < CANCELLED else 0,
         stream=rng.random() < 0.6,
+    )
+
+
+def large(megabytes: float, name: str) -> Work:
+    """A run whose tools' results make up so many megabytes, in several turns of many calls."""
+    calls = max(1, round(megabytes * 1_000_000 / _PAGE_CHARACTERS))
+    turns = -(-calls // _SIDE_BY_SIDE)
+    calls = -(-calls // turns)
+    script = f"tool=pages {json.dumps({'characters': _PAGE_CHARACTERS})} calls={calls} turns={turns}"
+    return Work(
+        text=f"{name} [[{script} tokens={_LARGE_WORDS} rate=20]]",
+        words=_LARGE_WORDS,
+        policy="enqueue",
+        cancel_after=0,
+        stream=True,
+        calls=calls * turns,
     )
 
 
@@ -67,7 +96,7 @@ def _tools(rng: random.Random) -> tuple[str, int]:
 
 def _call(rng: random.Random, name: str) -> str:
     waits = {"before": round(rng.uniform(0, 0.4), 2), "after": round(rng.uniform(0, 0.8), 2)}
-    return f"tool={name} {json.dumps(waits)}"
+    return f'tool={name} {json.dumps(waits)[:-1]}, "sum": {_SUM}}}'
 
 
 def _broken(rng: random.Random) -> tuple[str, int]:

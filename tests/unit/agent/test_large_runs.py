@@ -2,20 +2,29 @@
 
 import asyncio
 
+import grpc.aio
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 
 from hermesh.common.v1.event_pb2 import Event
 from hermesh.session.v1.resources_pb2 import (
     RUN_STATUS_COMPLETED,
     RUN_STATUS_FAILED,
     TOOL_CALL_STATE_COMPLETED,
+    ContextPosition,
+    Message,
+    RunContext,
 )
+from hermesh.session.v1.session_internal_service_pb2 import ReadContextResponse
 from meshkit.errors import AbortedError, UnavailableError
+from services.agent.clients.session import SessionClient
 from services.agent.model.port import Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from services.agent.runs import bundle as bundle_module
 from services.agent.runs import journal, subscription
 from services.agent.runs.bundle import BundledSubscription, Bundles
 from services.agent.runs.subscription import Subscription
+from services.agent.settings import AgentSettings
 from tests.unit.agent.fakes import FakeModel
 
 HELLO = [[TextDelta("Hello")], [Finished("stop")]]
@@ -169,3 +178,57 @@ async def test_a_bundle_carries_them_so_too(monkeypatch):
             caller.close("moved")
     assert [seq for frame in frames for seq in frame] == list(range(2, 12))
     assert max(map(len, frames)) == 2
+
+
+class FakePages:
+    """The session service's ReadContext: three pages; what a script names goes wrong, once each."""
+
+    def __init__(self, *script):
+        self.script = list(script)
+        self.asked = []
+
+    def ReadContext(self, request, metadata):
+        self.asked.append((request.fence, request.position.message))
+        return FakeStream(self, request.position.message)
+
+
+class FakeStream:
+    def __init__(self, pages, after):
+        self.pages, self.after = pages, after
+
+    async def __aiter__(self):
+        for place in range(self.after + 1, 4):
+            if self.pages.script and self.pages.script[0][0] == place:
+                what = self.pages.script.pop(0)[1]
+                if what == "ends":
+                    return
+                raise AioRpcError(what, Metadata(), Metadata())
+            context = RunContext(messages=[Message(content=str(place))])
+            if place < 3:
+                context.next.message = place
+            yield ReadContextResponse(context=context)
+
+    def cancel(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "script", [[], [(1, StatusCode.UNAVAILABLE)], [(2, "ends"), (3, StatusCode.UNAVAILABLE)]]
+)
+async def test_pages_go_on_where_a_session_replica_left_off(script):
+    fences = iter(range(7, 20))
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        client = SessionClient(channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"))
+        fake = client._internal = FakePages(*script)
+        pages = await client.rest("r", lambda: next(fences), ContextPosition())
+    assert [page.messages[0].content for page in pages] == ["1", "2", "3"]
+    begun = [0, *[place - 1 for place, _ in script]]
+    assert fake.asked == list(zip(range(7, 20), begun, strict=False))
+
+
+async def test_a_lease_that_is_lost_while_pages_are_read_is_said_at_once():
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        client = SessionClient(channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"))
+        client._internal = FakePages((2, StatusCode.ABORTED))
+        with pytest.raises(AbortedError):
+            await client.rest("r", lambda: 7, ContextPosition())

@@ -412,3 +412,22 @@ async def test_runs_share_a_beat(monkeypatch):
         await setup.store.until(lambda: setup.store.held)
         [(_, message)] = setup.store.held
         assert {append.run_id for append in message.appends} == {run.run_id for run in runs}
+
+
+async def test_a_run_that_is_claimed_anew_is_not_kept_waiting_by_its_writer_before():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        former, run = setup.writer()
+        former.event("run.started", {"attempt": 1}, patient=True)
+        claim = setup.store.take_over(run.run_id)
+        writer = RunWriter(
+            claim.grant,
+            lease_until=setup.monotonic() + 10,
+            now_ms=lambda: 1,
+            schedule=setup.link.schedule,
+            monotonic=setup.monotonic,
+        )
+        setup.link.add(writer)
+        writer.event("run.started", {"attempt": 2}, patient=True)
+        await setup.store.until(lambda: run.types()[-1] == "run.started", 30)
+        assert run.data("run.started") == [{"attempt": 2}]

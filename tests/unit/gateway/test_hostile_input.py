@@ -11,6 +11,7 @@ import pytest
 import structlog
 from websockets.asyncio.client import connect
 
+from gateway.routes.login import MAX_LOGIN_BODY
 from meshkit.outside_json import MAX_DEPTH
 from tests.fakes.mesh import API_KEY
 
@@ -44,7 +45,7 @@ async def test_a_deeply_nested_body_without_a_key_is_a_bad_request_of_one_line(
         for around in ("%s", '{"api_key": %s}', '{"api_key": "x", "more": %s}'):
             content = deep(levels, kind, around)
             answer = await stranger.post("/auth/login", content=content, headers={"origin": served.url})
-            too_large = len(content) > 8192
+            too_large = len(content) > MAX_LOGIN_BODY
             assert answer.status_code == (413 if too_large else 400), answer.text
             assert answer.json()["reason"] == ("INPUT_TOO_LARGE" if too_large else "INVALID_ARGUMENT")
             assert len(answer.content) < 1_000

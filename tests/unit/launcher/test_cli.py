@@ -292,6 +292,14 @@ def test_up_names_a_mistyped_setting(
     assert "is HERMESH_DATABASE_URL meant?" in said
 
 
+def test_doctor_names_a_mistyped_setting(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HERMESH_MAX_TURN", "3")
+    assert hermesh(monkeypatch, "doctor") == 1
+    assert "is HERMESH_MAX_TURNS meant?" in capsys.readouterr().out
+
+
 def test_env_is_of_the_running_mesh_whatever_the_shell_says(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from hermesh.common.v1.error_reason_pb2 import ErrorReason
-from launcher import replies
+from launcher import envoy, replies
 
 MAPPERS = json.loads(replies.http_config())["mappers"]
 GRPC_MAPPERS = json.loads(replies.grpc_config())["mappers"]
@@ -59,3 +59,11 @@ def test_a_grpc_reply_carries_its_reason(mapper: dict[str, Any]) -> None:
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     assert info.domain == "hermesh"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "files", "most"),
+    [(10_000, 65_536, 10_000), (10_000, 4096, 1792), (50, 65_536, 50), (900, 100, 64), (9, -1, 9)],
+)
+def test_no_more_connections_are_taken_than_files_can_be_open(wanted: int, files: int, most: int) -> None:
+    assert envoy.connections(wanted, files) == most

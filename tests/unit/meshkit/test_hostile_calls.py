@@ -23,7 +23,7 @@ from meshkit.errors import (
 from meshkit.floods import Floods
 from meshkit.server import Server
 from meshkit.settings import MeshSettings
-from tests.unit.meshkit.raw_h2 import RawClient
+from tests.hostile import HostileCalls, unfinished
 from tests.unit.meshkit.support import KEY, SERVICE, TOKEN, Keys, Logs, Servicer, serve
 
 Stub = pb_grpc.SessionInternalServiceStub
@@ -54,11 +54,11 @@ async def test_calls_without_a_key_that_never_send_their_message_are_refused_fro
 ) -> None:
     async with (
         serve(patient(settings, 600), Servicer(), max_calls=5) as server,
-        RawClient(server.address) as raw,
+        HostileCalls(server.address) as raw,
     ):
-        for metadata in ((), (("authorization", "Bearer hm_bad"),), (("x-hermesh-mesh", "wrong"),)):
-            silent = [raw.open(AUTHENTICATE, metadata) for _ in range(30)]
-            await raw.wait_ended(silent)
+        for metadata in ({}, {"authorization": "Bearer hm_bad"}, {"x-hermesh-mesh": "wrong"}):
+            silent = [raw.begin(AUTHENTICATE, metadata) for _ in range(30)]
+            await raw.until_answered(set(silent))
         assert {line["code"] for line in await logs.rpcs(10)} == {"UNAUTHENTICATED"}
         async with grpc.aio.insecure_channel(server.address) as channel:
             await Stub(channel).Authenticate(REQUEST, metadata=MESH)
@@ -67,11 +67,11 @@ async def test_calls_without_a_key_that_never_send_their_message_are_refused_fro
 async def test_an_unfinished_message_without_a_key_is_never_waited_for(settings: MeshSettings) -> None:
     async with serve(patient(settings, 600), Servicer()) as server:
         for _ in range(5):
-            async with RawClient(server.address) as raw:
-                stream = raw.open(AUTHENTICATE)
-                await raw.begin_message(stream, 16 * 1024 * 1024, least=1 << 30)
+            async with HostileCalls(server.address) as raw:
+                stream = raw.begin(AUTHENTICATE)
+                await raw.send(stream, unfinished(16 * 1024 * 1024))
                 # What was under way when the answer came; nobody asked for it.
-                assert raw.sent[stream] < 16 * 1024 * 1024 - 1
+                assert raw.sent[stream] < 16 * 1024 * 1024
 
 
 async def test_silent_calls_with_a_key_fill_the_places_but_not_those_of_health_checks_and_end_in_time(
@@ -79,10 +79,10 @@ async def test_silent_calls_with_a_key_fill_the_places_but_not_those_of_health_c
 ) -> None:
     async with (
         serve(patient(settings, 1.0), Servicer(), max_calls=3) as server,
-        RawClient(server.address) as raw,
+        HostileCalls(server.address) as raw,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
-        silent = [raw.open(AUTHENTICATE, MESH) for _ in range(20)]
+        silent = [raw.begin(AUTHENTICATE, dict(MESH)) for _ in range(20)]
         # All but three are refused at once; while three wait, nobody else is served, but for health.
         error = None
         while not isinstance(error, ResourceExhaustedError):
@@ -92,7 +92,7 @@ async def test_silent_calls_with_a_key_fill_the_places_but_not_those_of_health_c
                 error = from_rpc_error(caught)
         assert (error.reason, error.retry_after_ms) == ("OVERLOADED", 500)
         assert await is_healthy(server)
-        await raw.wait_ended(silent)
+        await raw.until_answered(set(silent))
         await Stub(channel).Authenticate(REQUEST, metadata=MESH)
         codes = [line["code"] for line in await logs.rpcs(21)]
         assert codes.count("DEADLINE_EXCEEDED") == 3
@@ -101,11 +101,11 @@ async def test_silent_calls_with_a_key_fill_the_places_but_not_those_of_health_c
 async def test_a_message_that_stops_half_way_is_given_up(settings: MeshSettings, logs: Logs) -> None:
     async with (
         serve(patient(settings, 0.2), Servicer()) as server,
-        RawClient(server.address) as raw,
+        HostileCalls(server.address) as raw,
     ):
-        stream = raw.open(AUTHENTICATE, MESH)
-        await raw.begin_message(stream, 1000, least=500)
-        await raw.wait_ended([stream])
+        stream = raw.begin(AUTHENTICATE, dict(MESH))
+        await raw.send(stream, unfinished(1000)[:500])
+        await raw.until_answered({stream})
         assert (await logs.rpcs())[0]["code"] == "DEADLINE_EXCEEDED"
 
 
@@ -129,13 +129,13 @@ async def test_silent_health_checks_neither_fill_a_place_nor_stay(
     monkeypatch.setattr("meshkit.interceptor._HEALTH_SECONDS", 0.5)
     async with (
         serve(settings, Servicer(), max_calls=1) as server,
-        RawClient(server.address) as raw,
+        HostileCalls(server.address) as raw,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
-        silent = [raw.open(CHECK) for _ in range(90)]
+        silent = [raw.begin(CHECK) for _ in range(90)]
         assert await is_healthy(server)
         await Stub(channel).Authenticate(REQUEST, metadata=MESH)
-        await raw.wait_ended(silent)
+        await raw.until_answered(set(silent))
 
 
 async def test_health_watches_are_few(settings: MeshSettings, monkeypatch: pytest.MonkeyPatch) -> None:

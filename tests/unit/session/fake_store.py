@@ -141,13 +141,14 @@ class FakeStore:
             raise NotFoundError("SESSION_NOT_FOUND", "no such session")
         return session
 
-    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> None:
+    async def delete_session(self, tenant_id: UUID, session_id: UUID) -> list[ToolCall]:
         await self.get_session(tenant_id, session_id)
         del self.sessions[session_id]
         for run in [run for run in self.runs.values() if run.session_id == session_id]:
             del self.runs[run.run_id]
             self.events.pop(run.run_id, None)
         self.leases.pop(session_id, None)
+        return []
 
     # Runs
 

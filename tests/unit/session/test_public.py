@@ -88,6 +88,7 @@ async def test_input_of_exactly_the_limit_is_accepted(client: Client) -> None:
         ("top_p", 0.0),
         ("max_output_tokens", -1),
         ("max_turns", -1),
+        ("max_turns", 1001),
         ("timeout_ms", -5),
         ("stop", [""]),
         ("instructions", "x" * 300_000),

@@ -36,6 +36,7 @@ class FakeJournal:
         self.reach: list[float] = []
         self.looks = 0
         self.completes: list[Outcome] = []
+        self.acting: list[bool] = []
         self.begin_errors: list[HermeshError] = []
         self.complete_errors: list[HermeshError] = []
         self.begin_gate: asyncio.Event | None = None
@@ -80,7 +81,9 @@ class FakeJournal:
                 row.entry, row.running = replace(row.entry, state=None), False
         return await self.look(request)
 
-    async def complete(self, request: CallRequest, outcome: Outcome, tries: int = 0) -> Entry:
+    async def complete(
+        self, request: CallRequest, outcome: Outcome, tries: int = 0, *, still_acts: bool = False
+    ) -> Entry:
         if self.complete_errors:
             raise self.complete_errors.pop(0)
         row = self.rows.get(request.call_id)
@@ -89,6 +92,7 @@ class FakeJournal:
         begun = row.running and row.fence == request.fence
         if begun and row.entry.state in (None, CallState.UNKNOWN):
             self.completes.append(outcome)
+            self.acting.append(still_acts)
             row.entry = replace(
                 row.entry, state=outcome.state, content=outcome.content, content_ref=outcome.content_ref
             )

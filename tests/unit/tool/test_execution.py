@@ -638,6 +638,7 @@ async def test_a_quick_call_asks_nobody_about_its_run(
 ) -> None:
     await outcome(executor(journal, owner, Lever(), runs=runs), call())
     assert runs.asks.empty()
+    assert journal.acting == [False]
 
 
 async def test_a_call_whose_run_is_over_and_that_does_not_stop_is_let_go(
@@ -647,6 +648,8 @@ async def test_a_call_whose_run_is_over_and_that_does_not_stop_is_let_go(
     lever.wait = lever.stubborn = runs.ended = True
     got = await outcome(executor(journal, owner, lever, runs=runs), call())
     assert got.state is CallState.UNKNOWN
+    # The journal is told that it may still act: its session is not to be deleted yet.
+    assert journal.acting == [True]
     lever.release.set()
 
 

@@ -136,6 +136,10 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
     same request again with the same key or request id, and it is done once; a request without one may be done twice.
     """
+    ERROR_REASON_CALLS_UNDER_WAY: _ErrorReason.ValueType  # 58
+    """FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.
+    Nothing was deleted; delete the session again after the given time.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -256,4 +260,8 @@ given time; keys that are known go on working.
 ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason.ValueType  # 61
 """UNAVAILABLE. PostgreSQL was asked to store it and gave no answer in time: whether it is done is not known. Send the
 same request again with the same key or request id, and it is done once; a request without one may be done twice.
+"""
+ERROR_REASON_CALLS_UNDER_WAY: ErrorReason.ValueType  # 58
+"""FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.
+Nothing was deleted; delete the session again after the given time.
 """

@@ -444,7 +444,7 @@ class RunOptions(message.Message):
     tool_choice: builtins.str
     """`auto` (default), `none`, `required`, or a tool's name that must be called first."""
     max_turns: builtins.int
-    """The most model turns."""
+    """The most model turns, at most 1000."""
     timeout_ms: builtins.int
     """The run's time limit, milliseconds. It counts from the first claim, by PostgreSQL's clock and across
     replicas, and stands still while the run waits for a person.

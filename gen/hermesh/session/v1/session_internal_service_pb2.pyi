@@ -932,6 +932,7 @@ class CompleteToolCallRequest(message.Message):
     CONTENT_FIELD_NUMBER: builtins.int
     CONTENT_REF_FIELD_NUMBER: builtins.int
     TRIES_FIELD_NUMBER: builtins.int
+    STILL_ACTS_FIELD_NUMBER: builtins.int
     call_id: builtins.str
     """The call."""
     fence: builtins.int
@@ -948,6 +949,8 @@ class CompleteToolCallRequest(message.Message):
     """Which try it is the outcome of, as Begin said; of a non-idempotent call only the last one's counts.
     0 = not said.
     """
+    still_acts: builtins.bool
+    """The try did not stop when it was told to, and may still act. Otherwise it has ended."""
     def __init__(
         self,
         *,
@@ -957,10 +960,11 @@ class CompleteToolCallRequest(message.Message):
         content: builtins.str = ...,
         content_ref: builtins.str = ...,
         tries: builtins.int = ...,
+        still_acts: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "fence", b"fence", "state", b"state", "tries", b"tries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["call_id", b"call_id", "content", b"content", "content_ref", b"content_ref", "fence", b"fence", "state", b"state", "still_acts", b"still_acts", "tries", b"tries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,10 +8,10 @@ SELECT b.outcome, (b.call).*, session.quiet_in_ms((b.call).quiet_at) AS quiet_in
 FROM session.begin_tool_call($1, $2, $3, $4) b;
 
 -- name: complete
--- See session.complete_tool_call.
--- $1 call_id, $2 fence, $3 state, $4 content, $5 content_ref, $6 tries
+-- See session.end_try.
+-- $1 call_id, $2 fence, $3 state, $4 content, $5 content_ref, $6 tries, $7 whether it still acts
 SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms, session.confirm()
-FROM session.complete_tool_call($1, $2, $3, $4, $5, $6) c;
+FROM session.end_try($1, $2, $3, $4, $5, $6, $7) c;
 
 -- name: reconcile
 -- See session.settle_tool_call.

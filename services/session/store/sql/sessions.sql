@@ -62,6 +62,16 @@ RETURNING session_id;
 -- $1 tenant_id, $2 session_id
 SELECT session_id FROM session.lease WHERE session_id = $2 AND tenant_id = $1 FOR UPDATE;
 
+-- name: calls_under_way
+-- A session's calls that may act now: begun, not known to have ended, and not so long ago that they must have.
+-- A pure one changes nothing. The caller holds the lease row, so that none begins meanwhile.
+-- $1 tenant_id, $2 session_id
+SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms
+FROM session.tool_call c
+WHERE c.session_id = $2 AND c.tenant_id = $1 AND c.tries > c.ended_try AND c.effect > 1
+  AND c.quiet_at > clock_timestamp()
+ORDER BY c.run_id, c.position;
+
 -- name: delete_events
 -- Deletes the log of a session's runs.
 -- $1 tenant_id, $2 session_id

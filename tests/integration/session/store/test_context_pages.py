@@ -12,6 +12,7 @@ import pytest
 from meshkit.errors import AbortedError
 from meshkit.ids import uuid7
 from services.session.domain import (
+    ActionDecision,
     Claim,
     EffectClass,
     Grant,
@@ -305,3 +306,28 @@ async def test_text_that_was_thrown_away_is_no_progress(
     if not lasts:
         assert claim.run.error is not None
         assert claim.run.error.reason == "ATTEMPTS_EXHAUSTED"
+
+
+async def test_an_approval_lets_a_run_of_many_bytes_go_on(kit: Kit) -> None:
+    grant = await kit.started()
+    seq = await call_step(kit, grant, 2, 7, 20, answered=True)
+    asked = intent(grant.run_id, needs_approval=True)
+    uses = data(call_id=asked.call_id, name="tool", arguments={"a": 1})
+    await kit.step(
+        grant,
+        seq,
+        event("message.completed", "{}"),
+        event(
+            "action.required", data(call_id=asked.call_id, kind="approval", name="tool", arguments={"a": 1})
+        ),
+        messages=(NewMessage(uuid7(), "assistant", "", f"[{uses}]"),),
+        intents=(asked,),
+        status=RunStatus.REQUIRES_ACTION,
+    )
+    await kit.resolve(grant.run_id, asked.call_id, ActionDecision.APPROVE)
+    context, sizes = await whole(kit, await kit.claimed(grant.run_id, "b"))
+    assert len(sizes) > 2
+    assert max(sizes) < CONTEXT_PAGE_BYTES + len(RESULT) + 1000
+    assert [(one.call_id, one.needs_approval) for one in context.tool_calls] == [(asked.call_id, False)]
+    # Whether it was asked is known without what it was asked about.
+    assert data(call_id=asked.call_id) in [one.data for one in context.events]
