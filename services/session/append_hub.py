@@ -30,7 +30,7 @@ _MAX_REATTACHING = 32
 _REATTACH_TIMEOUT = 8.0
 # Breaks within this time are judged together: an Envoy that dies takes its streams down within milliseconds.
 _SETTLE_S = 0.06
-# A cut is tried for so long: while PostgreSQL is away nobody could take a run over, and when it is back whoever
+# A cut is tried for so long: while PostgreSQL is away nobody could take a run over, and when it is back who
 # waits for the run should not wait for the lease's own end as well.
 _CUT_TRIES_S = 60.0
 # Between two looks at whether the runs that writers hold here are theirs still.

@@ -89,7 +89,7 @@ async def test_a_run_of_15_mb_goes_on_when_its_agent_dies_or_drains(
     assert not seen.wrong
     assert not seen.errors
     for replica in mesh.of("session"):
-        assert peak_mib(replica.pid) < 256
+        assert peak_mib(replica.pid) < 192
 
 
 async def test_a_run_that_writes_more_than_it_may_fails_and_its_session_goes_on(mesh: Mesh) -> None:

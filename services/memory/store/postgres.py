@@ -48,7 +48,7 @@ class PostgresStore:
     async def remember(self, tenant_id: UUID, new: NewMemory) -> Memory:
         """Stores a memory once."""
         fingerprint = new.fingerprint()
-        async with _bounded():
+        async with _bounded(writes=True):
             row = await self._pool.fetchrow(
                 _MEMORY["remember"],
                 new.memory_id,
@@ -147,7 +147,7 @@ class PostgresStore:
     ) -> Mapping[str, str]:
         """Changes one row."""
         document = orjson.dumps({key: value or None for key, value in changes.items()}).decode()
-        async with _bounded():
+        async with _bounded(writes=True):
             text = await self._pool.fetchval(
                 _PREFERENCES["set_preferences"], tenant_id, user, document, MAX_PREFERENCES
             )
@@ -161,8 +161,8 @@ class PostgresStore:
 
 
 @asynccontextmanager
-async def _bounded() -> AsyncIterator[None]:
-    """Bounds a use of the database, and turns its errors into ours."""
+async def _bounded(*, writes: bool = False) -> AsyncIterator[None]:
+    """Bounds a use of the database, and turns its errors into ours; `writes`: it changes something."""
     left = remaining()
     try:
         async with asyncio.timeout(_SECONDS if left is None else min(left, _SECONDS)):
@@ -170,10 +170,10 @@ async def _bounded() -> AsyncIterator[None]:
     except TimeoutError as error:
         if left is not None and left <= _SECONDS:
             raise DeadlineError() from error
-        raise map_pg_error(error) from error
+        raise map_pg_error(error, sent=writes) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         _log.warning("the database failed", error=type(error).__name__, detail=str(error))
-        raise map_pg_error(error) from error
+        raise map_pg_error(error, sent=writes) from error
 
 
 def _memory(row: asyncpg.Record) -> Memory:

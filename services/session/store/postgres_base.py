@@ -113,8 +113,8 @@ class PostgresPart:
     async def confirm(self) -> None:
         """Returns once all that could be read until now is where a failover keeps it.
 
-        A read may see what only this server has: what was committed while a wait for the standby was cancelled,
-        or before a crash. All who ask while one such commit is under way share the next.
+        A read may see what only this server has: what was committed while a wait for the standby ended, or
+        before a crash. All who ask while one such commit is under way share the next.
 
         Raises:
             UnavailableError: No standby says so in time.
@@ -192,7 +192,8 @@ class PostgresPart:
         """Runs one statement and returns its rows; `ids` go to an error's metadata."""
         if self._synchronous:
             async with self._connection(ids, writes=changes(statement)) as connection:
-                return await connection.fetch(statement, *args)
+                found: list[Record] = await connection.fetch(statement, *args)
+                return found
         # Not by `_connection`: this carries every flush, and a context manager is a third of its own cost.
         sent = False
         try:

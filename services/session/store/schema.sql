@@ -5,6 +5,7 @@ CREATE SCHEMA session;
 
 CREATE FUNCTION session.append_step(p_session uuid, p_run uuid, p_fence bigint, p_first_seq integer, p_types text[], p_times bigint[], p_data text[], p_messages json, p_intents json, p_status smallint, p_error json, p_input_tokens integer, p_output_tokens integer, p_cached_tokens integer, OUT outcome smallint, OUT next_seq integer) RETURNS record
     LANGUAGE plpgsql
+    SET lock_timeout TO '200ms'
     AS $$
 #variable_conflict use_column
 DECLARE
@@ -414,6 +415,18 @@ BEGIN
     END IF;
 END $$;
 
+CREATE FUNCTION session.confirm() RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF current_setting('synchronous_standby_names') = '' THEN
+        RETURN false;
+    END IF;
+    -- Nothing of it is stored; its record in the log comes after all that it confirms.
+    PERFORM pg_logical_emit_message(true, 'hermesh', '');
+    RETURN true;
+END $$;
+
 CREATE FUNCTION session.context_page(p_run uuid, p_message integer, p_call integer, p_event integer, p_bytes bigint, OUT messages json, OUT tool_calls json, OUT events json, OUT next json) RETURNS record
     LANGUAGE plpgsql STABLE
     AS $$
@@ -534,11 +547,13 @@ END $$;
 
 CREATE FUNCTION session.end_orphans(p_limit integer) RETURNS integer
     LANGUAGE plpgsql
+    SET lock_timeout TO '50ms'
     AS $$
 DECLARE
     v_found record;
     v_lease session.lease%ROWTYPE;
     v_ended integer := 0;
+    v_locked integer := 0;
 BEGIN
     FOR v_found IN
         -- now() and not clock_timestamp(), so that the index serves.
@@ -555,10 +570,16 @@ BEGIN
         SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
         FOR NO KEY UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND OR (v_lease.owner IS NOT NULL AND session.in_force(v_lease.lease_until));
-        PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2) FOR NO KEY UPDATE;
-        IF FOUND AND session.end_if_due(v_found.run_id) THEN
-            v_ended := v_ended + 1;
-        END IF;
+        BEGIN
+            PERFORM FROM session.run r WHERE r.run_id = v_found.run_id AND r.status IN (1, 2)
+            FOR NO KEY UPDATE SKIP LOCKED;
+            IF FOUND AND session.end_if_due(v_found.run_id) THEN
+                v_ended := v_ended + 1;
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN
+            v_locked := v_locked + 1;
+            EXIT WHEN v_locked >= 8;
+        END;
     END LOOP;
     RETURN v_ended;
 END $$;

@@ -60,9 +60,10 @@ class Blow:
 
     def names(self, owner: str) -> bool:
         """Whether it hit an owner of leases for certain, as far as a record can tell."""
+        replica = owner.partition("~")[0]
         if self.fault == _POINT:
-            return self.target.partition(".")[0] == owner.rpartition("-")[0]
-        return self.target == owner
+            return self.target.partition(".")[0] == replica.rpartition("-")[0]
+        return self.target == replica
 
 
 @dataclass(frozen=True)

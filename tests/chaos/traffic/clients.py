@@ -116,7 +116,9 @@ class Client:
                     group.create_task(self._message(session, crowded=False))
                     if not self._megabytes and self._rng.random() < CROWDED:
                         await asyncio.sleep(self._rng.uniform(0.05, 0.6))
-                        group.create_task(self._message(session, crowded=True))
+                        # Several at once: of these the later ones find some that wait.
+                        for _ in range(self._rng.choice((1, 1, 2, 3))):
+                            group.create_task(self._message(session, crowded=True))
         finally:
             await self._transport.close()
 

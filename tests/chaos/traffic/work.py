@@ -12,7 +12,7 @@ from tests.chaos.traffic.transport import POLICIES
 # What share of runs is asked to be cancelled, and of streams cut by their client.
 CANCELLED = 0.08
 CUT = 0.35
-# What share of messages is followed by another one before the first is answered.
+# What share of messages is followed by others before the first is answered.
 CROWDED = 0.25
 _SUM = "<sum>"
 # Less than what goes to the object store, and as many as a model may call side by side.

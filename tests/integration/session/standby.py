@@ -70,6 +70,12 @@ class Replicated:
         finally:
             await connection.close()
 
+    async def until(self, statement: str, value: Any, *, of: Store | None = None) -> None:
+        """Asks until this is the answer: a server tells nobody that its settings have changed."""
+        async with asyncio.timeout(SECONDS):
+            while await self.ask(statement, of=of) != value:  # noqa: ASYNC110 - see above
+                await asyncio.sleep(0.02)
+
     def freeze(self) -> None:
         """The standby does nothing any more."""
         send(self.standby, signal.SIGSTOP)
@@ -79,7 +85,7 @@ class Replicated:
         send(self.standby, signal.SIGCONT)
 
     async def fail_over(self) -> str:
-        """Loses the primary for good, and what is on its way, and promotes the standby; returns where that is."""
+        """Loses the primary and what is on its way, and promotes the standby; returns where that is."""
         for store in (self.primary, self.standby):
             send(store, signal.SIGKILL)
             await store.stop(signal.SIGKILL)
@@ -88,9 +94,7 @@ class Replicated:
         # The one that is left has no standby to wait for.
         await self.ask("ALTER SYSTEM SET synchronous_standby_names = ''", of=self.standby)
         await self.ask("SELECT pg_reload_conf()", of=self.standby)
-        async with asyncio.timeout(SECONDS):
-            while await self.ask("SHOW synchronous_standby_names", of=self.standby):
-                await asyncio.sleep(0.02)
+        await self.until("SHOW synchronous_standby_names", "", of=self.standby)
         return self.standby.url
 
 
@@ -137,9 +141,7 @@ async def replicated() -> AsyncIterator[Replicated]:
         pair = Replicated(primary, standby)
         await pair.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
         await pair.ask("SELECT pg_reload_conf()")
-        async with asyncio.timeout(SECONDS):
-            while await pair.ask("SELECT sync_state FROM pg_stat_replication") != "sync":
-                await asyncio.sleep(0.02)
+        await pair.until("SELECT sync_state FROM pg_stat_replication", "sync")
         yield pair
     finally:
         for store in stores:

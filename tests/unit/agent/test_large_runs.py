@@ -218,7 +218,9 @@ class FakeStream:
 async def test_pages_go_on_where_a_session_replica_left_off(script):
     fences = iter(range(7, 20))
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
-        client = SessionClient(channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"))
+        client = SessionClient(
+            channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"), "agent-1"
+        )
         fake = client._internal = FakePages(*script)
         pages = await client.rest("r", lambda: next(fences), ContextPosition())
     assert [page.messages[0].content for page in pages] == ["1", "2", "3"]
@@ -228,7 +230,9 @@ async def test_pages_go_on_where_a_session_replica_left_off(script):
 
 async def test_a_lease_that_is_lost_while_pages_are_read_is_said_at_once():
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
-        client = SessionClient(channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"))
+        client = SessionClient(
+            channel, AgentSettings(llm_base_url="http://m.invalid/v1", mesh_token="t"), "agent-1"
+        )
         client._internal = FakePages((2, StatusCode.ABORTED))
         with pytest.raises(AbortedError):
             await client.rest("r", lambda: 7, ContextPosition())

@@ -285,6 +285,21 @@ async def test_a_process_says_that_it_is_new_as_long_as_its_former_one_may_hold_
     assert [request.new_process for _, request in setup.store.held] == [True, True, False]
 
 
+async def test_a_writer_that_its_own_unheard_re_attach_fenced_goes_on():
+    async with TaskOwner() as tasks:
+        setup = Setup(tasks)
+        writer, run = setup.writer()
+        writer.text("text.delta", "a")
+        await writer.flush()
+        run.fence += 1
+        setup.store.unheard.add(run.run_id)
+        writer.text("text.delta", "b")
+        async with asyncio.timeout(5):
+            await writer.flush()
+        assert_whole(run, "ab")
+        assert run.fence == 3
+
+
 async def test_cancel_notices_are_passed_on():
     async with TaskOwner() as tasks:
         setup = Setup(tasks)

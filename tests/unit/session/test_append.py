@@ -314,6 +314,26 @@ async def test_streams_that_break_together_keep_most_of_their_leases(
     assert GRACE_MS < grace_ms <= STORM_GRACE_MS
 
 
+async def test_a_locked_lease_holds_up_no_other_runs_append_and_is_tried_again(client: Client) -> None:
+    locked, other = await new_writer(client), await new_writer(client)
+    client.store.locked.add(UUID(locked.run_id))
+    async with append_stream(client) as stream, asyncio.timeout(5):
+        late = [locked.append("text.delta"), locked.append("run.completed", status=4)]
+        await stream.call.write(internal.AppendRequest(appends=late[:1]))
+        [result] = await stream.write(other.append("text.delta"))
+        assert (result.run_id, result.outcome) == (other.run_id, COMMITTED)
+        client.store.locked.clear()
+        [result] = (await stream.call.read()).results
+        assert (result.run_id, result.outcome) == (locked.run_id, COMMITTED)
+        client.store.locked.add(UUID(locked.run_id))
+        await stream.call.write(internal.AppendRequest(appends=late[1:]))
+        [result] = await stream.write(other.append("text.delta"))
+        assert result.run_id == other.run_id
+        client.store.locked.clear()
+        [result] = (await stream.call.read()).results
+        assert (result.run_id, result.outcome) == (locked.run_id, COMMITTED)
+
+
 async def test_a_stream_that_ends_after_its_runs_shortens_nothing(client: Client, store: FakeStore) -> None:
     writer, released = await new_writer(client), await new_writer(client)
     async with append_stream(client) as stream:

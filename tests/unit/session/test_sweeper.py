@@ -26,9 +26,13 @@ class FakeAgent(agent_grpc.AgentServiceServicer):
         self.taken: asyncio.Queue[str] = asyncio.Queue()
         self.end = asyncio.Event()
         self.refuse = False
+        self.gone = 0
 
     async def Execute(self, request: agent_pb.ExecuteRequest, context: Any) -> AsyncIterator[Any]:
         self.taken.put_nowait(request.run_id)
+        if self.gone:
+            self.gone -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no agent")
         if self.refuse:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         await self.end.wait()
@@ -159,6 +163,26 @@ async def test_full_agents_are_asked_about_few_runs_and_then_about_more() -> Non
         assert store.due_runs
         agent.refuse = False
         await until(lambda: sweeper._held == 512)
+
+
+async def test_a_run_that_reached_no_agent_is_asked_about_again_without_the_database() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    agent.gone = 3
+    run = uuid7()
+    store.due_runs = [run]
+    async with dispatcher(agent, store, interval=30) as sweeper, asyncio.timeout(5):
+        sweeper.wake()
+        for _ in range(4):
+            assert await agent.taken.get() == str(run)
+        await until(lambda: sweeper._held == 1)
+
+
+async def test_what_a_look_without_an_answer_may_have_taken_is_taken_again() -> None:
+    agent, store = FakeAgent(), FakeStore()
+    store.fail_due = [unavailable()]
+    async with dispatcher(agent, store), asyncio.timeout(5):
+        await until(lambda: len(store.asked_again) >= 3)
+    assert store.asked_again[:3] == [False, True, False]
 
 
 async def test_a_place_that_gets_free_is_used_at_once() -> None:

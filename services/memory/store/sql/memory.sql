@@ -22,9 +22,12 @@ ON CONFLICT (tenant_id, request_id) WHERE request_id IS NOT NULL DO NOTHING
 RETURNING memory_id, scope_kind, scope_owner, text, importance, source_session_id, created_at, expire_at;
 
 -- name: find_request
--- The memory that a request id stored. $1 tenant, $2 request id.
+-- The memory that a request id stored. $1 tenant, $2 request id. The answer that it was stored before waits for a
+-- synchronous standby as the first one should have: by a record that keeps nothing, whose commit waits.
 SELECT memory_id, scope_kind, scope_owner, text, importance, source_session_id, created_at, expire_at,
-    request_hash
+    request_hash,
+    CASE WHEN current_setting('synchronous_standby_names') <> ''
+         THEN pg_logical_emit_message(true, 'hermesh', '')::text END AS confirmed
 FROM memory.item
 WHERE tenant_id = $1 AND request_id = $2;
 

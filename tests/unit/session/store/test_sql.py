@@ -30,7 +30,14 @@ NOT_BY_TENANT = {
         "heads",
     },
     "journal": {"begin", "complete", "reconcile", "look"},
-    "upkeep": {"maintain_partitions", "set_lock_timeout", "set_long_statement", "expire_requests"},
+    "upkeep": {
+        "maintain_partitions",
+        "set_lock_timeout",
+        "set_long_statement",
+        "expire_requests",
+        "synchronous",
+        "confirm",
+    },
 }
 BLOCKS = [
     (file, name, text)
