@@ -231,7 +231,8 @@ async def test_what_is_done_to_leases_goes_by_their_key(full: Kit) -> None:
     }
     for name, values in args.items():
         scans, pages = await explain(full, sql("log", name), *values)
-        assert scans, name
+        # A function shows none; the pages that it touches count.
+        assert scans or name == "refusals", name
         assert not any(scan.startswith("Seq Scan") for scan in scans), (name, scans)
         assert pages < 30 * len(grants), (name, scans, pages)
     for grant in grants:
