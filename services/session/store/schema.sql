@@ -156,7 +156,8 @@ BEGIN
     IF v_outcome = 1 AND EXISTS (SELECT FROM session.run r WHERE r.run_id = v_call.run_id AND r.cancel_requested)
     THEN
         v_outcome := 2;
-        UPDATE session.tool_call t SET state = 4, content = 'The run was cancelled; the call was not begun.'
+        UPDATE session.tool_call t SET state = 4, content = 'The run was cancelled; the call was not begun'
+               || CASE WHEN t.tries = 0 THEN '.' ELSE ' again. What came of the try before is not known.' END
         WHERE t.call_id = p_call RETURNING * INTO v_call;
     ELSIF v_outcome = 1 THEN
         UPDATE session.tool_call t SET state = 2, fence = p_fence, tries = t.tries + 1,

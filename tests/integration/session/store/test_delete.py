@@ -111,6 +111,17 @@ async def test_no_call_of_a_cancelled_run_begins(kit: Kit, effect: EffectClass) 
     assert "was not begun" in call.content
 
 
+async def test_of_a_call_that_was_begun_before_its_run_was_cancelled_nobody_says_that_it_was_not(
+    kit: Kit,
+) -> None:
+    grant, (call_id,) = await journalled(kit, EffectClass.IDEMPOTENT)
+    await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
+    await kit.store.cancel(kit.tenant, grant.run_id, "enough")
+    outcome, call = await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
+    assert (outcome, call.state, call.tries) == (BeginOutcome.DONE, ToolCallState.FAILED, 1)
+    assert "not begun again" in call.content
+
+
 async def test_begin_and_cancel_at_once_agree(kit: Kit) -> None:
     """A call either began before its run's cancel was promised, or never does."""
     for _ in range(20):
