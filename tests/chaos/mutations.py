@@ -266,7 +266,7 @@ MUTATIONS = (
         "deleted-while-acting",
         "A session is deleted although a call of it acts.",
         "services/session/store/postgres_sessions.py",
-        "            if rows:\n                return [tool_call_of(row) for row in rows]\n",
+        "                if rows:\n                    return [tool_call_of(row) for row in rows]\n",
         "",
         faults=[Planned(2.0, faults.kill_gateway)],
     ),
