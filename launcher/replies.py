@@ -187,8 +187,8 @@ def grpc_replies() -> list[Reply]:
     lost = _error(
         "UNAVAILABLE",
         "SERVICE_UNAVAILABLE",
-        "the replica was lost, or silent for too long, before it answered: what was asked for may have been done; send it again with "
-        "the same request_id, or look first",
+        "the replica was lost, or silent for too long, before it answered: what was asked for may have been "
+        "done; send it again with the same request_id, or look first",
         retry_after_ms=_RETRY_MS,
     )
     too_large = _error(
