@@ -49,6 +49,16 @@ def test_an_act_before_the_deletion_needs_no_journal_any_more() -> None:
     assert_clean(world)
 
 
+def test_acts_twice_are_found_though_the_journal_went_with_the_session() -> None:
+    world = World()
+    world.cancel(world.submit(world.session()))
+    act(world)
+    act(world)
+    world.note("delete", client="leaver", session="s", run="r")
+    world.note("deleted", client="leaver", session="s", run="r")
+    assert_found(world, 4, "acted 2 times")
+
+
 def test_an_act_after_the_deletion_is_found() -> None:
     world = deleted()
     act(world)
