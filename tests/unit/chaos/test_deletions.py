@@ -80,6 +80,15 @@ def test_only_what_can_hold_a_tool_explains_a_late_act(fault: str, excused: bool
         assert_found(world, 11, "after its session was deleted")
 
 
+def test_what_held_a_tool_long_ago_explains_nothing() -> None:
+    world = deleted()
+    world.note("fault", fault="freeze", target="tool-1", detail="")
+    world.note("healed", fault="freeze", target="tool-1")
+    world.now += 10
+    act(world)
+    assert_found(world, 11, "after its session was deleted")
+
+
 def test_a_call_that_is_begun_after_the_deletion_is_found_whatever_is_broken() -> None:
     world = deleted()
     world.note("fault", fault="freeze", target="tool-1", detail="")
