@@ -9,7 +9,8 @@ byte. A request steers it by directives, written in the model's name or in the l
     [[id=17]]                        a name by which GET /starts tells when the reply began
     [[reason=20]]                    20 reasoning tokens before the text
     [[tool=calculator {"expression":"2+2"}]]   call a tool (may be repeated: the calls go side by side)
-    [[tool=bulk {} calls=60 turns=3]]          60 of these calls in each of 3 turns, then the text
+    [[tool=bulk {} calls=60 turns=3]]          60 of these calls in each of 3 turns, then the text; where any
+                                     of their results is missing, it says that instead
     [[status=429 retry_after=1 times=2]]       answer with an HTTP error (the first 2 times only)
     [[garbage]] [[half]] [[silent]] [[empty]]  nonsense, a broken stream, no answer, an empty reply
     [[echo]]                         repeat the last user message
@@ -265,6 +266,10 @@ def _content(
     results = _results_after_last_user(messages)
     wanted = _constrained_call(request, directives)
     turns = int(directives.number("turns", 0))
+    made = directives.tools * max(0, int(directives.number("calls", 1)))
+    missing = _turns_after_last_user(messages) * len(made) - len(results)
+    if directives.tools and turns and missing > 0:
+        return words(f"{missing} results are missing"), ()
     if directives.tools and results and turns and _turns_after_last_user(messages) >= turns:
         return sequence(count), ()
     if directives.tools and results and not turns:
@@ -273,8 +278,7 @@ def _content(
         return words(wanted), ()
     if directives.tools and _offers_tools(request):
         calls = tuple(
-            ToolCall(f"call_{index}", name, arguments)
-            for index, (name, arguments) in enumerate(directives.tools * int(directives.number("calls", 1)))
+            ToolCall(f"call_{index}", name, arguments) for index, (name, arguments) in enumerate(made)
         )
         # With an explicit tokens=N the reply also says something before it calls.
         return (sequence(count) if "tokens" in directives.values and not turns else ()), calls

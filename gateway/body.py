@@ -50,18 +50,21 @@ async def read_body(request: Request, *, limit: int = MAX_BODY, timeout: float =
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout) as deadline:
             async for part in request.stream():
+                if size <= limit < size + len(part):
+                    deadline.reschedule(asyncio.get_running_loop().time() + _DISCARD_SECONDS)
                 size += len(part)
-                if size > limit:
+                if size <= limit:
+                    parts.append(part)
+                elif size > limit + _DISCARD_BYTES:
                     break
-                parts.append(part)
     except TimeoutError:
-        raise BodyTimeoutError(message=f"the body did not arrive within {timeout:g} s") from None
+        if size <= limit:
+            raise BodyTimeoutError(message=f"the body did not arrive within {timeout:g} s") from None
     except ClientDisconnect:
         raise CancelledCallError(message="the client left before its request was complete") from None
     if size > limit:
-        await _discard(request)
         raise _too_large(limit)
     return b"".join(parts)
 

@@ -263,6 +263,15 @@ MUTATIONS = (
         faults=[Planned(2.0, faults.kill_gateway)],
     ),
     Mutation(
+        "page-forgotten",
+        "A takeover goes on without the second page of what its run has.",
+        "services/agent/runs/start.py",
+        "messages=(*self.messages, *(one for page in pages for one in _messages(page))),",
+        "messages=(*self.messages, *(one for page in pages[1:] for one in _messages(page))),",
+        faults=[Planned(when, faults.kill_agent) for when in (2.0, 4.0, 6.0, 8.0)],
+        megabytes=12.0,
+    ),
+    Mutation(
         "deleted-while-acting",
         "A session is deleted although a call of it acts.",
         "services/session/store/postgres_sessions.py",

@@ -102,7 +102,7 @@ class CallPieces:
         if known is not None and known is not last:
             return known
         if identity and last.id and identity != last.id:
-            begins = name or (arguments.strip() and last.whole)
+            begins = name or (arguments.lstrip().startswith("{") and last.whole)
             return self._begin(index, identity) if begins else last
         if identity and not last.id and index is None and name and last.name:
             return self._begin(index, identity)

@@ -13,6 +13,7 @@ from services.agent.model import faults, wire
 from services.agent.model.errors import (
     ModelError,
     ModelProtocolError,
+    ModelTimeoutError,
     ModelTruncatedError,
     ModelUnavailableError,
 )
@@ -78,8 +79,10 @@ class OpenAIModel:
                     if parser.failed is not None:
                         raise parser.failed
                 cut = None
-            except ModelTruncatedError as error:
-                if parser.failed is not None:
+            except (ModelTruncatedError, ModelTimeoutError) as error:
+                # A server that says no more after its reply's end, and does not close, takes nothing from it.
+                late = isinstance(error, ModelTimeoutError) and not parser.finish_reason
+                if late or parser.failed is not None:
                     raise
                 cut = error
             events = parser.close()  # a last line may lack its newline
@@ -106,8 +109,8 @@ class OpenAIModel:
         if request.cache_key:
             headers["x-hermesh-affinity"] = request.cache_key
         tries = 0
+        body = self._body(request)
         while True:
-            body = encode_request(request, self.profile, self._learned.get(request.model, NOTHING))
             request.asking()
             response = await stack.enter_async_context(
                 self._pool.request("POST", "/chat/completions", headers, body)
@@ -118,9 +121,15 @@ class OpenAIModel:
                 return response
             answer = await _error_body(response)
             tries += 1
-            if tries > MAX_SECOND_TRIES or not self._learn(request.model, response.status, answer, body):
+            refused = body
+            if tries <= MAX_SECOND_TRIES and self._learn(request.model, response.status, answer, refused):
+                body = self._body(request)
+            if body == refused:  # it would be refused again
                 raise _error_of(response, answer)
             await stack.aclose()
+
+    def _body(self, request: ModelRequest) -> bytes:
+        return encode_request(request, self.profile, self._learned.get(request.model, NOTHING))
 
     async def list_models(self) -> Sequence[ModelInfo]:
         """See `Model.list_models`."""
@@ -159,6 +168,8 @@ class OpenAIModel:
         learned = learn(known, status, answer, sent)
         if learned is None:
             return False
+        if learned == known:
+            return True
         if len(self._learned) >= _MAX_MODELS:
             self._learned.clear()
         self._learned[model] = learned

@@ -243,14 +243,15 @@ def learn(learned: Learned, status: int, answer: bytes, sent: bytes) -> Learned 
         names, said = _named(orjson.loads(answer))
     except orjson.JSONDecodeError:
         return None
+    # What counts is what this request had, not what is known: another one may have taught it meanwhile.
+    in_request = _sent_names(sent)
     if _MISSING.search(said):
         for name, field in _WANTED.items():
             if name in said:
-                known = field in learned.wanted
-                return None if known else Learned(learned.refused - {field}, learned.wanted | {field})
-    in_request = _sent_names(sent)
+                given = field in learned.wanted and field in in_request
+                return None if given else Learned(learned.refused - {field}, learned.wanted | {field})
     for name in names:
-        if name not in learned.refused and name in in_request:
+        if name in in_request:
             return Learned(learned.refused | {name}, learned.wanted - {name})
     return None
 

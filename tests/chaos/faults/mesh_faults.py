@@ -56,12 +56,14 @@ async def supervisor_lost(stage: Stage, *, alone: bool | None = None) -> None:
     alone = drawn if alone is None else alone
     noted = _drain(stage, "supervisor") if alone else stage.broken("kill", "supervisor")
     async with cluster.whole, noted:
-        cluster.processes[0].send(signal.SIGKILL)
-        await asyncio.sleep(stage.rng.uniform(0, 1))
-        if not alone:
-            await kill_one(stage, stage.rng.choice(SERVICES))
-        await asyncio.sleep(stage.rng.uniform(0, 2))
-        await cluster.up()
+        try:
+            cluster.processes[0].send(signal.SIGKILL)
+            await asyncio.sleep(stage.rng.uniform(0, 1))
+            if not alone:
+                await kill_one(stage, stage.rng.choice(SERVICES))
+            await asyncio.sleep(stage.rng.uniform(0, 2))
+        finally:
+            await cluster.up()
 
 
 @asynccontextmanager
@@ -78,16 +80,18 @@ async def machine_lost(stage: Stage) -> None:
     cluster = stage.cluster
     stores = (cluster.postgres, cluster.valkey)
     async with cluster.whole, stores[0].down, stores[1].down, stage.broken("lost", "machine"):
-        for process in cluster.processes:
-            process.send(signal.SIGKILL)
-        for store in stores:
-            store.send_all(signal.SIGKILL)
-            await store.stop(signal.SIGKILL)
-        _another_boot(stage)
-        await asyncio.sleep(stage.rng.uniform(0, 1))
-        for store in stores:
-            await store.start()
-        await cluster.up()
+        try:
+            for process in cluster.processes:
+                process.send(signal.SIGKILL)
+            for store in stores:
+                store.send_all(signal.SIGKILL)
+                await store.stop(signal.SIGKILL)
+            _another_boot(stage)
+            await asyncio.sleep(stage.rng.uniform(0, 1))
+        finally:
+            for store in stores:
+                await store.start()
+            await cluster.up()
 
 
 def _another_boot(stage: Stage) -> None:

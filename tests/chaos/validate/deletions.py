@@ -30,25 +30,24 @@ def check_deletions(facts: Facts) -> Iterator[Violation]:
     for acts in facts.acts.values():
         for act in acts:
             end = deleted.get(act["run"])
-            if end is not None and act["t"] > end["t"] + SLACK and not _held(facts, end, act):
+            if end is not None and act["t"] > end["t"] + SLACK and not _held(facts, act):
                 after = act["t"] - end["t"]
                 text = f"call {act['call']} acted {after:.1f} s after its session was deleted"
                 yield Violation(11, text, [end, act])
 
 
-def _held(facts: Facts, end: Record, act: Record) -> bool:
-    """Whether something held a tool that was about to act when its session was deleted."""
+def _held(facts: Facts, act: Record) -> bool:
+    """Whether something held a tool that was about to act, until at most its timeout before it did."""
     for fault in facts["fault"]:
         hangs = fault["fault"] == "point" and "hang" in fault["detail"]
-        if (fault["fault"] in _HOLDS or hangs) and end["t"] - TIMEOUT <= fault["t"] <= act["t"]:
+        if (fault["fault"] not in _HOLDS and not hangs) or fault["t"] > act["t"]:
+            continue
+        healed = [
+            healed["t"]
+            for healed in facts["healed"]
+            if (healed["fault"], healed["target"]) == (fault["fault"], fault["target"])
+            and healed["t"] >= fault["t"]
+        ]
+        if min(healed, default=act["t"]) + TIMEOUT + SLACK >= act["t"]:
             return True
-        if fault["fault"] in _HOLDS and fault["t"] <= end["t"]:
-            healed = [
-                healed["t"]
-                for healed in facts["healed"]
-                if (healed["fault"], healed["target"]) == (fault["fault"], fault["target"])
-                and healed["t"] >= fault["t"]
-            ]
-            if min(healed, default=act["t"]) + TIMEOUT >= end["t"]:
-                return True
     return False

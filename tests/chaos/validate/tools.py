@@ -51,6 +51,9 @@ def check_calls(facts: Facts) -> Iterator[Violation]:
             acts = facts.acts.get(call, [])
             if acts and all(act["run"] in facts.deleted_runs for act in acts):
                 # Its journal went with its session; `check_deletions` judges when it acted.
+                if len(acts) > 1 and facts.effect(call) == NON_IDEMPOTENT and not facts.word(call, "retry"):
+                    text = f"call {call} of a session that was deleted acted {len(acts)} times"
+                    yield Violation(4, text, acts)
                 continue
             records = [*facts.moves.get(call, []), *facts.acts.get(call, [])]
             yield Violation(4, f"call {call} is not in the journal", records)

@@ -1,5 +1,6 @@
 """The adapter against each dialect: a FAKE server for each provider refuses what the real one refuses."""
 
+import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -232,6 +233,12 @@ async def test_options_are_named_as_each_server_wants_them_and_refused_ones_are_
         limit = "max_completion_tokens" if name in ("openai", "azure", "unknown") else "max_tokens"
         assert sent[limit] == 100
         assert sent["random_seed" if name == "mistral" else "seed"] == 3
+
+
+async def test_requests_that_are_refused_at_once_have_their_second_try_each():
+    async with backend("openai", *[Reply("a")] * 8) as (_, model):
+        done = await asyncio.gather(*(turn(model, request(**OPTIONS)) for _ in range(8)))
+        assert [one.text for one, _ in done] == ["a"] * 8
 
 
 @shows(

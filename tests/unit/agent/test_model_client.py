@@ -227,6 +227,26 @@ async def test_a_stream_that_ends_by_closing_after_its_finish_is_whole():
         assert events == [TextDelta("a"), Finished("length")]
 
 
+async def test_a_connection_that_stays_open_after_the_replys_end_costs_no_finished_reply():
+    closed = asyncio.Event()
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(SSE + b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n')
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        closed.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        model = OpenAIModel(f"http://127.0.0.1:{port}/v1", timeouts=FAST)
+        assert await collect(model, request("hi")) == [TextDelta("a"), Finished("stop")]
+        await model.aclose()
+        async with asyncio.timeout(10):
+            await closed.wait()
+
+
 def self_signed(folder):
     """Make a certificate for localhost, and its key, as files."""
     private = ec.generate_private_key(ec.SECP256R1())

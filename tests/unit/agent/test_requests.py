@@ -152,7 +152,19 @@ def test_what_a_server_misses_is_given_and_not_left_out():
     learned = learn(NOTHING, 400, said, REQUEST)
     assert learned is not None
     assert sent(USER, use(1), learned=learned)["messages"][1]["reasoning_content"] == " "
-    assert learn(learned, 400, said, REQUEST) is None  # once is enough
+    again = encode_request(ModelRequest("m", (USER, use(1))), TOLERANT, learned)
+    assert learn(learned, 400, said, again) is None  # once is enough
+
+
+def test_what_another_request_has_taught_meanwhile_is_reason_enough_for_a_second_try():
+    said = refusal(message="temperature is not supported", param="temperature")
+    learned = learn(NOTHING, 400, said, REQUEST)
+    assert learned is not None
+    assert learn(learned, 400, said, REQUEST) == learned
+    said = refusal(message="The reasoning_content in the thinking mode must be passed back to the API.")
+    wanted = learn(NOTHING, 400, said, REQUEST)
+    assert wanted is not None
+    assert learn(wanted, 400, said, REQUEST) == wanted
 
 
 def test_a_spent_quota_is_not_waited_for():

@@ -17,6 +17,7 @@ from services.agent.model.port import Kept, ReasoningDelta, TextDelta, Usage
 from services.agent.model.profiles import TOLERANT, built_in
 from services.agent.model.torn import mended, whole
 from services.agent.model.wire import StreamParser
+from tests.examples import examples
 
 TEXTS = st.one_of(
     st.text('ab "\\\n\r\t/é\u2028😀\x7f', min_size=1, max_size=8),
@@ -206,7 +207,7 @@ def read(data, cuts, profile=TOLERANT):
     return joined[TextDelta], joined[ReasoningDelta], builder.build(), parser
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(REPLIES, st.integers(0, 2**32), st.lists(st.integers(0, 100_000), max_size=8))
 def test_what_went_into_a_stream_of_any_legal_form_comes_out(reply, seed, cuts):
     text, reasoning, turn, _ = read(stream(reply, Forms(seed)), cuts)
@@ -218,7 +219,7 @@ def test_what_went_into_a_stream_of_any_legal_form_comes_out(reply, seed, cuts):
     assert turn.finish_reason == ("length" if reply.finish == "length" else "stop")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.text(max_size=20), st.lists(st.integers(0, 200), max_size=6), st.sampled_from(["utf-8", "utf-16"]))
 def test_a_text_torn_anywhere_is_put_together(text, cuts, how):
     codec, errors, unit = (

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from services.agent.model import wire
 from services.agent.model.errors import ModelError
 from services.agent.model.port import ReasoningDelta, TextDelta
+from tests.examples import examples
 
 TOKENS = st.one_of(
     st.text('ab "\\\n\t/é\x7f\u2028', max_size=4),
@@ -68,7 +69,7 @@ def said(data: bytes, cuts: list[int], tries: int) -> tuple[list[object], str]:
     return out, parser.finish_reason
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(chunks(), st.lists(st.integers(0, 10_000), max_size=6))
 def test_what_is_known_without_parsing_is_what_parsing_says(made: list[bytes], cuts: list[int]) -> None:
     data = b"".join(made)

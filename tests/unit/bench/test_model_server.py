@@ -168,3 +168,12 @@ def test_inputs_that_an_agent_joined_are_steered_by_the_last_ones_directives_alo
     # One input may have paragraphs of its own.
     request["messages"] = [{"role": "user", "content": f"{second}\n\nand a long text"}]
     assert len(reply_to(request).tokens) == 3
+
+
+def test_a_result_that_is_missing_is_said_in_place_of_the_text():
+    calls = [{"id": f"c{number}", "function": {"name": "bulk", "arguments": "{}"}} for number in range(2)]
+    results = [{"role": "tool", "tool_call_id": one["id"], "content": "x"} for one in calls]
+    asked = body("[[tool=bulk {} calls=2 turns=1 tokens=2]]")
+    turn = [*asked["messages"], {"role": "assistant", "tool_calls": calls}]
+    assert reply_to({**asked, "messages": [*turn, *results]}).tokens == ("t0 ", "t1 ")
+    assert "".join(reply_to({**asked, "messages": [*turn, results[1]]}).tokens) == "1 results are missing"

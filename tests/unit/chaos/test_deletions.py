@@ -49,6 +49,16 @@ def test_an_act_before_the_deletion_needs_no_journal_any_more() -> None:
     assert_clean(world)
 
 
+def test_acts_twice_are_found_though_the_journal_went_with_the_session() -> None:
+    world = World()
+    world.cancel(world.submit(world.session()))
+    act(world)
+    act(world)
+    world.note("delete", client="leaver", session="s", run="r")
+    world.note("deleted", client="leaver", session="s", run="r")
+    assert_found(world, 4, "acted 2 times")
+
+
 def test_an_act_after_the_deletion_is_found() -> None:
     world = deleted()
     act(world)
@@ -68,6 +78,15 @@ def test_only_what_can_hold_a_tool_explains_a_late_act(fault: str, excused: bool
         assert_clean(world)
     else:
         assert_found(world, 11, "after its session was deleted")
+
+
+def test_what_held_a_tool_long_ago_explains_nothing() -> None:
+    world = deleted()
+    world.note("fault", fault="freeze", target="tool-1", detail="")
+    world.note("healed", fault="freeze", target="tool-1")
+    world.now += 10
+    act(world)
+    assert_found(world, 11, "after its session was deleted")
 
 
 def test_a_call_that_is_begun_after_the_deletion_is_found_whatever_is_broken() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.chaos.model.history import History, Record
 from tests.chaos.validate import check
+from tests.examples import examples
 from tests.unit.chaos import corruptions
 from tests.unit.chaos.episodes import Episode
 from tests.unit.chaos.support import assert_clean
@@ -19,13 +20,13 @@ SECONDS = 2.0
 RECORDS = 100_000
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 80))
 def test_whatever_a_correct_mesh_does_passes(seed: int, steps: int) -> None:
     assert_clean(Episode(Random(seed), steps).world)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(seed=st.integers(0, 2**32), steps=st.integers(20, 80), spoil=st.sampled_from(corruptions.ALL))
 def test_one_thing_wrong_is_found(seed: int, steps: int, spoil: corruptions.Corruption) -> None:
     random = Random(seed)

@@ -19,6 +19,7 @@ from gateway.watches import START, Watches
 from hermesh.common.v1.event_pb2 import Event, Frame, Reconnect
 from hermesh.session.v1 import session_internal_service_pb2 as pb
 from meshkit.errors import HermeshError, NotFoundError, UnavailableError, to_status
+from tests.examples import examples
 from tests.unit.gateway.watch_reader import Reader
 
 
@@ -158,7 +159,7 @@ async def watches(replica: Replica) -> AsyncIterator[Watches]:
         call.cancel()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(seed=st.integers(0, 2**32), trouble=st.sampled_from([0.0, 0.1, 0.4]), readers=st.integers(1, 6))
 def test_readers_get_the_log_once_however_streams_break_and_they_read(
     seed: int, trouble: float, readers: int
