@@ -113,6 +113,13 @@ class JournalModel(Model):
             call.state = ToolCallState.UNKNOWN
         elif call.needs_approval:
             outcome = BeginOutcome.NOT_APPROVED
+        elif call.run.cancel:
+            outcome = BeginOutcome.DONE
+            before = " again. What came of the try before is not known." if call.tries else "."
+            call.state, call.content = (
+                ToolCallState.FAILED,
+                f"The run was cancelled; the call was not begun{before}",
+            )
         else:
             outcome = BeginOutcome.GO
             call.state, call.fence, call.tries = ToolCallState.RUNNING, fence, call.tries + 1
