@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from launcher import control, conversation, kept
@@ -224,8 +225,8 @@ def status(as_json: Json = False) -> None:
         colour = {"healthy": "green", "unhealthy": "red"}.get(row["health"], "yellow")
         cells = [str(row[name] or "") for name in ("service", "replica", "pid", "address")]
         # A supervisor of an earlier version gives no reasons.
-        why, restarts = row.get("reason", ""), str(row["restarts"] or "")
-        table.add_row(*cells, f"[{colour}]{row['health']}", why, restarts, row["last_exit"])
+        why, restarts = escape(row.get("reason", "")), str(row["restarts"] or "")
+        table.add_row(*cells, f"[{colour}]{row['health']}", why, restarts, escape(row["last_exit"]))
     console.print(table)
     if any(row["health"] == "unsupervised" for row in rows):
         console.print("The supervisor is gone; hermesh up takes these over, hermesh down ends them.")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from launcher.actions import DECISIONS, full_id, lines
@@ -30,7 +31,7 @@ class Followed:
 
     def __init__(self, api: Api, events: Iterator[dict[str, Any]], run_id: str = "") -> None:
         self._events = explained(
-            events, api.problem, lambda text: notes.print(text, style="dim", highlight=False)
+            events, api.problem, lambda text: notes.print(text, style="dim", markup=False, highlight=False)
         )
         self.run_id = run_id
 
@@ -175,7 +176,7 @@ def sessions(as_json: Json = False) -> None:
         table.add_column(name, overflow="fold")
     for one in found:
         changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(one["update_time_ms"]) / 1000))
-        table.add_row(one["session_id"], one["title"], str(one["message_count"]), changed)
+        table.add_row(one["session_id"], escape(one["title"]), str(one["message_count"]), changed)
     console.print(table)
 
 

@@ -22,7 +22,8 @@ BINARY = package_folder("envoy") / "_bin" / "envoy"
 COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
 # What one connection may leave unread or unsent in Envoy: as much as the largest input.
-BUFFER_BYTES = 1024 * 1024
+_MIB = 1024 * 1024
+BUFFER_BYTES = _MIB
 MAX_HEAP_MIB = 1024
 MAX_CONNECTIONS = 10_000
 _OWN_FILES = 512
@@ -124,7 +125,7 @@ def render_local(
     return _render(
         node_id="mesh",
         max_connections=max_connections,
-        max_heap_mib=max_heap_mib,
+        max_heap_bytes=max_heap_mib * _MIB,
         admin_address=f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}",
         http_host="127.0.0.1",
         http_port=http_port,
@@ -173,12 +174,13 @@ def render_chart() -> str:
     """
     return _render_by_name(
         "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
+        max_heap_bytes="{{ mul .Values.envoy.maxHeapMiB 1048576 }}",
         listeners=(TEMPLATES / "status_listener.yaml").read_text(),
         clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
     )
 
 
-def _render_by_name(host: str, *, listeners: str = "", clusters: str = "") -> str:
+def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "", clusters: str = "") -> str:
     """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
 
     def endpoints(name: str) -> str:
@@ -198,7 +200,7 @@ def _render_by_name(host: str, *, listeners: str = "", clusters: str = "") -> st
     return _render(
         node_id="mesh",
         max_connections=MAX_CONNECTIONS,
-        max_heap_mib=MAX_HEAP_MIB,
+        max_heap_bytes=max_heap_bytes or MAX_HEAP_MIB * _MIB,
         admin_address="{socket_address: {address: 127.0.0.1, port_value: 9901}}",
         http_host="0.0.0.0",  # noqa: S104 - inside its container; compose decides what is published
         http_port=8080,
@@ -213,7 +215,7 @@ def _render_by_name(host: str, *, listeners: str = "", clusters: str = "") -> st
     )
 
 
-def _render(*, max_heap_mib: int, **values: object) -> str:
+def _render(**values: object) -> str:
     return Template((TEMPLATES / "envoy.yaml.tmpl").read_text()).substitute(
         values,
         http_replies=replies.http_config(),
@@ -224,9 +226,10 @@ def _render(*, max_heap_mib: int, **values: object) -> str:
         headers_seconds=replies.HEADERS_SECONDS,
         request_seconds=replies.REQUEST_SECONDS,
         grpc_request_seconds=replies.GRPC_REQUEST_SECONDS,
+        silent_seconds=replies.SILENT_SECONDS,
+        whole_answer_seconds=replies.WHOLE_ANSWER_SECONDS,
         max_grpc_request=replies.MAX_GRPC_REQUEST,
         buffer_bytes=BUFFER_BYTES,
-        max_heap_bytes=max_heap_mib * 1024 * 1024,
     )
 
 

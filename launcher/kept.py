@@ -31,7 +31,8 @@ _NOT_KEPT = frozenset(
     }
 )
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-_CREDENTIALS = re.compile(r"//[^/@\s]*@")
+# To the last @ before the path, as all who read a URL take it: a password may have one.
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
 _SHOWN = 200
 
 

@@ -28,14 +28,17 @@ MAX_HEADERS = 100
 HEADERS_SECONDS = 10
 REQUEST_SECONDS = 60
 GRPC_REQUEST_SECONDS = 30
+# Longer than the 15 s heartbeat of an event stream; and what a reply that is not streamed may take.
+SILENT_SECONDS = 300
+WHOLE_ANSWER_SECONDS = 3600
 # New input has 1 MiB of text at most, and whatever goes with it is small.
 MAX_GRPC_REQUEST = 2 * 1024 * 1024
 _RETRY_MS = 500
 _OVERLOADED_RETRY_MS = 2000
 
 _OPENAI_PATHS = r"/v1/(chat/completions|models)([/?].*)?"
-# The request had reached an upstream when the connection to it broke.
-_LOST = ("UC", "UR", "LR", "UPE", "UT")
+# The request had reached an upstream when the connection to it broke, or nothing came from it for too long.
+_LOST = ("UC", "UR", "LR", "UPE", "UT", "SI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,16 @@ def http_replies() -> list[Reply]:
     lost = _error(
         "UNAVAILABLE",
         "SERVICE_UNAVAILABLE",
-        "the gateway was lost before it answered: what was asked for may have been done; send it again with "
-        "the same Idempotency-Key, or look first",
+        "the gateway was lost, or silent for too long, before it answered: what was asked for may have been "
+        "done; send it again with the same Idempotency-Key, or look first",
+        retry_after_ms=_RETRY_MS,
+    )
+    # It was tried on several gateways: that the last one was not reached says nothing of the first.
+    keyed = _error(
+        "UNAVAILABLE",
+        "SERVICE_UNAVAILABLE",
+        "no gateway answered: what was asked for may have been done; send it again with the same "
+        "Idempotency-Key",
         retry_after_ms=_RETRY_MS,
     )
     return [
@@ -136,6 +147,7 @@ def http_replies() -> list[Reply]:
         ),
         # Reading again repeats nothing.
         Reply(_all(_flags(*_LOST), _header(":method", "GET|HEAD|OPTIONS")), _unavailable().error, 503),
+        Reply(_all(_status(500, "GE"), _header("idempotency-key", ".+")), keyed, 503),
         # Such a client would by itself send a second message for the one whose answer was lost.
         Reply(_flags(*_LOST), lost, 503, (("x-should-retry", "false"),)),
         _unavailable(),
@@ -175,8 +187,8 @@ def grpc_replies() -> list[Reply]:
     lost = _error(
         "UNAVAILABLE",
         "SERVICE_UNAVAILABLE",
-        "the replica was lost before it answered: what was asked for may have been done; send it again with "
-        "the same request_id, or look first",
+        "the replica was lost, or silent for too long, before it answered: what was asked for may have been "
+        "done; send it again with the same request_id, or look first",
         retry_after_ms=_RETRY_MS,
     )
     too_large = _error(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from launcher.actions import commands, question
 from launcher.errors import LaunchError
@@ -25,9 +26,10 @@ def show(events: Iterable[dict[str, Any]], console: Console) -> None:
             case "attempt.reset":
                 console.print("\n[dim]the replica that wrote this was lost; the answer starts again:[/dim]")
             case "tool.call":
-                console.print(f"[dim]calling {data['name']} ...[/dim]")
+                console.print(f"[dim]calling {escape(data['name'])} ...[/dim]")
             case "tool.result":
-                console.print(f"[dim]{data['status']}: {str(data['content'])[:200]}[/dim]", highlight=False)
+                text = escape(str(data["content"])[:200])
+                console.print(f"[dim]{data['status']}: {text}[/dim]", highlight=False)
             case "action.required":
                 _ask(event["run_id"], data, console)
             case "action.resolved":
@@ -35,7 +37,7 @@ def show(events: Iterable[dict[str, Any]], console: Console) -> None:
             case "tool.reconciled":
                 console.print(f"[dim]looked up what became of it: {data['finding']}[/dim]")
             case "context.degraded":
-                console.print(f"[dim]without {data['part']}: {data.get('detail', '')}[/dim]")
+                console.print(f"[dim]without {data['part']}: {escape(data.get('detail', ''))}[/dim]")
             case "run.failed":
                 console.print()
                 raise LaunchError(f"the run failed: {data['message']} ({data['reason']})")

@@ -28,6 +28,9 @@ class Floods:
         found = self._kinds.get(kind)
         if found is None:
             if len(self._kinds) >= _MAX_KINDS:
+                # Kinds of seconds that are over make room: nobody fills the table for good.
+                self._kinds = {kind: one for kind, one in self._kinds.items() if now - one[0] < 1.0}
+            if len(self._kinds) >= _MAX_KINDS:
                 return False
             found = self._kinds[kind] = [now, 0, 0]
         if now - found[0] >= 1.0:

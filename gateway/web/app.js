@@ -6,7 +6,7 @@
 import { getJson, json, request, session as signedIn, uniqueKey } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { element } from "./markdown.js";
-import { RunView } from "./run.js";
+import { RunView, inputOf } from "./run.js";
 import {
   closeSidebar, drawHeader, drawSessions, endRename, listChanged, loadMore, loadSessions, openSidebar, remember, remove,
   rename, sidebar, startRename, tabs,
@@ -75,7 +75,13 @@ function handlersOf(conversation) {
   return {
     submit: (input) => submit(input),
     write,
-    again: (run) => told(conversation.deliver(run)),
+    again: async (run) => {
+      try {
+        await conversation.deliver(run);
+      } catch (error) {
+        notSent(inputOf(run), error);
+      }
+    },
     cancel: (run) => told(conversation.cancel(run)),
     status: setStatus,
     stick,
@@ -222,9 +228,13 @@ async function submit(input) {
     await sent;
     listChanged();
   } catch (error) {
-    if (typeof input === "string") write(input);
-    setStatus(`It was not sent: ${error.message}`, true);
+    notSent(input, error);
   }
+}
+
+function notSent(input, error) {
+  if (typeof input === "string") write(input);
+  setStatus(`It was not sent: ${error.message}`, true);
 }
 
 async function stop() {

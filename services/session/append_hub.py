@@ -219,12 +219,18 @@ class AppendHub:
         del self._holders[run_text]
         metrics.attached_runs.set(len(self._holders))
 
-    async def end_former(self, owner: str) -> None:
+    async def end_former(self, stream: "AppendStream", owner: str) -> None:
         """Ends what a process's predecessors held: it has just begun, so they have ended.
 
         One that ended together with the session replica that had its stream left nobody to tell of it.
+        Tried while the process has this stream: when it may have ended itself, another of its name may work
+        by now, whose leases nothing tells from a predecessor's. That one ends them all.
         """
-        count = await self._insist("a process began", partial(self._leases.end_former, owner))
+
+        async def end() -> Cut:
+            return Cut() if stream.closed else await self._leases.end_former(owner)
+
+        count = await self._insist("a process began", end)
         if count:
             _log.info("a former process's leases ended", owner=owner, runs=count)
             self._dispatch()
@@ -316,7 +322,7 @@ class AppendStream:
                 if request.owner:
                     self.owner = request.owner
                 if request.new_process and request.owner[-9:-8] == "~":
-                    self._hub.tasks.start(self._hub.end_former(request.owner), name="end-former")
+                    self._hub.tasks.start(self._hub.end_former(self, request.owner), name="end-former")
                 for append in request.appends:
                     self._accept(append)
                 for item in request.reattach:

@@ -188,11 +188,11 @@ async def shrink(store: ResultStore | None, tenant_id: UUID, outcome: Outcome, s
         try:
             ref = await store.put(tenant_id, data)
         except UnavailableError:
-            wait = backoff.next()
-            if time.monotonic() + wait > end:
+            left = end - time.monotonic()
+            if left <= 0:
                 why = f"the object store did not take it for {seconds:g} s"
                 return cut_outcome(outcome, data, "store_down", why)
-            await asyncio.sleep(wait)
+            await asyncio.sleep(min(backoff.next(), left))
         else:
             return replace(outcome, content=preview(data), content_ref=ref)
 

@@ -22,7 +22,7 @@ _LOG = "services/session/store/sql/log.sql"
 _FUNCTIONS = "services/session/store/migrations/0003_pre_functions.sql"
 _CLAIM = "services/session/store/migrations/0005_pre_context_pages.sql"
 _ENDS = "services/session/store/migrations/0006_pre_ends.sql"
-_BEGIN = "services/session/store/migrations/0008_pre_delete.sql"
+_BEGIN = "services/session/store/migrations/0009_pre_tries.sql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ MUTATIONS = (
         "deleted-while-acting",
         "A session is deleted although a call of it acts.",
         "services/session/store/postgres_sessions.py",
-        "            if rows:\n                return [tool_call_of(row) for row in rows]\n",
+        "                if rows:\n                    return [tool_call_of(row) for row in rows]\n",
         "",
         faults=[Planned(2.0, faults.kill_gateway)],
     ),

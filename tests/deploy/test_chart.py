@@ -243,6 +243,20 @@ def test_envoy_reads_its_configuration(objects: list[dict[str, Any]], tmp_path: 
     assert listening == {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
 
 
+def test_an_edge_that_refuses_outsiders_stays_ready_and_is_not_ended(objects: list[dict[str, Any]]) -> None:
+    """Calls between services go through the same pods; out of their Service, or ended, they would be lost."""
+    config = yaml.safe_load(named(objects, "ConfigMap", "envoy")["data"]["envoy.yaml"])
+    (status,) = (one for one in config["static_resources"]["listeners"] if one["name"] == "status")
+    assert status["ignore_global_conn_limit"]
+    assert status["bypass_overload_manager"]
+    monitors = config["overload_manager"]["resource_monitors"]
+    (heap,) = (one["typed_config"] for one in monitors if one["name"].endswith("fixed_heap"))
+    (template,) = (template for component, template in pods(objects) if component == "envoy")
+    limit = template["spec"]["containers"][0]["resources"]["limits"]["memory"]
+    assert limit.endswith("Mi")
+    assert heap["max_heap_size_bytes"] <= 0.8 * int(limit.removesuffix("Mi")) * 1024 * 1024
+
+
 def test_another_configuration_of_envoy_is_another_envoy() -> None:
     def checksum(values: dict[str, Any]) -> str:
         template = template_of(named(render(values), "Deployment", "envoy"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-from playwright.async_api import BrowserContext, Page, expect
+from playwright.async_api import BrowserContext, Page, Route, expect
 
 from hermesh.session.v1 import resources_pb2 as resources
 from meshkit.errors import FailedPreconditionError
@@ -288,6 +289,29 @@ async def test_input_that_is_refused_comes_back(page: Page, served: Served) -> N
     await expect(page.locator("#status")).to_contain_text("It was not sent")
     await expect(page.locator("#input")).to_have_value("two")
     await expect(page.locator(".message.user")).to_have_count(1)
+
+
+async def test_input_that_is_refused_when_it_is_sent_again_comes_back(page: Page, served: Served) -> None:
+    """Its gateway gave no answer for a minute, on the page's clock."""
+    await page.clock.install()
+
+    async def lost(route: Route) -> None:
+        await route.abort()
+
+    async def refused(route: Route) -> None:
+        await route.fulfill(status=409, json={"detail": "It is busy.", "reason": "SESSION_BUSY"})
+
+    await page.route("**/v1/sessions/*/runs", lost)
+    await send(page, "Keep these words")
+    again = page.get_by_role("button", name="Send it again")
+    async with asyncio.timeout(20):
+        while not await again.is_visible():
+            await page.clock.fast_forward(5_000)
+    await page.unroute("**/v1/sessions/*/runs", lost)
+    await page.route("**/v1/sessions/*/runs", refused)
+    await again.click()
+    await expect(page.locator("#status")).to_contain_text("It is busy.")
+    await expect(page.locator("#input")).to_have_value("Keep these words")
 
 
 async def test_the_documentation_shows_every_route(page: Page, served: Served) -> None:

@@ -362,10 +362,20 @@ class SessionClient:
         return response.ended or again
 
     @failpoints.around("agent.release")
-    async def release(self, session_id: str, run_id: str, fence: int, timeout: float = 2.0) -> bool:
-        """Give a lease up; False when that could not be said (it ends by itself then)."""
+    async def release(
+        self, session_id: str, run_id: str, fence: int, timeout: float = 2.0, *, earlier: bool = True
+    ) -> bool:
+        """Give a lease up; False when that could not be said (it ends by itself then).
+
+        Args:
+            session_id: the run's session.
+            run_id: the run.
+            fence: the lease's.
+            timeout: for the call, seconds.
+            earlier: whether the lease is given up, too, if it has a newer fence by now that is ours.
+        """
         lease = LeaseRef(session_id=session_id, run_id=run_id, fence=fence)
-        request = ReleaseLeaseRequest(lease=lease, owner=self._owner)
+        request = ReleaseLeaseRequest(lease=lease, owner=self._owner if earlier else "")
         try:
             async with asyncio.timeout(timeout):
                 response = await self._internal.ReleaseLease(request, metadata=self._mesh)

@@ -32,8 +32,8 @@ class LeasesPort(Protocol):
         """Return the leases that are ours by PostgreSQL's word, each (session id, run id, fence)."""
         ...
 
-    async def release(self, session_id: str, run_id: str, fence: int) -> bool:
-        """Give a lease up."""
+    async def release(self, session_id: str, run_id: str, fence: int, *, earlier: bool = True) -> bool:
+        """Give a lease up; an earlier fence of ours will do, or not."""
         ...
 
 
@@ -107,6 +107,7 @@ class Unheard:
             if oldest < first:
                 continue
             del seen[run_id]
-            released = await self._port.release(session_id, run_id, fence)
+            # By this very fence: the run may be claimed here at this moment, under a newer one.
+            released = await self._port.release(session_id, run_id, fence, earlier=False)
             metrics.unheard_leases.inc(released)
             _log.info("a lease that was granted unheard is given up", run_id=run_id, released=released)

@@ -135,6 +135,8 @@ class RunWriter:
         self._pending_events = 0
         self._in_flight: RunAppend | None = None
         self._sent = False
+        # Whether what was sent is to be sent again, which it may be by a re-attach first.
+        self._again = False
         self._moved = asyncio.Event()
         self._stopped: WriterStopped | None = None
         self._said = False
@@ -320,6 +322,7 @@ class RunWriter:
             size = target.ByteSize()
             chars = sum(len(event.data) for event in target.events)
         self._sent = True
+        self._again = False
         # What a commit or the bound on size left behind is not held back.
         self.urgent = bool(self._pending)
         now = self._monotonic()
@@ -329,9 +332,9 @@ class RunWriter:
         return size
 
     def send_again(self, first_seq: int) -> None:
-        """Send the write in flight once more, unchanged, if it is still that one."""
-        if self._in_flight is not None and self._sent and self._in_flight.first_seq == first_seq:
-            self._sent = False
+        """Send the write in flight once more, unchanged, if it is still that one and was not sent since."""
+        if self._in_flight is not None and self._again and self._in_flight.first_seq == first_seq:
+            self._sent = self._again = False
             self._schedule(self)
 
     def answered(self, result: AppendResult) -> bool:
@@ -355,6 +358,7 @@ class RunWriter:
         elif result.outcome == APPEND_OUTCOME_INVALID:
             self.stop(WriterStopped("rejected", result.detail))
         else:
+            self._again = True
             return True
         return False
 

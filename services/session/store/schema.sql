@@ -111,6 +111,7 @@ CREATE TABLE session.tool_call (
     unsaid_ms bigint DEFAULT 0 NOT NULL,
     created_ms bigint NOT NULL,
     ended_try integer DEFAULT 0 NOT NULL,
+    ended_ahead integer[] DEFAULT '{}'::integer[] NOT NULL,
     CONSTRAINT tool_call_effect_check CHECK (((effect >= 1) AND (effect <= 3))),
     CONSTRAINT tool_call_state_check CHECK (((state >= 1) AND (state <= 5)))
 );
@@ -125,7 +126,9 @@ COMMENT ON COLUMN session.tool_call.needs_approval IS 'a person has to agree bef
 
 COMMENT ON COLUMN session.tool_call.unsaid IS 'the data of an action.resolved that was decided while an agent held the run, and is not in the log yet';
 
-COMMENT ON COLUMN session.tool_call.ended_try IS 'the last try that is known to have ended, whatever came of it';
+COMMENT ON COLUMN session.tool_call.ended_try IS 'the last try up to which all are known to have ended, whatever came of them';
+
+COMMENT ON COLUMN session.tool_call.ended_ahead IS 'later tries that are known to have ended';
 
 CREATE FUNCTION session.begin_tool_call(p_call text, p_session uuid, p_fence bigint, p_act interval) RETURNS TABLE(outcome smallint, call session.tool_call)
     LANGUAGE plpgsql
@@ -153,7 +156,8 @@ BEGIN
     IF v_outcome = 1 AND EXISTS (SELECT FROM session.run r WHERE r.run_id = v_call.run_id AND r.cancel_requested)
     THEN
         v_outcome := 2;
-        UPDATE session.tool_call t SET state = 4, content = 'The run was cancelled; the call was not begun.'
+        UPDATE session.tool_call t SET state = 4, content = 'The run was cancelled; the call was not begun'
+               || CASE WHEN t.tries = 0 THEN '.' ELSE ' again. What came of the try before is not known.' END
         WHERE t.call_id = p_call RETURNING * INTO v_call;
     ELSIF v_outcome = 1 THEN
         UPDATE session.tool_call t SET state = 2, fence = p_fence, tries = t.tries + 1,
@@ -590,7 +594,12 @@ CREATE FUNCTION session.end_try(p_call text, p_fence bigint, p_state smallint, p
 BEGIN
     PERFORM FROM session.complete_tool_call(p_call, p_fence, p_state, p_content, p_ref, p_tries);
     IF NOT p_acts THEN
-        UPDATE session.tool_call t SET ended_try = p_tries WHERE t.call_id = p_call AND t.ended_try < p_tries;
+        UPDATE session.tool_call t SET (ended_try, ended_ahead) = (
+            SELECT e.upto, ARRAY(SELECT a FROM unnest(t.ended_ahead || p_tries) a WHERE a > e.upto)
+            FROM (SELECT min(n) - 1 AS upto FROM generate_series(t.ended_try + 1, t.tries + 1) n
+                  WHERE n <> ALL (t.ended_ahead || p_tries)) e)
+        WHERE t.call_id = p_call AND p_tries > t.ended_try AND p_tries <= t.tries
+          AND p_tries <> ALL (t.ended_ahead);
     END IF;
     RETURN QUERY SELECT * FROM session.tool_call t WHERE t.call_id = p_call;
 END $$;

@@ -38,6 +38,13 @@ def hasty() -> Iterator[Running]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Running]:
+    """An Envoy that waits two seconds for a silent gateway."""
+    with mock.patch.object(replies, "SILENT_SECONDS", 2), serving_envoy() as found:
+        yield found
+
+
 class Upstream:
     """A gateway that does with each request what the test says; it is always healthy."""
 
@@ -245,6 +252,64 @@ async def test_a_message_with_a_key_is_sent_again(running: Running) -> None:
         while not dying.requests:
             assert (await client.post("/v1/sessions/x/runs")).status_code == 200
         assert len(well.requests) >= len(dying.requests)
+
+
+async def test_of_a_message_with_a_key_nobody_says_that_nothing_was_done(running: Running) -> None:
+    """Its first gateway may have done it, although the next one could not even be reached."""
+
+    async def leave(head: bytes, writer: asyncio.StreamWriter) -> None:
+        only._server.close()
+        writer.transport.abort()
+
+    async with (
+        gateways(running, leave) as [only],
+        httpx.AsyncClient(base_url=running.http, headers={"idempotency-key": "k"}) as client,
+    ):
+        problem = assert_problem(await client.post("/v1/sessions/x/runs"), 503, "SERVICE_UNAVAILABLE")
+        assert only.requests
+        assert "may have been done" in problem["detail"]
+
+
+async def test_of_a_message_whose_gateway_is_silent_nobody_says_that_nothing_was_done(
+    impatient: Running,
+) -> None:
+    end = asyncio.Event()
+
+    async def act(head: bytes, writer: asyncio.StreamWriter) -> None:
+        await end.wait()
+
+    async with (
+        gateways(impatient, act) as [silent],
+        httpx.AsyncClient(base_url=impatient.http, timeout=SECONDS) as client,
+    ):
+        found = await client.post("/v1/sessions/x/runs")
+        problem = assert_problem(found, 503, "SERVICE_UNAVAILABLE")
+        assert "may have been done" in problem["detail"]
+        assert found.headers["x-should-retry"] == "false"
+        assert len(silent.requests) == 1
+        end.set()
+
+
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "k"}])
+async def test_a_reply_that_is_not_streamed_takes_as_long_as_its_run(
+    impatient: Running, headers: dict[str, str]
+) -> None:
+    end = asyncio.Event()
+
+    async def act(head: bytes, writer: asyncio.StreamWriter) -> None:
+        await end.wait()
+        writer.write(OK)
+
+    async with (
+        gateways(impatient, act),
+        httpx.AsyncClient(base_url=impatient.http, timeout=SECONDS) as client,
+    ):
+        reply = asyncio.create_task(client.post("/v1/chat/completions?x=1", headers=headers))
+        # As long as it takes Envoy to give up on another one.
+        for _ in range(2):
+            assert (await client.post("/v1/sessions/x/runs")).status_code == 503
+        end.set()
+        assert (await reply).status_code == 200
 
 
 async def test_a_client_learns_of_its_gateways_death_at_once(running: Running) -> None:

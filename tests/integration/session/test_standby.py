@@ -72,6 +72,7 @@ async def test_every_already_done_waits_for_the_standby(pair: Replicated, kit: K
     for one in (call, other):
         await kit.store.begin(one.call_id, calls_of.session_id, calls_of.fence)
     plain, step, held = await kit.started(), await kit.started(), await kit.started()
+    gone = await kit.session()
     queued = await kit.submit((await kit.started()).session_id)
 
     async def submit() -> Any:
@@ -103,6 +104,9 @@ async def test_every_already_done_waits_for_the_standby(pair: Replicated, kit: K
     async def claim() -> Any:
         return await kit.store.claim(held.run_id, "a")
 
+    async def delete() -> Any:
+        return await kit.store.delete_session(kit.tenant, gone.session_id)
+
     asked = {
         "submit": submit,
         "create": create,
@@ -112,6 +116,7 @@ async def test_every_already_done_waits_for_the_standby(pair: Replicated, kit: K
         "begin": begin,
         "cancel": cancel,
         "claim": claim,
+        "delete": delete,
     }
     told: dict[str, list[str]] = {name: [] for name in asked}
     pair.freeze()
@@ -119,7 +124,10 @@ async def test_every_already_done_waits_for_the_standby(pair: Replicated, kit: K
         for _ in ("first", "again"):
             told[name].append(await reason_of(one))
     pair.thaw()
-    assert told == {name: ["OUTCOME_UNKNOWN"] * 2 for name in asked}
+    # A wait for what others did is no outcome of its own.
+    others = {"delete": ["OUTCOME_UNKNOWN", "DATABASE_UNAVAILABLE"]}
+    assert told == {name: ["OUTCOME_UNKNOWN"] * 2 for name in asked} | others
+    assert await reason_of(delete) == "SESSION_NOT_FOUND"
     assert (await submit()).duplicate
     assert (await append()).outcome is AppendOutcome.GAP
     assert (await append_step()).outcome is AppendOutcome.GAP

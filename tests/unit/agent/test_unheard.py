@@ -26,7 +26,9 @@ class FakeLeases:
             raise UnavailableError()
         return [("session", run_id, fence) for run_id, fence in self.held.items()]
 
-    async def release(self, session_id, run_id, fence):
+    async def release(self, session_id, run_id, fence, *, earlier=True):
+        if self.held[run_id] != fence and not (earlier and self.held[run_id] > fence):
+            return False
         del self.held[run_id]
         self.released.put_nowait((run_id, fence))
         return True
@@ -80,3 +82,19 @@ async def test_what_a_call_under_way_may_still_bring_is_waited_for():
         # Begun since: it brings another one.
         await unheard.look(seen)
     assert not port.held
+
+
+async def test_a_lease_that_was_claimed_anew_since_the_look_is_kept():
+    port, unheard = made()
+    port.held = {"run": 6}
+    looked = port.leases
+
+    async def leases():
+        found = await looked()
+        # Claimed here by a call whose answer is on its way.
+        port.held["run"] = 7
+        return found
+
+    port.leases = leases
+    await unheard.look({})
+    assert port.held == {"run": 7}

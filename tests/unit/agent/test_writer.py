@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermesh.session.v1.session_internal_service_pb2 import StepCommit
+from hermesh.session.v1.resources_pb2 import Grant
+from hermesh.session.v1.session_internal_service_pb2 import (
+    APPEND_OUTCOME_COMMITTED,
+    APPEND_OUTCOME_RETRY,
+    AppendResult,
+    RunAppend,
+    StepCommit,
+)
 from meshkit.tasks import TaskOwner
 from services.agent.runs.link import AppendLink
 from services.agent.runs.subscription import Subscription
@@ -431,3 +438,35 @@ async def test_a_run_that_is_claimed_anew_is_not_kept_waiting_by_its_writer_befo
         writer.event("run.started", {"attempt": 2}, patient=True)
         await setup.store.until(lambda: run.types()[-1] == "run.started", 30)
         assert run.data("run.started") == [{"attempt": 2}]
+
+
+async def test_an_answer_counts_for_its_own_write_alone_though_one_without_events_has_the_same_place():
+    """A write that was to be sent again goes by a re-attach before: the timer finds it under way already."""
+    claim = FakeStore().new_claim("hi")
+    writer = RunWriter(
+        claim.grant, lease_until=10, now_ms=lambda: 1, schedule=lambda writer: None, monotonic=lambda: 0.0
+    )
+    seq = claim.grant.next_seq
+    stored = Subscription()
+    writer.subscribe(stored)
+    writer.events([], StepCommit())
+    writer.event("step.started", {"step": 1})
+    writer.take(RunAppend())
+    assert writer.answered(AppendResult(first_seq=seq, outcome=APPEND_OUTCOME_RETRY))
+    writer.detach()
+    grant = Grant()
+    grant.CopyFrom(claim.grant)
+    grant.fence += 1
+    writer.reattached(grant, 10)
+    writer.take(RunAppend())
+    writer.send_again(seq)
+    assert not writer.ready
+    # The next one has the same place, and nothing of it is stored by what was said of the first.
+    writer.answered(AppendResult(first_seq=seq, outcome=APPEND_OUTCOME_COMMITTED, next_seq=seq))
+    assert writer.ready
+    writer.take(RunAppend())
+    writer.send_again(seq)
+    assert not writer.ready
+    assert not stored.queued
+    writer.answered(AppendResult(first_seq=seq, outcome=APPEND_OUTCOME_COMMITTED, next_seq=seq + 1))
+    assert stored.queued == 1

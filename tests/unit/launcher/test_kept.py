@@ -55,6 +55,12 @@ def test_a_running_mesh_is_what_it_was_told_whatever_the_shell_says() -> None:
     ("name", "value", "seen"),
     [
         ("HERMESH_DATABASE_URL", URL, "postgresql://db.example/hermesh"),
+        (
+            "HERMESH_DATABASE_URL",
+            "postgresql://ada:p@ss@db.example/hermesh",
+            "postgresql://db.example/hermesh",
+        ),
+        ("HERMESH_LLM_BASE_URL", "http://u:s@cret@a/v1,http://u:s@cret@b/v1", "http://a/v1,http://b/v1"),
         ("HERMESH_LLM_API_KEY", "sk-secret", "(a secret)"),
         ("HERMESH_LLM_BASE_URL", "http://u:secret@a/v1, http://b/v1", "http://a/v1, http://b/v1"),
         ("HERMESH_MAX_TURNS", "7", "7"),

@@ -294,6 +294,20 @@ async def test_a_process_that_begins_has_its_former_ones_leases_ended_once_the_s
     assert client.store.ended_former.empty()
 
 
+async def test_a_process_that_ended_again_ends_no_leases_of_its_successor(client: Client) -> None:
+    """One that began while the store was away and died may have a successor when it is back."""
+    client.store.fail = [unavailable()] * 1000
+    async with append_stream(client) as stream:
+        await stream.call.write(internal.AppendRequest(owner="agent-7~01234567", new_process=True))
+        await until(lambda: len(client.store.fail) < 1000)
+        hub = client.replica.hub
+        [serving] = hub._streams
+    await until(lambda: serving.closed)
+    client.store.fail = []
+    await until(lambda: not any("end-former" in task.get_name() for task in asyncio.all_tasks()))
+    assert client.store.ended_former.empty()
+
+
 async def test_streams_that_break_together_keep_most_of_their_leases(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

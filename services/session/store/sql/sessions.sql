@@ -63,7 +63,7 @@ RETURNING session_id;
 SELECT session_id FROM session.lease WHERE session_id = $2 AND tenant_id = $1 FOR UPDATE;
 
 -- name: calls_under_way
--- A session's calls that may act now: begun, not known to have ended, and not so long ago that they must have.
+-- A session's calls that may act now: a try was begun, is not known to have ended, and not so long ago that it must have.
 -- A pure one changes nothing. The caller holds the lease row, so that none begins meanwhile.
 -- $1 tenant_id, $2 session_id
 SELECT c.*, session.quiet_in_ms(c.quiet_at) AS quiet_in_ms

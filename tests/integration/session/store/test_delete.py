@@ -83,6 +83,25 @@ async def test_a_call_of_a_run_that_ended_may_still_act(kit: Kit) -> None:
     assert await kit.store.delete_session(kit.tenant, grant.session_id) == []
 
 
+@pytest.mark.parametrize("order", [(1, 2, 3), (2, 1, 3), (3, 1, 2), (3, 2, 1)])
+async def test_each_try_that_acts_is_waited_for_in_whatever_order_they_end(
+    kit: Kit, order: tuple[int, ...]
+) -> None:
+    """Of a call that may run again another replica begins a try while the first one's still acts."""
+    grant, (call_id,) = await journalled(kit, EffectClass.IDEMPOTENT)
+    for _ in order:
+        await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
+    for number in order:
+        assert len(await kit.store.delete_session(kit.tenant, grant.session_id)) == 1
+        for _ in range(2):
+            # Said twice, as when its answer got lost; the first outcome stays.
+            call = await kit.store.complete(
+                call_id, grant.fence, ToolCallState.COMPLETED, str(number), "", number
+            )
+            assert (call.state, call.content) == (ToolCallState.COMPLETED, str(order[0]))
+    assert await kit.store.delete_session(kit.tenant, grant.session_id) == []
+
+
 @pytest.mark.parametrize("effect", list(EffectClass)[1:])
 async def test_no_call_of_a_cancelled_run_begins(kit: Kit, effect: EffectClass) -> None:
     grant, (call_id,) = await journalled(kit, effect)
@@ -90,6 +109,17 @@ async def test_no_call_of_a_cancelled_run_begins(kit: Kit, effect: EffectClass) 
     outcome, call = await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
     assert (outcome, call.state, call.tries) == (BeginOutcome.DONE, ToolCallState.FAILED, 0)
     assert "was not begun" in call.content
+
+
+async def test_of_a_call_that_was_begun_before_its_run_was_cancelled_nobody_says_that_it_was_not(
+    kit: Kit,
+) -> None:
+    grant, (call_id,) = await journalled(kit, EffectClass.IDEMPOTENT)
+    await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
+    await kit.store.cancel(kit.tenant, grant.run_id, "enough")
+    outcome, call = await kit.store.begin(call_id, grant.session_id, grant.fence, ACT_MS)
+    assert (outcome, call.state, call.tries) == (BeginOutcome.DONE, ToolCallState.FAILED, 1)
+    assert "not begun again" in call.content
 
 
 async def test_begin_and_cancel_at_once_agree(kit: Kit) -> None:

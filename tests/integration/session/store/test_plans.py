@@ -196,6 +196,63 @@ async def test_what_waits_for_a_person_is_found_by_the_runs_that_wait(full: Kit)
         await full.store.cancel(full.tenant, grant.run_id, "")
 
 
+async def test_looks_for_a_processs_leases_cost_what_is_unfinished(full: Kit) -> None:
+    grants = [await full.started("agent-1~00000001") for _ in range(50)]
+    owner, second = "agent-1~00000001", timedelta(seconds=1)
+    args: dict[str, tuple[Any, ...]] = {
+        "leases_of": (owner,),
+        "shorten_claims": (owner, second, timedelta()),
+        "end_former": ("agent-1~00000002",),
+    }
+    for name, values in args.items():
+        scans, pages = await explain(full, sql("log", name), *values)
+        assert scans, name
+        assert not any(scan.startswith("Seq Scan") for scan in scans), (name, scans)
+        assert pages < 40 * len(grants), (name, scans, pages)
+    for grant in grants:
+        await full.finish(grant, 2)
+
+
+async def test_what_is_done_to_leases_goes_by_their_key(full: Kit) -> None:
+    grants = [await full.started() for _ in range(150)]
+    sessions, runs, fences = (
+        [grant.session_id for grant in grants],
+        [grant.run_id for grant in grants],
+        [grant.fence for grant in grants],
+    )
+    ttl = timedelta(seconds=10)
+    args: dict[str, tuple[Any, ...]] = {
+        "renew": (sessions, runs, fences, ttl, "a"),
+        "shorten": (sessions, runs, fences, [0] * len(grants), ttl),
+        "lost_leases": (sessions, runs, fences, "a"),
+        "refusals": (sessions, runs, fences, [2] * len(grants), [1] * len(grants)),
+        "release": (sessions[0], runs[0], fences[0], "a"),
+        "reattach": (sessions[0], runs[0], fences[0], "a", ttl),
+    }
+    for name, values in args.items():
+        scans, pages = await explain(full, sql("log", name), *values)
+        # A function shows none; the pages that it touches count.
+        assert scans or name == "refusals", name
+        assert not any(scan.startswith("Seq Scan") for scan in scans), (name, scans)
+        assert pages < 30 * len(grants), (name, scans, pages)
+    for grant in grants:
+        await full.finish(grant, 2)
+
+
+async def test_what_a_run_or_a_session_has_to_wait_for_is_found_by_its_key(full: Kit) -> None:
+    row = await full.pool.fetchrow(
+        "SELECT tenant_id, session_id, run_id FROM session.run WHERE ordinal = 2 LIMIT 1"
+    )
+    for file, name, values in (
+        ("sessions", "calls_under_way", (row["tenant_id"], row["session_id"])),
+        ("journal", "waiting_calls", (row["tenant_id"], row["run_id"])),
+    ):
+        scans, pages = await explain(full, sql(file, name), *values)
+        assert scans, name
+        assert not any(scan.startswith("Seq Scan") for scan in scans), (name, scans)
+        assert pages < 40, (name, scans, pages)
+
+
 async def test_an_append_goes_by_an_index_and_stays_on_its_page(full: Kit) -> None:
     # More than the planner guesses: a plan for just these many would read the whole table of leases.
     grants = [await full.started() for _ in range(150)]
