@@ -21,6 +21,9 @@ from meshkit.outside_json import JsonError, JsonTooDeepError, JsonTooLargeError,
 MAX_ARGUMENT_BYTES = 1024 * 1024
 _MAX_PROBLEMS = 5
 _MAX_PROBLEM = 200
+# Of longer arguments only the first problem is told: the library finds all before it tells one, and there may
+# be one for every other byte.
+_MAX_LISTED = 16 * 1024
 # What a compiled pattern, and the tables that it makes while it runs, may take: `a{1000}{1000}` is refused.
 _PATTERNS = jsonschema_rs.RegexOptions(size_limit=1024 * 1024, dfa_size_limit=2 * 1024 * 1024)
 
@@ -73,7 +76,14 @@ class ArgumentSchema:
             ArgumentsError: The text is not a JSON object, or does not fit the schema.
         """
         arguments = parse_object(text)
-        problems = list(itertools.islice(self._validator.iter_errors(arguments), _MAX_PROBLEMS))
+        try:
+            if len(text) <= _MAX_LISTED:
+                problems = list(itertools.islice(self._validator.iter_errors(arguments), _MAX_PROBLEMS))
+            else:
+                problems = []
+                self._validator.validate(arguments)
+        except jsonschema_rs.ValidationError as problem:
+            problems = [problem]
         if problems:
             raise ArgumentsError("; ".join(_explain(problem) for problem in problems))
         return arguments

@@ -90,9 +90,9 @@ class OpenAIModel:
                 yield events
             if parser.failed is not None:
                 raise parser.failed
-            if not parser.done and not parser.finish_reason:
+            if not parser.finish_reason and not (parser.done and parser.said_anything):
                 if not parser.said_anything:
-                    if cut is not None:
+                    if cut is not None or parser.done:
                         raise ModelUnavailableError("the backend broke off before its first token")
                     raise ModelProtocolError("the model's answer is not a stream of events")
                 raise cut or ModelTruncatedError("the model's stream ended before its reply did")

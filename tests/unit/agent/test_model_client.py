@@ -204,6 +204,7 @@ SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\
         (SSE + b"data: []\n\n", ModelProtocolError),
         (SSE + b'data: {"choices":[{"delta":{"content":5}}]}\n\n', ModelProtocolError),
         (SSE + b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n', ModelTruncatedError),
+        (SSE + b"data: [DONE]\n\n", ModelUnavailableError),
         (b"", ModelUnavailableError),
     ],
 )

@@ -151,6 +151,15 @@ def test_of_many_problems_a_few_are_told_shortly() -> None:
     assert len(str(refused.value)) < 2_000
 
 
+@pytest.mark.parametrize(("length", "told"), [(100, 5), (400_000, 1)])
+def test_long_arguments_are_not_searched_for_more_than_one_problem(length: int, told: int) -> None:
+    # To find all of them would hold up every other call for seconds.
+    schema = ArgumentSchema({"type": "object", "properties": {"v": {"items": {"type": "string"}}}})
+    with pytest.raises(ArgumentsError) as refused:
+        schema.parse(json.dumps({"v": [1] * length}, separators=(",", ":")))
+    assert str(refused.value).count("is not of type") == told
+
+
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=3),
