@@ -20,7 +20,8 @@ _SQL = load_sql(Path(__file__).parent, "intruder.sql")
 # A client that takes what it can get without end would prove nothing more.
 _MOST_CONNECTIONS = 400
 _AT_ONCE = 20
-_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# The last is what the driver says of a connection that ended between two of its own messages.
+_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 @asynccontextmanager
