@@ -223,13 +223,13 @@ class Postgres:
         They end by themselves, but only once each of them looks. Nothing is lost: the next server recovers
         what a killed one left in any case.
         """
-        if not self._running("postmaster.pid"):
+        if not self._running():
             # Seen to their very end: one that is about to be gone still holds the shared memory.
             end_all([one for one in map(identify, self._processes()) if one], 0.0, signal.SIGKILL)
 
-    def _running(self, lock: str) -> bool:
+    def _running(self) -> bool:
         try:
-            return int((self.data / lock).read_text().split()[0]) in self._processes()
+            return int((self.data / "postmaster.pid").read_text().split()[0]) in self._processes()
         except (OSError, ValueError, IndexError):
             return False
 
