@@ -29,13 +29,13 @@ from meshkit.context import (
     REQUEST_ID_KEY,
     TRACEPARENT_KEY,
     accept_request_id,
-    client_address,
     client_var,
     request_id_var,
 )
 from meshkit.errors import HermeshError, InternalError, InvalidArgumentError
 from meshkit.floods import Floods
 from meshkit.identity import current_identity
+from meshkit.proxies import Proxies
 
 _log = structlog.get_logger("gateway.http")
 
@@ -169,10 +169,11 @@ class Edge:
         refusals: What was refused for want of a place; whoever serves this runs its `report`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
-        """Wraps the router."""
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, proxies: Proxies) -> None:
+        """Wraps the router; `proxies` are those before Envoy."""
         self._app = app
         self._metrics = metrics
+        self._proxies = proxies
         self.refusals = Refusals()
         self._floods = Floods()
 
@@ -188,9 +189,10 @@ class Edge:
             elif name == _TRACESTATE:
                 tracestate = value.decode("latin-1")
             elif name == _FORWARDED:
-                # Of several lines Envoy's is the last.
-                forwarded = value.decode("latin-1")
-        client_var.set(client_address(forwarded, (scope.get("client") or ("",))[0]))
+                # Some proxies add a line, others to the last one.
+                line = value.decode("latin-1")
+                forwarded = f"{forwarded},{line}" if forwarded else line
+        client_var.set(self._proxies.client(forwarded, (scope.get("client") or ("",))[0]))
         request_id = accept_request_id(offered)
         request_id_var.set(request_id)
         method = scope.get("method", "WS")
@@ -231,18 +233,18 @@ class Edge:
             log = _log.debug
         else:
             log = _log.warning if status >= 500 else _log.info
-        more: dict[str, str | int] = {}
+        more: dict[str, int] = {}
         if 400 <= status < 500 and current_identity().tenant_id is None:
             # Anybody can have as many of these as they like.
             kind = f"{route} {status}"
             if not self._floods.take(kind):
                 return
-            more["client"] = client_var.get()
-            more.update(self._floods.left_out(kind))
+            more = self._floods.left_out(kind)
         log(
             "request",
             method=method,
             path=path,
+            client=client_var.get(),
             status=status,
             first_byte_ms=round((started - exchange.began) * 1000, 1),
             total_ms=round((time.monotonic() - exchange.began) * 1000, 1),

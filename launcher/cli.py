@@ -32,7 +32,7 @@ from launcher.common import (
 from launcher.embedded.postgres import link_data
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
-from launcher.plan import Plan, fingerprint, parse_replicas
+from launcher.plan import MAX_REPLICAS, Plan, fingerprint, parse_replicas
 from launcher.ports import port_problem
 from launcher.restart import parse_service
 from launcher.settings import LauncherSettings
@@ -174,6 +174,17 @@ def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
     """Says which port cannot be had, unless Envoy of an earlier supervisor is what listens there."""
     if settings.http_port == settings.grpc_port:
         raise LaunchError("HERMESH_HTTP_PORT and HERMESH_GRPC_PORT are the same; set one to another port")
+    gateways = range(settings.gateway_port, settings.gateway_port + MAX_REPLICAS + 1)
+    for name, port in (
+        ("HTTP", settings.http_port),
+        ("GRPC", settings.grpc_port),
+        ("MESH", settings.mesh_port),
+    ):
+        if settings.gateway_port and port in gateways:
+            raise LaunchError(
+                f"HERMESH_{name}_PORT is {port}, and gateways may need {gateways[0]} to {gateways[-1]}; "
+                "set it or HERMESH_GATEWAY_PORT to another port"
+            )
     state = State.load(folder.state_file)
     ours = any(c.service == "envoy" and c.identity.alive for c in state.children)
     for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):

@@ -266,7 +266,7 @@ class Plan:
         environment = self._service_environment(service) | {
             "HERMESH_REPLICA": replica,
             "HERMESH_READY_FILE": str(ready),
-            "HERMESH_LISTEN": "127.0.0.1:0",
+            "HERMESH_LISTEN": f"127.0.0.1:{self._port(service, number)}",
             "HERMESH_METRICS_LISTEN": "127.0.0.1:0",
         }
         return Spec(
@@ -276,7 +276,13 @@ class Plan:
             environment,
             ready_file=ready,
             prepare=lambda: ready.unlink(missing_ok=True),
+            explain=_taken_port if service == "gateway" and self.settings.gateway_port else None,
         )
+
+    def _port(self, service: str, number: int) -> int:
+        """Where a replica listens, 0 for any free port: only balancers of others have to know it."""
+        first = self.settings.gateway_port
+        return first + number - 1 if service == "gateway" and first else 0
 
     def schema_fingerprint(self) -> str:
         """Changes when the database has to be prepared again."""
@@ -337,6 +343,16 @@ def _base_environment() -> dict[str, str]:
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1,localhost,::1")))
     return environment
+
+
+def _taken_port(said: str) -> str:
+    found = re.search(r"cannot listen on 127\.0\.0\.1:(\d+): ([^;]+)", said)
+    if found is None:
+        return ""
+    return (
+        f"a gateway cannot listen on port {found[1]}: {found[2]}; free it, or set HERMESH_GATEWAY_PORT so "
+        "that as many ports as there are gateways and one more are free from there on"
+    )
 
 
 def _seconds(setting: tuple[str, float]) -> float:

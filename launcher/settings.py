@@ -37,6 +37,16 @@ class LauncherSettings(BaseSettings):
     mesh_address: str = Field(
         "", description="host:port at which services reach it, where that is not the listener itself."
     )
+    gateway_port: int = Field(
+        0,
+        ge=0,
+        le=65_000,
+        description=(
+            "Port of the first gateway on loopback, the next one has the next port and so on, for a balancer "
+            "straight before them; a rolling restart needs one more than there are. 0 picks free ones, "
+            "others at each start."
+        ),
+    )
     agent_lb: Policy = Field(
         DEFAULT_POLICY,
         description=(

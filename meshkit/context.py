@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from contextvars import ContextVar
-from urllib.parse import unquote
 
 from meshkit.ids import uuid7
 
@@ -16,7 +15,7 @@ FORWARDED_KEY = "x-forwarded-for"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 request_id_var: ContextVar[str] = ContextVar("hermesh_request_id", default="")
-# Of whoever sent the request to Envoy, without a port; empty outside of one.
+# Of whoever sent the request, without a port (see `meshkit.proxies`); empty outside of one.
 client_var: ContextVar[str] = ContextVar("hermesh_client", default="")
 # Absolute, on the monotonic clock.
 deadline_var: ContextVar[float | None] = ContextVar("hermesh_deadline", default=None)
@@ -32,31 +31,6 @@ def accept_request_id(offered: str | None) -> str:
     if offered and _REQUEST_ID.fullmatch(offered):
         return offered
     return str(uuid7())
-
-
-def client_address(forwarded: str | None, peer: str | None) -> str:
-    """Returns the address that a request came from.
-
-    Args:
-        forwarded: The header `x-forwarded-for`. Envoy adds the address that it saw last; what stands before
-        it
-            is the caller's own word.
-        peer: Who is connected to this process, as gRPC (`ipv4:127.0.0.1:4711`, `ipv6:%5B::1%5D:4711`) or a
-            server of HTTP (`127.0.0.1`) names it: for a caller that did not come through Envoy.
-
-    Returns:
-        The address without a port, at most 64 characters; empty if nobody knows it.
-    """
-    if forwarded:
-        last = forwarded.rpartition(",")[2].strip()
-        if last:
-            return last[:64]
-    if not peer:
-        return ""
-    kind, colon, rest = peer.partition(":")
-    if colon and kind in ("ipv4", "ipv6"):
-        return unquote(rest.rpartition(":")[0]).strip("[]")[:64]
-    return peer[:64]
 
 
 def remaining() -> float | None:

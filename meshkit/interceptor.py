@@ -34,7 +34,6 @@ from meshkit.context import (
     REQUEST_ID_KEY,
     TRACEPARENT_KEY,
     accept_request_id,
-    client_address,
     client_var,
     deadline_var,
     request_id_var,
@@ -63,6 +62,7 @@ from meshkit.identity import (
     identity_var,
     require_mesh,
 )
+from meshkit.proxies import Proxies
 from meshkit.telemetry import RpcMetrics
 from meshkit.validation import validate
 
@@ -99,6 +99,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         metrics: RpcMetrics,
         max_calls: int = MAX_CALLS,
         arrival_seconds: float = 20.0,
+        proxies: Proxies | None = None,
     ) -> None:
         """Makes the interceptor.
 
@@ -108,7 +109,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             metrics: Where RPCs are counted.
             max_calls: Most calls at once whose callers are known; more are refused.
             arrival_seconds: How long a unary request may take to arrive.
+            proxies: Those before Envoy, if any.
         """
+        self._proxies = proxies or Proxies()
         self._max_calls = max_calls
         self._arrival_seconds = arrival_seconds
         self._calls = 0
@@ -256,7 +259,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if token is not None:
             identity_var.set(self._mesh_identity(token, call.metadata.get(TENANT_KEY)))
             return
-        client_var.set(client_address(_text(call.metadata.get(FORWARDED_KEY)), call.peer()))
+        client_var.set(self._proxies.client(_text(call.metadata.get(FORWARDED_KEY)), call.peer()))
         authorization = call.metadata.get(AUTHORIZATION_KEY)
         if authorization is None:
             raise UnauthenticatedError(
@@ -418,11 +421,12 @@ class _Call:
         else:
             write = _log.warning
         more: dict[str, str | int] = {"reason": self._reason} if self._reason else {}
+        if client := client_var.get():
+            more["client"] = client
         if identity == ANONYMOUS and self._reason:
             # Anybody can have as many of these as they like.
             if not self._owner._floods.take(self._reason):
                 return
-            more["client"] = client_var.get()
             more.update(self._owner._floods.left_out(self._reason))
         write(
             "rpc",

@@ -113,6 +113,7 @@ class Server:
             metrics=rpc_metrics(),
             max_calls=max_calls,
             arrival_seconds=settings.arrival_seconds,
+            proxies=settings.proxies,
         )
         self._interceptors = tuple(interceptors)
         self._max_request_bytes = max_request_bytes

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from meshkit.proxies import Proxies
+
 PREFIX = "HERMESH_"
 
 
@@ -77,6 +79,14 @@ class MeshSettings(BaseSettings):
         le=60,
         description="Seconds between reporting NOT_SERVING and refusing calls: Envoy's time to notice.",
     )
+    trusted_proxies: str = Field(
+        "",
+        description=(
+            "Proxies before Envoy, or before the balancer in its place, whose X-Forwarded-For says which "
+            "client a request comes from, for throttling and logs: their addresses and networks, or how many "
+            "of them a request passes. Empty: Envoy's own clients are the clients."
+        ),
+    )
     arrival_seconds: float = Field(
         20.0, gt=0, le=600, description="Longest time in seconds that a unary request may take to arrive."
     )
@@ -93,12 +103,23 @@ class MeshSettings(BaseSettings):
         """Returns the service's name: the package that holds the settings class."""
         return _package(cls)
 
+    @property
+    def proxies(self) -> Proxies:
+        """The proxies before the mesh."""
+        return Proxies.parse(words(self.trusted_proxies))
+
     @model_validator(mode="before")
     @classmethod
     def _name_replica(cls, values: Any) -> Any:
         if isinstance(values, dict) and not values.get("replica"):
             values = {**values, "replica": f"{cls.service_name()}-{socket.gethostname()}-{os.getpid()}"}
         return values
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: str) -> str:
+        Proxies.parse(words(value))
+        return value
 
     @field_validator("log_level", "log_format", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -142,3 +143,25 @@ async def test_signing_in_with_wrong_keys_is_held_up_the_same_way(served: Any) -
         ]
     assert set(codes[:50]) == {401}
     assert codes.count(429) > 10
+
+
+async def test_clients_behind_a_trusted_proxy_are_told_apart(
+    start: Callable[..., Any], log: list[dict[str, Any]]
+) -> None:
+    served = await start(trusted_proxies="10.0.0.0/8")
+
+    async def ask(key: str, *lines: str) -> int:
+        headers = [("authorization", f"Bearer {key}"), *(("x-forwarded-for", line) for line in lines)]
+        found: httpx.Response = await served.client.get("/v1/sessions", headers=headers)
+        return found.status_code
+
+    # As Envoy adds to the proxy's line, and as a proxy that adds a line of its own.
+    for number in range(300):
+        if await ask(f"hm_{number}", "203.0.113.7, 10.0.0.5") == 429:
+            break
+    else:
+        raise AssertionError("nobody was told to wait")
+    assert await ask("hm_wrong", "203.0.113.8, 10.0.0.5") == 401
+    assert await ask("hm_wrong_again", "203.0.113.9", "10.0.0.5") == 401
+    assert await ask(API_KEY, "203.0.113.7, 203.0.113.10", "10.0.0.5") == 200
+    assert (log[0]["client"], log[-1]["client"]) == ("203.0.113.7", "203.0.113.10")

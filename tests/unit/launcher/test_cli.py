@@ -120,6 +120,17 @@ def test_two_listeners_on_one_port_are_refused(
     assert "are the same" in capsys.readouterr().err
 
 
+def test_gateways_that_would_need_another_listeners_port_are_refused(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HERMESH_HTTP_PORT", "12345")
+    monkeypatch.setenv("HERMESH_GATEWAY_PORT", "12300")
+    assert hermesh(monkeypatch, "up") == 1
+    said = capsys.readouterr().err
+    assert "HERMESH_HTTP_PORT is 12345, and gateways may need 12300 to 12364" in said
+    assert said.count("\n") == 1
+
+
 def test_too_little_space_is_said_before_anything_starts(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -192,3 +192,22 @@ async def test_of_several_model_backends_one_is_enough_to_start(
         assert wrong == {gone: "does not answer", model.base_url: ""}
     with pytest.raises(LaunchError, match=f"model at {gone} does not answer"):
         await supervisor.check_external()
+
+
+@pytest.mark.parametrize(("first", "listen"), [("", ["0", "0"]), ("8101", ["8101", "8102"])])
+def test_gateways_have_fixed_ports_where_a_balancer_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, listen: list[str]
+) -> None:
+    monkeypatch.setenv("HERMESH_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("HERMESH_GATEWAY_PORT", first)
+    made = Supervisor(load(LauncherSettings))
+    try:
+        specs = [made.plan.service("gateway", number) for number in (1, 2)]
+        assert [spec.environment["HERMESH_LISTEN"] for spec in specs] == [f"127.0.0.1:{p}" for p in listen]
+        assert made.plan.service("agent", 1).environment["HERMESH_LISTEN"] == "127.0.0.1:0"
+        said = "hermesh: cannot listen on 127.0.0.1:8102: address already in use; free it or set X to another"
+        explained = specs[1].explain(said) if specs[1].explain else ""
+        assert ("8102: address already in use" in explained) == bool(first)
+        assert ("HERMESH_GATEWAY_PORT" in explained) == bool(first)
+    finally:
+        made.close()

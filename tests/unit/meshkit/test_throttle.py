@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshkit.context import client_address
 from meshkit.throttle import Throttle, client_of
 
 
@@ -70,24 +69,3 @@ def test_the_table_of_addresses_is_bounded() -> None:
 )
 def test_a_client_is_an_address_or_a_subscribers_network(address: str, client: str) -> None:
     assert client_of(address) == client
-
-
-@pytest.mark.parametrize(
-    ("forwarded", "peer", "address"),
-    [
-        ("203.0.113.7", "ipv4:127.0.0.1:9", "203.0.113.7"),
-        # What stands before Envoy's own word is the caller's.
-        ("1.1.1.1, 203.0.113.7", "ipv4:127.0.0.1:9", "203.0.113.7"),
-        ("1.1.1.1,2001:db8::1", None, "2001:db8::1"),
-        (None, "ipv4:127.0.0.1:4711", "127.0.0.1"),
-        (None, "ipv6:%5B::1%5D:4711", "::1"),
-        (None, "ipv6:[2001:db8::1]:4711", "2001:db8::1"),
-        (None, "127.0.0.1", "127.0.0.1"),
-        (None, "::1", "::1"),
-        ("", None, ""),
-        (" , ", "127.0.0.1", "127.0.0.1"),
-        ("x" * 1_000, None, "x" * 64),
-    ],
-)
-def test_the_address_is_the_one_that_envoy_saw(forwarded: str | None, peer: str | None, address: str) -> None:
-    assert client_address(forwarded, peer) == address
