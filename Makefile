@@ -45,17 +45,21 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-peers bench-lb bench-scale lock-peers bench-smoke bench-overload bench-model-pool
+.PHONY: bench bench-peers bench-lb bench-scale lock-peers lock-checkov bench-smoke bench-overload bench-model-pool
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-peers: $(VENV)/.dev-ready ## The same against Agno, Aegra, ogx and LangGraph, each from PyPI; writes docs/peers.md
 	@$(BIN)/python -m bench.peers $(ARGS)
 
+# What has an environment of its own, and the oldest Python of each.
+LOCK = $(UV) pip compile --quiet --upgrade --universal --no-annotate --custom-compile-command "make $@"
 lock-peers: $(BIN)/uv ## Pin the peers anew, from each bench/peers/*/requirements.in
 	@for one in bench/peers/*/requirements.in; do \
-	  $(UV) pip compile --quiet --upgrade --universal --python-version 3.12 --no-annotate \
-	    --custom-compile-command "make lock-peers" "$$one" -o "$${one%.in}.txt"; done
+	  $(LOCK) --python-version 3.12 "$$one" -o "$${one%.in}.txt"; done
+
+lock-checkov: $(BIN)/uv ## Pin checkov anew, from tests/deploy/checkov/requirements.in
+	@$(LOCK) --python-version 3.11 tests/deploy/checkov/requirements.in -o tests/deploy/checkov/requirements.txt
 
 bench-smoke: $(VENV)/.dev-ready ## A few of its scenarios in about a minute; writes nothing
 	@$(BIN)/python -m bench --quick $(ARGS)

@@ -103,7 +103,9 @@ def up(
     console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)
     console.print(f"  chat page and HTTP API  http://{addresses['http']}/", highlight=False)
     console.print(f"  gRPC                    {addresses['grpc']}", highlight=False)
-    key = "HERMESH_API_KEY" if settings.api_key.get_secret_value() else str(folder.api_key_file)
+    key = str(folder.api_key_file)
+    if settings.api_key.get_secret_value():
+        key = os.environ.get("HERMESH_API_KEY_FILE") or "HERMESH_API_KEY"
     console.print(f"  API key                 in {key}", highlight=False, soft_wrap=True)
     _warn_of_settings(folder, changed=answer["settings_changed"])
     if reply:
@@ -338,7 +340,11 @@ def env(name: Annotated[str, typer.Argument(help="One variable; all if left out.
     """
     settings, folder = settings_of_mesh()
     plan = Plan(settings, folder, State.load(folder.state_file).ports or {"mesh": 0, "model": 0})
-    values = kept.told(os.environ) | {
+    told = {
+        name: value for name, value in kept.told(os.environ).items() if name not in variables.secret_files()
+    }
+    # What stands in files is printed as it is: both together would be refused.
+    values = told | {
         "HERMESH_DATA_DIR": str(folder.root),
         "HERMESH_HTTP_URL": http_url(folder, settings),
         "HERMESH_GRPC_ADDRESS": grpc_address(folder, settings),

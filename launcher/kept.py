@@ -7,6 +7,7 @@ What the shell says goes before; a variable that it sets to nothing is told to b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, MutableMapping
@@ -15,8 +16,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from launcher.folder import Folder, write_private
+from meshkit.secret_files import secret
 from meshkit.settings import PREFIX
-from meshkit.variables import known
+from meshkit.variables import known, secret_files
 
 # Which folder it is, what the launcher itself tells each process, and what only tests set.
 _NOT_KEPT = frozenset(
@@ -25,6 +27,7 @@ _NOT_KEPT = frozenset(
         "HERMESH_FAILPOINTS",
         "HERMESH_LISTEN",
         "HERMESH_MESH_TOKEN",
+        "HERMESH_MESH_TOKEN_FILE",
         "HERMESH_METRICS_LISTEN",
         "HERMESH_READY_FILE",
         "HERMESH_REPLICA",
@@ -44,11 +47,14 @@ class Kept:
         variables: the settings, by variable.
         fingerprint: of the whole environment it was started with; see `launcher.plan.fingerprint`.
         exists: whether anything is kept at all.
+        places: where the stores were, by the variable of each, as `Store.place`: a secret's file may hold
+            another one by now.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
     exists: bool = False
+    places: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Folder) -> Kept:
@@ -56,14 +62,15 @@ class Kept:
         try:
             found = json.loads(folder.settings_file.read_bytes())
             variables = {str(name): str(value) for name, value in found["variables"].items()}
-            return cls(variables, str(found["fingerprint"]), exists=True)
+            places = {str(name): str(place) for name, place in found.get("places", {}).items()}
+            return cls(variables, str(found["fingerprint"]), exists=True, places=places)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
     def save(self, folder: Folder) -> None:
         """Writes the file by rename, with mode 0600."""
-        text = json.dumps({"variables": self.variables, "fingerprint": self.fingerprint}, indent=1)
-        write_private(folder.settings_file, text + "\n")
+        content = {"variables": self.variables, "fingerprint": self.fingerprint, "places": self.places}
+        write_private(folder.settings_file, json.dumps(content, indent=1) + "\n")
 
 
 def told(environment: Mapping[str, str]) -> dict[str, str]:
@@ -79,6 +86,10 @@ def told(environment: Mapping[str, str]) -> dict[str, str]:
 def fill(environment: MutableMapping[str, str], kept: Kept) -> list[str]:
     """Adds what is kept and what the environment says nothing of; returns its names."""
     named = {name.upper() for name in environment}
+    # A secret is named by its variable and by that of its file: the one takes back the other.
+    for file, name in secret_files().items():
+        if named & {file, name}:
+            named |= {file, name}
     added = {name: value for name, value in kept.variables.items() if name not in named}
     environment.update(added)
     return sorted(added)
@@ -117,14 +128,20 @@ class Store:
 
 
 def stores(variables: Mapping[str, str], folder: Folder) -> list[Store]:
-    """The stores that settings name. Redis is none: it holds nothing that PostgreSQL does not."""
-    database = _database(variables.get("HERMESH_DATABASE_URL", ""))
-    objects = variables.get("HERMESH_OBJECT_STORE_URL", "")
-    embedded = f"the embedded one in {folder.postgres}"
+    """The stores that settings name. Redis is none: it holds nothing that PostgreSQL does not.
+
+    Raises:
+        SecretFileError: The database's URL is in a file that cannot be read.
+    """
     return [
-        Store("database", "HERMESH_DATABASE_URL", database or embedded),
-        Store("object store", "HERMESH_OBJECT_STORE_URL", _objects(objects, folder)),
+        Store("database", "HERMESH_DATABASE_URL", _database_of(variables, folder)),
+        Store("object store", "HERMESH_OBJECT_STORE_URL", _objects_of(variables, folder)),
     ]
+
+
+def places(variables: Mapping[str, str], folder: Folder) -> dict[str, str]:
+    """Where the stores of some settings are, by the variable of each."""
+    return {store.variable: store.place for store in stores(variables, folder)}
 
 
 def moved(before: Kept, now: Mapping[str, str], folder: Folder) -> list[tuple[Store, Store]]:
@@ -132,8 +149,12 @@ def moved(before: Kept, now: Mapping[str, str], folder: Folder) -> list[tuple[St
     if not before.exists and not _used(folder.postgres):
         return []
     # What a folder of an earlier version holds is an embedded database, and whatever objects there are.
-    was = stores(before.variables if before.exists else {}, folder)
-    pairs = [pair for pair in zip(was, stores(now, folder), strict=True) if pair[0].place != pair[1].place]
+    was = before.places or places(before.variables, folder)
+    pairs = [
+        (dataclasses.replace(store, place=was[store.variable]), store)
+        for store in stores(now, folder)
+        if was[store.variable] != store.place
+    ]
     return [pair for pair in pairs if before.exists or pair[0].what == "database"]
 
 
@@ -145,10 +166,18 @@ def _used(postgres: Path) -> bool:
         return False
 
 
+def _database_of(variables: Mapping[str, str], folder: Folder) -> str:
+    url = secret(variables, "HERMESH_DATABASE_URL")
+    return _database(url) if url else f"the embedded one in {folder.postgres}"
+
+
+def _objects_of(variables: Mapping[str, str], folder: Folder) -> str:
+    url = variables.get("HERMESH_OBJECT_STORE_URL") or folder.objects.as_uri()
+    return shown("", url).rstrip("/")
+
+
 def _database(url: str) -> str:
     """Host, port and database, wherever in the URL they stand."""
-    if not url:
-        return ""
     try:
         parts = urlsplit(url)
         query = parse_qs(parts.query)
@@ -165,7 +194,3 @@ def _database(url: str) -> str:
 
 def _has_port(host: str) -> bool:
     return re.search(r":\d+$", host) is not None
-
-
-def _objects(url: str, folder: Folder) -> str:
-    return shown("", url or folder.objects.as_uri()).rstrip("/")

@@ -2,7 +2,7 @@
 
     python -m launcher.model [--host HOST] [--port PORT] [--ready-file FILE]
 
-Reads its API key from HERMESH_LLM_API_KEY. Serves until SIGTERM.
+Reads its API key from HERMESH_LLM_API_KEY or the file of HERMESH_LLM_API_KEY_FILE. Serves until SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launcher.embedded import package_folder
+from meshkit.secret_files import SecretFileError, secret
 
 NAME = "smollm2-135m-instruct"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +49,10 @@ def main() -> None:
     params.model_alias = {NAME}
     params.hostnames = [arguments.host]
     params.port = arguments.port
-    params.api_keys = [os.environ["HERMESH_LLM_API_KEY"]]
+    try:
+        params.api_keys = [secret(os.environ, "HERMESH_LLM_API_KEY")]
+    except SecretFileError as error:
+        raise SystemExit(f"hermesh: {error}") from None
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * TOKENS_A_SLOT
     params.use_jinja = True

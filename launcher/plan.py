@@ -19,7 +19,9 @@ from launcher.errors import LaunchError
 from launcher.folder import Folder, write_private
 from launcher.model_pool import ModelPool
 from launcher.settings import CHECKOUT, LauncherSettings
+from meshkit.secret_files import secret
 from meshkit.settings import words
+from meshkit.variables import secret_files
 
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 PARTS = ("postgresql", "valkey", "model", "envoy")
@@ -80,6 +82,10 @@ def fingerprint() -> str:
         for name, value in os.environ.items()
         if value and name.startswith("HERMESH_") and name != "HERMESH_DATA_DIR"
     )
+    # Another password in the same file does.
+    passed += [
+        secret(os.environ, name) for file, name in sorted(secret_files().items()) if os.environ.get(file)
+    ]
     return hashlib.sha256("\0".join(passed).encode()).hexdigest()[:16]
 
 
@@ -337,8 +343,9 @@ class Plan:
 
 def _base_environment() -> dict[str, str]:
     # Without bytecode every start would compile each module anew: three times the work, for every process.
-    hidden = _GUARDED | {"PYTHONDONTWRITEBYTECODE"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    # Each gets its secrets as they are, whether they came from a file or not.
+    hidden = _GUARDED | secret_files().keys() | {"PYTHONDONTWRITEBYTECODE"}
+    environment = {name: value for name, value in os.environ.items() if name.upper() not in hidden}
     # A proxy is for what is outside: what the mesh has to say to itself stays on this machine.
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1,localhost,::1")))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from launcher.envoy import DEFAULT_POLICY, Policy
 from launcher.model_pool import Balance
+from meshkit.settings import EnvironmentSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -18,12 +18,8 @@ def home() -> Path:
     return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
-class LauncherSettings(BaseSettings):
+class LauncherSettings(EnvironmentSettings):
     """Settings of the launcher, as HERMESH_<NAME>. A URL replaces the embedded part."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="HERMESH_", frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=True
-    )
 
     data_dir: Path = Field(
         Path(".hermesh"),

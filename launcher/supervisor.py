@@ -25,7 +25,7 @@ from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
 from launcher.hangs import HangWatch
-from launcher.kept import Kept, told
+from launcher.kept import Kept, places, told
 from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
@@ -233,7 +233,8 @@ class Supervisor:
         }
         await self.scale(wanted, say)
         # Kept once it works: a start that comes to nothing must not be what the next one repeats.
-        self.kept = Kept(told(os.environ), self.state.settings, exists=True)
+        now = told(os.environ)
+        self.kept = Kept(now, self.state.settings, exists=True, places=places(now, self.folder))
 
     async def scale(self, wanted: dict[str, int], say: Say) -> None:
         """Brings services to these numbers of replicas and returns when Envoy has them."""

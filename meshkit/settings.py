@@ -13,7 +13,9 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from meshkit.secret_files import SecretFileError, secret
 
 from meshkit.proxies import Proxies
 
@@ -37,12 +39,56 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-class MeshSettings(BaseSettings):
-    """What every process of the mesh reads from its environment, as HERMESH_<NAME>."""
+class EnvironmentSettings(BaseSettings):
+    """Settings from the environment, as HERMESH_<NAME>; a secret also from HERMESH_<NAME>_FILE's file."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=True
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Names the sources, the first before the others."""
+        return (init_settings, _SecretFiles(settings_cls), env_settings)
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """The secrets of a class, from variables or files."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Part of the interface; `__call__` reads all fields at once."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Reads them.
+
+        Raises:
+            SettingsError: Some cannot be read; the text has what is wrong with each.
+        """
+        found: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, field in secret_names(self.settings_cls).items():
+            try:
+                value = secret(os.environ, name)
+            except SecretFileError as error:
+                wrong.append(str(error))
+            else:
+                if value:
+                    found[field] = value
+        if wrong:
+            raise SettingsError("; ".join(wrong))
+        return found
+
+
+class MeshSettings(EnvironmentSettings):
+    """What every process of the mesh reads from its environment."""
 
     listen: str = Field(
         "127.0.0.1:0", description="host:port that the process serves on; port 0 picks a free one."
@@ -173,6 +219,13 @@ def env_name(cls: type[BaseSettings], field: str) -> str:
     if info is not None and isinstance(info.validation_alias, str):
         return info.validation_alias
     return f"{cls.model_config.get('env_prefix') or ''}{field}".upper()
+
+
+def secret_names(cls: type[BaseSettings]) -> dict[str, str]:
+    """Returns the fields of a class that are secrets, by their environment variables."""
+    return {
+        env_name(cls, field): field for field, info in cls.model_fields.items() if _is_secret(info.annotation)
+    }
 
 
 def settings_table(*classes: type[BaseSettings]) -> str:

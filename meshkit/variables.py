@@ -1,6 +1,7 @@
 """The names of all settings, so that a mistyped one is named instead of silently having no effect.
 
-`variables.txt` is made from the settings classes by `make docs`: no process imports those of another.
+`variables.txt` is made from the settings classes by `make docs`: no process imports those of another. A line
+is a name, and `secret` after it where it is one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from meshkit.secret_files import SUFFIX
 from meshkit.settings import PREFIX
 
 # What `hermesh env` prints beside settings, and what only benches and tests read.
@@ -49,8 +51,19 @@ class Unknown:
 
 @cache
 def known() -> frozenset[str]:
-    """The names of all settings of all processes."""
-    return frozenset(Path(__file__).with_name("variables.txt").read_text().split())
+    """The names of all settings of all processes, and of the files that may hold secrets among them."""
+    return frozenset(name for name, _ in _listed()) | secret_files().keys()
+
+
+@cache
+def secret_files() -> Mapping[str, str]:
+    """The variables that name files of secrets, and the one in whose place each stands."""
+    return {name + SUFFIX: name for name, kind in _listed() if kind}
+
+
+def _listed() -> list[tuple[str, str]]:
+    lines = Path(__file__).with_name("variables.txt").read_text().splitlines()
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
 
 
 def unknown(environment: Mapping[str, str], others: Iterable[str] = ()) -> list[Unknown]:

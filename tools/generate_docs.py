@@ -10,7 +10,7 @@ from pathlib import Path
 from gateway.settings import GatewaySettings
 from launcher.envoy import render_chart, render_compose
 from launcher.settings import LauncherSettings
-from meshkit.settings import env_name, settings_table
+from meshkit.settings import env_name, secret_names, settings_table
 from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
@@ -46,15 +46,26 @@ def settings_page() -> str:
             "unless `--yes` says that it is meant. A variable that begins with `HERMESH_` and is none of",
             "these is named by `hermesh up` and in each process's log.",
             "",
+            "A secret can stand in a file: `NAME_FILE=/run/secrets/name` in the place of `NAME`, for each of",
+            f"{', '.join(f'`{name}`' for name in sorted(_secrets()))}.",
+            "The path is absolute; a line end that closes the file is not part of the secret. Both set, or a",
+            "file that is missing, empty or above 64 KiB, ends the process with one line. Files are read at",
+            "the start: one that changed takes effect with the next.",
+            "",
             settings_table(*SETTINGS),
         ]
     )
 
 
 def variables() -> str:
-    """The names of all settings, one a line."""
+    """The names of all settings, one a line, and which are secrets."""
     names = {env_name(cls, field) for cls in SETTINGS for field in cls.model_fields}
-    return "".join(f"{name}\n" for name in sorted(names))
+    secrets = _secrets()
+    return "".join(f"{name} secret\n" if name in secrets else f"{name}\n" for name in sorted(names))
+
+
+def _secrets() -> set[str]:
+    return {name for cls in SETTINGS for name in secret_names(cls)}
 
 
 def errors_page() -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.facts import ROOT
@@ -31,19 +32,33 @@ def install(name: str) -> Path:
     Raises:
         InstallError: There is no Python for it, or the package index is not reachable.
     """
-    wanted = [FOLDER / name / file for file in ("requirements.txt", "data.txt")]
+    return make_environment(FOLDER / name, ENVIRONMENTS / name, find_python)
+
+
+def make_environment(pins: Path, target: Path, python: Callable[[], str]) -> Path:
+    """Installs what a folder's `requirements.txt` pins, unless it is there; returns its folder of programs.
+
+    Args:
+        pins: The folder; its name is the environment's in messages.
+        target: Where the environment is made.
+        python: Says which Python it is made with.
+
+    Raises:
+        InstallError: It cannot be installed.
+    """
+    wanted = [pins / file for file in ("requirements.txt", "data.txt")]
     files = [file for file in wanted if file.exists()]
     mark = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-    environment = ENVIRONMENTS / name / "venv"
-    done = ENVIRONMENTS / name / "installed"
+    environment = target / "venv"
+    done = target / "installed"
     if done.exists() and done.read_text() == mark:
         return environment / "bin"
-    environment.parent.mkdir(parents=True, exist_ok=True)
-    _uv(name, "venv", "--clear", "--python", find_python(), str(environment))
-    python = ("--python", str(environment / "bin" / "python"))
-    _uv(name, "pip", "install", *python, "-r", str(files[0]))
+    target.mkdir(parents=True, exist_ok=True)
+    _uv(pins.name, "venv", "--clear", "--python", python(), str(environment))
+    into = ("--python", str(environment / "bin" / "python"))
+    _uv(pins.name, "pip", "install", *into, "-r", str(files[0]))
     for data in files[1:]:
-        _uv(name, "pip", "install", *python, "--no-deps", "-r", str(data))
+        _uv(pins.name, "pip", "install", *into, "--no-deps", "-r", str(data))
     done.write_text(mark)
     return environment / "bin"
 

@@ -31,9 +31,10 @@ async def apply_migrations(settings: MemorySettings) -> list[str]:
     Raises:
         StartupError: It cannot.
     """
-    if not settings.database_url:
+    url = settings.database_url.get_secret_value()
+    if not url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
-    return await migrate(settings.database_url, MIGRATIONS, schema=SCHEMA)
+    return await migrate(url, MIGRATIONS, schema=SCHEMA)
 
 
 async def apply_reembed(settings: MemorySettings) -> int:
@@ -42,7 +43,8 @@ async def apply_reembed(settings: MemorySettings) -> int:
     Raises:
         StartupError: The database or the embedder cannot be used.
     """
-    async with await open_pool(settings.database_url, max_size=1, name=settings.replica) as pool:
+    url = settings.database_url.get_secret_value()
+    async with await open_pool(url, max_size=1, name=settings.replica) as pool:
         store = PostgresStore(pool, max_per_scope=settings.memory_max_per_scope)
         await _require(store)
         embedder = await WordLlamaEmbedder.load()
@@ -62,7 +64,10 @@ async def serve(settings: MemorySettings) -> None:
         # The application's name in pg_stat_activity; two connections make the first calls quick.
         pool = await stack.enter_async_context(
             await open_pool(
-                settings.database_url, min_size=2, max_size=settings.memory_pool_size, name=settings.replica
+                settings.database_url.get_secret_value(),
+                min_size=2,
+                max_size=settings.memory_pool_size,
+                name=settings.replica,
             )
         )
         store = PostgresStore(pool, max_per_scope=settings.memory_max_per_scope)

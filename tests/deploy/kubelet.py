@@ -1,10 +1,10 @@
 """A small kubelet for tests: runs a chart's rendered pods on this machine, each in namespaces of its own.
 
 What it does as Kubernetes does: a pod's own network namespace and address, its command, variables (literal,
-from secrets, from its own fields), user and groups without any capability, no new privileges, a read-only
-root with only the volumes that it names, configuration files, start-up, readiness and liveness probes with
-their periods and limits, restarts, names of services that resolve to the pods that are ready, and the way
-to the end: out of the services, preStop, SIGTERM, grace, SIGKILL.
+from its own fields), user and groups without any capability, no new privileges, a read-only root with only
+the volumes that it names, files of configuration and of secrets, start-up, readiness and liveness probes
+with their periods and limits, restarts, names of services that resolve to the pods that are ready, and the
+way to the end: out of the services, preStop, SIGTERM, grace, SIGKILL.
 
 What it does not prove: that the image holds what the command needs (it runs this checkout's environment,
 and Envoy out of its wheel), scheduling, limits of CPU and memory, network policies, kube-proxy's balancing
@@ -196,14 +196,26 @@ class Pod:
         _run("ip", "-n", self._namespace, "addr", "add", f"{self.address}/16", "dev", "eth0")
         _run("ip", "-n", self._namespace, "link", "set", "eth0", "up")
         for volume in self._spec.get("volumes", ()):
-            if "configMap" in volume:
-                target = self._folder / volume["name"]
-                target.mkdir()
-                for file, text in self._node.configs[volume["configMap"]["name"]].items():
-                    (target / file).write_text(text)
-                    (target / file).chmod(0o644)
+            if "emptyDir" not in volume:
+                self._write(volume)
         (self._folder / "root").mkdir()
         (self._folder / "enter").write_text(self._script())
+
+    def _write(self, volume: Mapping[str, Any]) -> None:
+        """Writes a volume's files, as they are readable in the pod."""
+        target = self._folder / volume["name"]
+        target.mkdir()
+        if "configMap" in volume:
+            files = self._node.configs[volume["configMap"]["name"]]
+        else:
+            held = self._node.secrets[volume["secret"]["secretName"]]
+            files = {one["path"]: held[one["key"]] for one in volume["secret"]["items"]}
+        (source,) = (volume[kind] for kind in ("configMap", "secret") if kind in volume)
+        for file, text in files.items():
+            (target / file).write_text(text)
+            (target / file).chmod(source.get("defaultMode", 0o644))
+            # As Kubernetes does it for fsGroup.
+            os.chown(target / file, 0, self._spec["securityContext"]["fsGroup"])
 
     def _script(self) -> str:
         """Mounts a root for the container, enters it without privileges and becomes its command."""
@@ -249,12 +261,6 @@ class Pod:
             source = variable.get("valueFrom", {})
             if "fieldRef" in source:
                 environment[variable["name"]] = fields[source["fieldRef"]["fieldPath"]]
-            elif "secretKeyRef" in source:
-                asked = source["secretKeyRef"]
-                found = self._node.secrets[asked["name"]].get(asked["key"])
-                assert found is not None or asked.get("optional"), f"no {asked['key']} in the secret"
-                if found is not None:
-                    environment[variable["name"]] = found
             else:
                 environment[variable["name"]] = variable.get("value", "")
         return environment

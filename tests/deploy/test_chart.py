@@ -14,6 +14,7 @@ import yaml
 from gateway.settings import GatewaySettings
 from launcher import envoy
 from meshkit.settings import MeshSettings, env_name
+from meshkit.variables import secret_files
 from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
@@ -97,6 +98,12 @@ def test_every_port_is_one_that_its_pod_has(objects: list[dict[str, Any]]) -> No
         (template,) = selected(objects, one["spec"]["podSelector"]["matchLabels"])
         allowed = {port["port"] for rule in one["spec"]["ingress"] for port in rule["ports"]}
         assert allowed == ports(template)
+        for rule in one["spec"].get("egress", ()):
+            for peer in rule["to"]:
+                if "podSelector" in peer and "namespaceSelector" not in peer:
+                    called = selected(objects, peer["podSelector"]["matchLabels"])
+                    assert called, one["metadata"]["name"]
+                    assert any({port["port"] for port in rule["ports"]} & ports(each) for each in called)
     for one in of_kind(objects, "PodMonitor"):
         assert {end["port"] for end in one["spec"]["podMetricsEndpoints"]} == {"metrics"}
     for _, template in pods(objects):
@@ -113,6 +120,24 @@ def test_a_service_is_called_by_envoy_and_by_nobody_else(objects: list[dict[str,
         (peer,) = calls["from"]
         (template,) = selected(objects, peer["podSelector"]["matchLabels"])
         assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "envoy"
+
+
+def test_who_may_call_what_is_limited_where_the_values_say_so(objects: list[dict[str, Any]]) -> None:
+    limited = {}
+    for name in (*SERVICES, "envoy", "migrate"):
+        spec = named(objects, "NetworkPolicy", name)["spec"]
+        assert ("egress" in spec) == ("Egress" in spec["policyTypes"])
+        if "egress" in spec:
+            limited[name] = [[port["port"] for port in rule["ports"]] for rule in spec["egress"]]
+    assert limited in (
+        {},
+        {
+            "gateway": [[53, 53], ["mesh"]],
+            "envoy": [[53, 53], ["http", "grpc"]],
+            "session": [[53, 53], ["mesh"], [5432, 6379]],
+            "migrate": [[53, 53], [5432]],
+        },
+    )
 
 
 def test_routes_and_autoscalers_name_what_is_there(objects: list[dict[str, Any]]) -> None:
@@ -153,18 +178,37 @@ def test_secrets_come_by_reference_and_only_to_who_needs_them(objects: list[dict
     assert not of_kind(objects, "Secret")
     seen: dict[str, set[str]] = {}
     for component, template in pods(objects):
-        for variable in template["spec"]["containers"][0].get("env", ()):
-            reference = variable.get("valueFrom", {}).get("secretKeyRef")
-            if reference is not None:
-                assert reference["name"] == SECRET
-                seen.setdefault(variable["name"], set()).add(component)
+        (container,) = template["spec"]["containers"]
+        given = {one["name"]: one.get("value", "") for one in container.get("env", ())}
+        assert not secret_files().keys() & {f"{name}_FILE" for name in given}, "a secret in the environment"
+        files = {name: path for name, path in given.items() if name in secret_files()}
+        held = [one["secret"] for one in template["spec"]["volumes"] if "secret" in one]
+        assert len(held) == bool(files)
+        for secret in held:
+            assert secret["secretName"] == SECRET
+            # Readable by its group, which fsGroup makes the pod's own, and written by nobody.
+            assert secret["defaultMode"] == 0o440
+            assert template["spec"]["securityContext"]["fsGroup"] == 10001
+            mount = next(one["mountPath"] for one in container["volumeMounts"] if one["name"] == "secrets")
+            assert sorted(f"{mount}/{one['path']}" for one in secret["items"]) == sorted(files.values())
+        for name in files:
+            seen.setdefault(secret_files()[name], set()).add(component)
+    # Only where its key is named.
+    assert seen.pop("HERMESH_LLM_API_KEY", {"agent"}) == {"agent"}
     assert seen == {
-        "HERMESH_MESH_TOKEN": {*SERVICES, "migrate"},
+        "HERMESH_MESH_TOKEN": set(SERVICES),
         "HERMESH_DATABASE_URL": {"session", "memory", "migrate"},
-        "HERMESH_REDIS_URL": {"session", "migrate"},
-        "HERMESH_LLM_API_KEY": {"agent"},
+        "HERMESH_REDIS_URL": {"session"},
         "HERMESH_API_KEY": {"migrate"},
     }
+
+
+def test_redis_and_a_models_key_may_be_left_out() -> None:
+    keys = {"redisUrl": "", "llmApiKey": "the-key"}
+    one = render({**LEAST, "secrets": {"existingSecret": SECRET, "keys": keys}})
+    for component, named_there in (("session", "REDIS_URL_FILE"), ("agent", "LLM_API_KEY_FILE")):
+        given = template_of(named(one, "Deployment", component))["spec"]["containers"][0]["env"]
+        assert any(named_there in each["name"] for each in given) == (component == "agent")
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -177,9 +221,9 @@ def test_every_variable_is_a_setting_whose_value_is_accepted(
     given = {variable["name"]: variable.get("value", "") for variable in container["env"]}
     # A default of the values goes to every service, also to those that do not read it.
     extra = {"HERMESH_MAX_STREAMS"} if "HERMESH_MAX_STREAMS" in given else set()
-    assert set(given) - known <= extra
-    for variable, value in given.items():
-        monkeypatch.setenv(variable, value)
+    assert set(given) - known - secret_files().keys() <= extra
+    for variable in given.keys() - secret_files().keys():
+        monkeypatch.setenv(variable, given[variable])
     loaded = settings()
     assert loaded.mesh_address == "demo-hermesh-mesh.agents.svc.cluster.local:50052"
     assert loaded.listen == ("0.0.0.0:8080" if name == "gateway" else "0.0.0.0:50051")

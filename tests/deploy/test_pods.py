@@ -103,6 +103,7 @@ async def chart() -> AsyncIterator[Chart]:
         "redis-url": f"redis://:{PASSWORD}@{NODE}:6379/0",
         "mesh-token": "m" * 40,
         "api-key": KEY,
+        "llm-api-key": "sk-model",
     }
     with tempfile.TemporaryDirectory(prefix="hm-k8s-") as name:
         folder = Path(name)

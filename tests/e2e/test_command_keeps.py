@@ -36,8 +36,11 @@ def hermesh(environment: dict[str, str], *arguments: str, seconds: float = SECON
 
 
 @pytest.fixture(scope="module")
-def kept() -> Iterator[Mesh]:
-    with Mesh(settings={"HERMESH_MAX_TURNS": "7"}, replicas="agent=1,session=1") as mesh:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    key = tmp_path_factory.mktemp("secrets") / "model-key"
+    key.write_text("sk-from-a-file\n")
+    settings = {"HERMESH_MAX_TURNS": "7", "HERMESH_LLM_API_KEY_FILE": str(key)}
+    with Mesh(settings=settings, replicas="agent=1,session=1") as mesh:
         yield mesh
 
 
@@ -46,6 +49,9 @@ def test_down_and_up_from_a_fresh_shell_is_the_same_mesh(kept: Mesh) -> None:
     assert "heliotrope" in hermesh(shell, "run", "[[echo]] heliotrope")
     before = hermesh(shell, "env")
     assert "HERMESH_MAX_TURNS=7" in before
+    # A secret in a file is printed as what it is: both together would be refused.
+    assert "HERMESH_LLM_API_KEY=sk-from-a-file" in before
+    assert "HERMESH_LLM_API_KEY_FILE" not in before
     assert f"HERMESH_HTTP_URL={kept.url}" in before
     assert hermesh(shell, "down").startswith("0")
     said = hermesh(shell, "up", "--no-reply", seconds=120)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.folder import Folder
-from launcher.kept import Kept, fill, moved, replace, shown, stores, told
+from launcher.kept import Kept, fill, moved, places, replace, shown, stores, told
 
 URL = "postgresql://ada:secret@db.example/hermesh?sslmode=require"
 
@@ -42,6 +42,36 @@ def test_what_the_shell_says_goes_before_and_nothing_means_the_default() -> None
     shell = {"HERMESH_HTTP_PORT": "91", "HERMESH_REDIS_URL": ""}
     assert fill(shell, kept) == ["HERMESH_GRPC_PORT"]
     assert told(shell) == {"HERMESH_GRPC_PORT": "82", "HERMESH_HTTP_PORT": "91"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "shell"),
+    [
+        ({"HERMESH_API_KEY_FILE": "/run/key"}, {"HERMESH_API_KEY": "k"}),
+        ({"HERMESH_API_KEY": "k"}, {"HERMESH_API_KEY_FILE": "/run/key"}),
+        ({"HERMESH_API_KEY_FILE": "/run/key"}, {"HERMESH_API_KEY": ""}),
+    ],
+)
+def test_a_secret_and_its_file_take_back_each_other(kept: dict[str, str], shell: dict[str, str]) -> None:
+    before = dict(shell)
+    assert fill(shell, Kept(kept)) == []
+    assert shell == before
+
+
+def test_another_database_in_the_same_file_is_noticed(folder: Folder, tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text(f"{URL}\n")
+    now = {"HERMESH_DATABASE_URL_FILE": str(file)}
+    before = Kept(now, "f", exists=True, places=places(now, folder))
+    before.save(folder)
+    assert Kept.load(folder) == before
+    assert "secret" not in folder.settings_file.read_text()
+    assert moved(before, now, folder) == []
+    assert moved(before, {"HERMESH_DATABASE_URL": URL}, folder) == []
+    file.write_text("postgresql://elsewhere/hermesh")
+    [(was, is_now)] = moved(before, now, folder)
+    assert was.place == "postgresql://db.example:5432/hermesh"
+    assert is_now.place == "postgresql://elsewhere:5432/hermesh"
 
 
 def test_a_running_mesh_is_what_it_was_told_whatever_the_shell_says() -> None:

@@ -36,16 +36,43 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | quote }}
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
 {{- end -}}
 
-{{/* A variable from the secret: (dict "root" $ "variable" "HERMESH_X" "key" "x" "optional" true). */}}
-{{- define "hermesh.secretVariable" -}}
-- name: {{ .variable }}
-  valueFrom:
-    secretKeyRef:
-      name: {{ required "secrets.existingSecret is not set: name the secret that holds the database's URL, the mesh's token and the first API key" .root.Values.secrets.existingSecret }}
-      key: {{ .key }}
-      {{- if .optional }}
-      optional: true
-      {{- end }}
+{{/* Which secrets a component reads, and their keys in the secret: (dict "root" $ "name" "agent"). */}}
+{{- define "hermesh.secrets" -}}
+{{- $keys := .root.Values.secrets.keys -}}
+{{- if ne .name "migrate" }}
+HERMESH_MESH_TOKEN: {{ $keys.meshToken }}
+{{- end }}
+{{- if has .name (list "session" "memory" "migrate") }}
+HERMESH_DATABASE_URL: {{ $keys.databaseUrl }}
+{{- end }}
+{{- if and (eq .name "session") $keys.redisUrl }}
+HERMESH_REDIS_URL: {{ $keys.redisUrl }}
+{{- end }}
+{{- if and (eq .name "agent") $keys.llmApiKey }}
+HERMESH_LLM_API_KEY: {{ $keys.llmApiKey }}
+{{- end }}
+{{- if eq .name "migrate" }}
+HERMESH_API_KEY: {{ $keys.apiKey }}
+{{- end }}
+{{- end -}}
+
+{{/* The variables that name its secrets' files. Files, since a process's environment is seen by its children. */}}
+{{- define "hermesh.secretVariables" -}}
+{{- range $variable, $key := include "hermesh.secrets" . | fromYaml }}
+- {name: {{ $variable }}_FILE, value: /run/secrets/hermesh/{{ $key }}}
+{{- end }}
+{{- end -}}
+
+{{/* The volume with those files and no others. */}}
+{{- define "hermesh.secretVolume" -}}
+name: secrets
+secret:
+  secretName: {{ required "secrets.existingSecret is not set: name the secret that holds the database's URL, the mesh's token and the first API key" .root.Values.secrets.existingSecret }}
+  defaultMode: 0440
+  items:
+  {{- range $key := include "hermesh.secrets" . | fromYaml | values | sortAlpha }}
+  - {key: {{ $key }}, path: {{ $key }}}
+  {{- end }}
 {{- end -}}
 
 {{/* What a pod of this chart may do: nothing that it does not need ("restricted"). */}}
@@ -75,6 +102,35 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end -}}
 
+{{/* What a component may call, where networkPolicy.egress names it: (dict "root" $ "name" "agent"). */}}
+{{- define "hermesh.egress" -}}
+{{- $policy := .root.Values.networkPolicy -}}
+{{- if hasKey $policy.egress .name -}}
+policyTypes: [Ingress, Egress]
+egress:
+- to: {{- toYaml $policy.dns | nindent 2 }}
+  ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+{{- if eq .name "envoy" }}
+- to:
+  {{- range $name := list "session" "agent" "tool" "memory" "gateway" }}
+  - podSelector:
+      matchLabels: {{- include "hermesh.selector" (dict "root" $.root "name" $name) | nindent 8 }}
+  {{- end }}
+  ports: [{port: http}, {port: grpc}]
+{{- else if ne .name "migrate" }}
+- to:
+  - podSelector:
+      matchLabels: {{- include "hermesh.selector" (dict "root" .root "name" "envoy") | nindent 8 }}
+  ports: [{port: mesh}]
+{{- end }}
+{{- with index $policy.egress .name }}
+{{ toYaml . }}
+{{- end }}
+{{- else -}}
+policyTypes: [Ingress]
+{{- end -}}
+{{- end -}}
+
 {{/* Where a pod goes: the values nodeSelector, tolerations, affinity, priorityClassName. */}}
 {{- define "hermesh.scheduling" -}}
 {{- with .nodeSelector }}
@@ -95,22 +151,13 @@ priorityClassName: {{ . }}
 {{- define "hermesh.meshVariables" -}}
 - {name: HERMESH_MESH_ADDRESS, value: "{{ include "hermesh.fullname" . }}-mesh.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:50052"}
 - {name: HERMESH_METRICS_LISTEN, value: "0.0.0.0:9464"}
-{{ include "hermesh.secretVariable" (dict "root" . "variable" "HERMESH_MESH_TOKEN" "key" .Values.secrets.keys.meshToken) }}
 {{- end -}}
 
 {{/* The variables of one service: (dict "root" $ "name" "agent"). */}}
 {{- define "hermesh.serviceVariables" -}}
 {{- $values := .root.Values -}}
-{{- $keys := $values.secrets.keys -}}
-{{- if has .name (list "session" "memory") }}
-{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_DATABASE_URL" "key" $keys.databaseUrl) }}
-{{- end }}
-{{- if eq .name "session" }}
-{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_REDIS_URL" "key" $keys.redisUrl "optional" true) }}
-{{- end }}
 {{- if eq .name "agent" }}
 - {name: HERMESH_LLM_BASE_URL, value: {{ required "model.baseUrl is not set: name an OpenAI-compatible model server, with its /v1" $values.model.baseUrl | quote }}}
-{{ include "hermesh.secretVariable" (dict "root" .root "variable" "HERMESH_LLM_API_KEY" "key" $keys.llmApiKey "optional" true) }}
 - {name: HERMESH_LLM_MODEL, value: {{ $values.model.name | quote }}}
 - {name: HERMESH_LLM_TOOL_MODE, value: {{ $values.model.toolMode | quote }}}
 - {name: HERMESH_LLM_PREFILL, value: {{ $values.model.prefill | quote }}}
