@@ -15,9 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from meshkit.secret_files import SecretFileError, secret
-
 from meshkit.proxies import Proxies
+from meshkit.secret_files import SecretFileError, secret
 
 PREFIX = "HERMESH_"
 
