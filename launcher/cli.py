@@ -172,11 +172,14 @@ def _print_settings(settings: Mapping[str, str]) -> None:
 
 def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
     """Says which port cannot be had, unless Envoy of an earlier supervisor is what listens there."""
-    if settings.http_port == settings.grpc_port:
-        raise LaunchError("HERMESH_HTTP_PORT and HERMESH_GRPC_PORT are the same; set one to another port")
+    names: dict[int, str] = {}
+    for name, port in settings.fixed_ports.items():
+        if port in names:
+            raise LaunchError(f"{names[port]} and {name} are the same; set one to another port")
+        names[port] = name
     state = State.load(folder.state_file)
     ours = any(c.service == "envoy" and c.identity.alive for c in state.children)
-    for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
+    for name, port in settings.fixed_ports.items():
         if ours and f"127.0.0.1:{port}" in state.addresses.values():
             continue
         if problem := port_problem(port):
