@@ -23,6 +23,7 @@ from gateway.line import Line, LineFull, Turn
 from meshkit.errors import HermeshError, ResourceExhaustedError
 from meshkit.fairness import admits, overloaded
 from meshkit.identity import current_identity
+from meshkit.telemetry import begin_at_zero
 
 # So many times what was accepted lately is let through. Less saves more, and takes longer to notice that
 # there is room again: with 1.2 a stalled moment was felt for all of the twelve seconds that were measured.
@@ -43,11 +44,14 @@ class DoorMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         """Registers them; once a registry."""
-        self.refused = CounterMetric(
-            "hermesh_gateway_refused_runs",
-            "New runs refused: at the door, or because nothing more may wait.",
-            ["where"],
-            registry=registry,
+        self.refused = begin_at_zero(
+            CounterMetric(
+                "hermesh_gateway_refused_runs",
+                "New runs refused: at the door, or because nothing more may wait.",
+                ["where"],
+                registry=registry,
+            ),
+            *("line", "door", "queue"),
         )
         self.waiting = Gauge(
             "hermesh_gateway_waiting_streams",

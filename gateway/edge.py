@@ -31,6 +31,7 @@ from meshkit.context import (
     accept_request_id,
     client_var,
     request_id_var,
+    run_id_var,
 )
 from meshkit.errors import HermeshError, InternalError, InvalidArgumentError
 from meshkit.floods import Floods
@@ -196,20 +197,22 @@ class Edge:
         request_id = accept_request_id(offered)
         request_id_var.set(request_id)
         method = scope.get("method", "WS")
-        span = tracing.start_server_span(f"HTTP {method}", traceparent, tracestate)
-        span.enter()
-        if span.recording:
-            span.set("url.path", scope["path"])
-            span.set("hermesh.request_id", request_id)
+        quiet = scope["path"] in _QUIET
+        span = tracing.start_server_span(method, traceparent, tracestate, recorded=not quiet)
+        if not quiet:
+            # Of what a probe causes nothing is recorded either.
+            span.enter()
         exchange = _Exchange(scope, send, request_id.encode())
         try:
             await self._app(scope, receive, exchange.send)
         except Exception as error:
             await self._failed(error, exchange, scope, receive)
         finally:
-            span.end(str(exchange.status), failed=exchange.status >= 500)
-            span.leave()
+            if span.recording:
+                _describe(span, method, scope, exchange.status)
+            span.end()
             self._account(exchange, method, scope)
+            span.leave()
 
     async def _failed(self, error: Exception, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
         _log.error("request failed", path=scope["path"], exc_info=error)
@@ -250,6 +253,29 @@ class Edge:
             total_ms=round((time.monotonic() - exchange.began) * 1000, 1),
             **more,
         )
+
+
+def _describe(span: tracing.Span, method: str, scope: Scope, status: int) -> None:
+    """Says on a request's span what it was, once that is known."""
+    route = scope.get(_ROUTE)
+    if route:
+        span.rename(f"{method} {route}")
+        span.set("http.route", route)
+    if scope["type"] == "http":
+        span.set("http.request.method", method)
+    span.set("http.response.status_code", status)
+    span.set("url.path", scope["path"])
+    span.set("hermesh.request_id", request_id_var.get())
+    tenant_id = current_identity().tenant_id
+    if tenant_id is not None:
+        span.set("hermesh.tenant_id", str(tenant_id))
+    if run_id := run_id_var.get():
+        span.set("hermesh.run_id", run_id)
+    session_id = scope.get("path_params", {}).get("session_id")
+    if session_id:
+        span.set("hermesh.session_id", session_id)
+    if status >= 500:
+        span.fail(str(status))
 
 
 class _Exchange:

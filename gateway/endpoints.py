@@ -16,6 +16,7 @@ from gateway.body import MAX_BODY, M, parse_json, read_body, validate
 from gateway.context import Gateway
 from gateway.cursor import canonical_id
 from gateway.problems import violation
+from meshkit.context import run_id_var
 from meshkit.errors import NotFoundError
 from meshkit.ids import uuid7
 
@@ -127,9 +128,11 @@ def run_id_of(request: Request) -> str:
     """
     text = request.path_params["run_id"]
     try:
-        return canonical_id(text)
+        run_id = canonical_id(text)
     except ValueError:
         raise NotFoundError("RUN_NOT_FOUND", "there is no such run") from None
+    run_id_var.set(run_id)
+    return run_id
 
 
 def idempotency_key(request: Request, *, always: bool = False) -> str:

@@ -23,7 +23,7 @@ from gateway.problems import problem_response
 from gateway.settings import GatewaySettings
 from gateway.streams import ABORT_EXTENSION
 from gateway.watch_stream import CLIENT_EXTENSION
-from meshkit import failpoints, tracing
+from meshkit import failpoints, otlp, tracing
 from meshkit.channel import open_channel
 from meshkit.context import REQUEST_ID_KEY, accept_request_id, request_id_var
 from meshkit.errors import InvalidArgumentError
@@ -39,7 +39,7 @@ from meshkit.lifecycle import (
 from meshkit.probes import ProbeServer
 from meshkit.settings import parse_address
 from meshkit.tasks import TaskOwner
-from meshkit.telemetry import setup_logging, watch_loop
+from meshkit.telemetry import setup_logging, tell_process, watch_loop
 
 _log = structlog.get_logger("gateway.server")
 
@@ -211,8 +211,9 @@ async def serve(settings: GatewaySettings) -> None:
         StartupError: It cannot start.
     """
     setup_logging(settings, "gateway")
+    tell_process("gateway", settings.replica)
     failpoints.arm(settings.failpoints)
-    end_tracing = tracing.configure("gateway", settings.replica, settings.trace_file)
+    end_tracing = tracing.configure("gateway", settings.replica, settings.trace_file, settings.trace_ratio)
     try:
         sock = bind(settings.listen)
         with contextlib.closing(sock):
@@ -226,6 +227,7 @@ async def serve(settings: GatewaySettings) -> None:
                     gateway.hub,
                 ):
                     tasks.start(watch_loop(), name="loop-lag")
+                    tasks.start(otlp.send_metrics("gateway", settings.replica), name="otlp-metrics")
                     tasks.start(app.refusals.report(), name="refusals")
                     with StopSignals() as signals:
                         async with serving(app, sock, settings.drain_seconds):

@@ -28,6 +28,7 @@ from gateway.pulse import Pulse
 from gateway.settings import GatewaySettings
 from gateway.watches import Watches
 from hermesh.common.v1.event_pb2 import Event
+from meshkit.context import run_id_var
 from meshkit.errors import (
     DeadlineError,
     HermeshError,
@@ -276,6 +277,7 @@ class EventStream:
         self._sending_since = 0.0
         self._written_at = 0.0
         self._count = 0
+        self._run_id = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves the stream."""
@@ -299,6 +301,8 @@ class EventStream:
             self._closed = True
             hub.metrics.events.inc(self._count)
             hub.unregister(self)
+            if self._run_id:
+                run_id_var.set(self._run_id)
             if not pump.done():
                 if not self._keep:
                     pump.cancel()
@@ -385,6 +389,9 @@ class EventStream:
             batches: AsyncGenerator[list[Event], None] = self._feed.batches()
             async with aclosing(batches):
                 async for batch in batches:
+                    if not self._run_id and batch:
+                        self._run_id = batch[0].run_id
+                        run_id_var.set(self._run_id)
                     if self._closed:
                         continue
                     body = self._renderer.events(batch)

@@ -174,22 +174,21 @@ def _print_settings(settings: Mapping[str, str]) -> None:
 
 def _check_ports(settings: LauncherSettings, folder: Folder) -> None:
     """Says which port cannot be had, unless Envoy of an earlier supervisor is what listens there."""
-    if settings.http_port == settings.grpc_port:
-        raise LaunchError("HERMESH_HTTP_PORT and HERMESH_GRPC_PORT are the same; set one to another port")
-    gateways = range(settings.gateway_port, settings.gateway_port + MAX_REPLICAS + 1)
-    for name, port in (
-        ("HTTP", settings.http_port),
-        ("GRPC", settings.grpc_port),
-        ("MESH", settings.mesh_port),
-    ):
-        if settings.gateway_port and port in gateways:
+    names: dict[int, str] = {}
+    for name, port in settings.fixed_ports.items():
+        if port in names:
+            raise LaunchError(f"{names[port]} and {name} are the same; set one to another port")
+        names[port] = name
+    first, last = settings.gateway_port, settings.gateway_port + MAX_REPLICAS
+    for port, name in {settings.mesh_port: "HERMESH_MESH_PORT", **names}.items():
+        if first and first <= port <= last:
             raise LaunchError(
-                f"HERMESH_{name}_PORT is {port}, and gateways may need {gateways[0]} to {gateways[-1]}; "
+                f"{name} is {port}, and gateways may need {first} to {last}; "
                 "set it or HERMESH_GATEWAY_PORT to another port"
             )
     state = State.load(folder.state_file)
     ours = any(c.service == "envoy" and c.identity.alive for c in state.children)
-    for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
+    for name, port in settings.fixed_ports.items():
         if ours and f"127.0.0.1:{port}" in state.addresses.values():
             continue
         if problem := port_problem(port):

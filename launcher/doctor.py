@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import resource
@@ -12,16 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import envoy, model
+from launcher import envoy, examine, model
 from launcher.control import supervisor_of
 from launcher.embedded import package_folder
 from launcher.embedded.postgres import BIN, USER, namespace_works
 from launcher.embedded.valkey import binary as valkey_binary
 from launcher.errors import LaunchError, library_remedy
 from launcher.folder import NEEDED_BYTES, Folder
-from launcher.plan import PARTS
+from launcher.plan import PARTS, Plan
 from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
+from launcher.state import State
 from meshkit import variables
 
 IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
@@ -93,7 +95,22 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
         how = "a user namespace" if namespace_works() else f"the system user {USER}"
         yield Finding("PostgreSQL beside root", how)
     running = supervisor_of(folder) is not None
-    for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
+    for name, port in settings.fixed_ports.items():
         problem = "" if running else port_problem(port)
         yield Finding(name, str(port), f"{problem}; set {name} to another port" if problem else "")
+    for row in asyncio.run(_examined(settings, folder, running=running)):
+        yield Finding(*row)
     yield Finding("the mesh", "runs" if running else f"does not run; {', '.join(PARTS)} come with hermesh up")
+
+
+async def _examined(settings: LauncherSettings, folder: Folder, *, running: bool) -> list[examine.Row]:
+    """Looks at the parts: those that a URL names, whether a mesh runs or not, and of a running one all."""
+    plan = Plan(settings, folder, State.load(folder.state_file).ports or {"mesh": 0, "model": 0})
+    rows: list[examine.Row] = []
+    if running or plan.postgres is None:
+        rows += await examine.database_clock(plan.database_url)
+    if running or plan.valkey is None:
+        rows += await examine.redis(plan.redis_url)
+    if running:
+        rows += await examine.edge(plan.admin)
+    return rows

@@ -21,6 +21,7 @@ CLUSTERS = ("gateway", "agent", "session", "tool", "memory")
 BINARY = package_folder("envoy") / "_bin" / "envoy"
 COMPOSE_PORT = 50051
 COMPOSE_GATEWAY_PORT = 8080
+STATUS_PORT = 9902
 # What one connection may leave unread or unsent in Envoy: as much as the largest input.
 _MIB = 1024 * 1024
 BUFFER_BYTES = _MIB
@@ -99,6 +100,7 @@ def render_local(
     http_port: int,
     grpc_port: int,
     mesh_port: int,
+    metrics_port: int = 0,
     agent_policy: Policy = DEFAULT_POLICY,
     pool: tuple[str, str] = ("", ""),
     max_connections: int = MAX_CONNECTIONS,
@@ -107,9 +109,12 @@ def render_local(
     """The configuration for one machine: endpoints are files in `eds`, followed by rename.
 
     `pool` is listener and cluster of the model backends, where Envoy stands before them; the last two bound
-    what outsiders get of it.
+    what outsiders get of it. `metrics_port` 0 serves the metrics nowhere but on the admin socket.
     """
-    listener, cluster = pool
+    admin = f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}"
+    added = [pool]
+    if metrics_port:
+        added.append(_status("127.0.0.1", metrics_port, f"{{pipe: {{path: {_quoted(admin_socket)}}}}}"))
 
     def endpoints(name: str) -> str:
         return (
@@ -126,7 +131,7 @@ def render_local(
         node_id="mesh",
         max_connections=max_connections,
         max_heap_bytes=max_heap_mib * _MIB,
-        admin_address=f"{{pipe: {{path: {_quoted(admin_socket)}, mode: 384}}}}",
+        admin_address=admin,
         http_host="127.0.0.1",
         http_port=http_port,
         grpc_host="127.0.0.1",
@@ -134,14 +139,14 @@ def render_local(
         mesh_host="127.0.0.1",
         mesh_port=mesh_port,
         agent_hash=_HASH if agent_policy in (Policy.RING_HASH, Policy.RING_HASH_BOUNDED) else "",
-        listeners=listener,
+        listeners="".join(listener for listener, _ in added),
         clusters="\n".join(
             [
                 *(
                     _cluster(name, endpoints(name), agent_policy if name == "agent" else DEFAULT_POLICY)
                     for name in CLUSTERS
                 ),
-                cluster,
+                *(cluster for _, cluster in added),
             ]
         ),
     )
@@ -162,25 +167,26 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
+def _status(host: str, port: int, admin: str) -> tuple[str, str]:
+    """Listener and cluster that serve metrics and readiness, and nothing else of the admin interface."""
+    listener = Template((TEMPLATES / "status_listener.yaml").read_text()).substitute(host=host, port=port)
+    return listener, Template((TEMPLATES / "status_cluster.yaml").read_text()).substitute(admin=admin)
+
+
 def render_compose() -> str:
     """The configuration for compose: each service's name resolves to all its replicas."""
     return _render_by_name("%s")
 
 
 def render_chart() -> str:
-    """The configuration for the Helm chart, which fills in its names; each Service resolves to all its pods.
-
-    Of the admin interface, metrics and readiness are served to the cluster, and nothing else.
-    """
+    """The configuration for the Helm chart, which fills in its names; a Service resolves to all its pods."""
     return _render_by_name(
         "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
         max_heap_bytes="{{ mul .Values.envoy.maxHeapMiB 1048576 }}",
-        listeners=(TEMPLATES / "status_listener.yaml").read_text(),
-        clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
     )
 
 
-def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "", clusters: str = "") -> str:
+def _render_by_name(host: str, *, max_heap_bytes: str = "") -> str:
     """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
 
     def endpoints(name: str) -> str:
@@ -197,11 +203,13 @@ def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "",
             f"{{address: {host % name}, port_value: {port}}}}}}}"
         )
 
+    admin = "{socket_address: {address: 127.0.0.1, port_value: 9901}}"
+    listener, cluster = _status("0.0.0.0", STATUS_PORT, admin)  # noqa: S104 - it serves nothing but these
     return _render(
         node_id="mesh",
         max_connections=MAX_CONNECTIONS,
         max_heap_bytes=max_heap_bytes or MAX_HEAP_MIB * _MIB,
-        admin_address="{socket_address: {address: 127.0.0.1, port_value: 9901}}",
+        admin_address=admin,
         http_host="0.0.0.0",  # noqa: S104 - inside its container; compose decides what is published
         http_port=8080,
         grpc_host="0.0.0.0",  # noqa: S104
@@ -209,8 +217,8 @@ def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "",
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
         agent_hash="",
-        listeners=listeners,
-        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), clusters]).rstrip("\n")
+        listeners=listener,
+        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), cluster]).rstrip("\n")
         + "\n",
     )
 
@@ -310,13 +318,22 @@ class Admin:
         """Whether Envoy serves."""
         return await self._get("/ready") is not None
 
+    async def version(self) -> str:
+        """Which one it is, such as 1.40.0; empty when it does not say."""
+        text = await self._get("/server_info")
+        # Commit, number, state and build, with slashes between them.
+        parts = str(json.loads(text or "{}").get("version", "")).split("/")
+        return parts[1] if len(parts) > 1 else ""
+
     async def healthy(self) -> Mapping[str, bool]:
         """Every endpoint that Envoy knows, by `cluster/host:port`, and whether it would get calls."""
         text = await self._get("/clusters?format=json")
         found: dict[str, bool] = {}
         for cluster in json.loads(text or "{}").get("cluster_statuses", ()):
             for host in cluster.get("host_statuses", ()):
-                place = host["address"]["socket_address"]
+                place = host["address"].get("socket_address")
+                if place is None:
+                    continue  # its own admin socket
                 status = host.get("health_status", {})
                 well = status.get("eds_health_status", "HEALTHY") == "HEALTHY" and not any(
                     value for key, value in status.items() if key.startswith("failed_")

@@ -31,6 +31,11 @@ class Folder:
         return self.root / "state.json"
 
     @property
+    def targets(self) -> Path:
+        """Where Prometheus finds everything; see `launcher.targets`."""
+        return self.root / "prometheus.json"
+
+    @property
     def settings_file(self) -> Path:
         """What the mesh was told; see `launcher.kept`."""
         return self.root / "settings.json"

@@ -236,6 +236,7 @@ class Plan:
                 http_port=self.settings.http_port,
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
+                metrics_port=self.settings.envoy_metrics_port,
                 agent_policy=self.settings.agent_lb,
                 max_connections=envoy.connections(
                     self.settings.edge_max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0]

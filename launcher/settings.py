@@ -30,6 +30,12 @@ class LauncherSettings(EnvironmentSettings):
     mesh_port: int = Field(
         0, ge=0, le=65535, description="Port of Envoy's inner listener, on loopback; 0 picks a free one."
     )
+    envoy_metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of loopback at which Envoy serves /stats/prometheus and /ready; 0 is nowhere.",
+    )
     mesh_address: str = Field(
         "", description="host:port at which services reach it, where that is not the listener itself."
     )
@@ -106,6 +112,14 @@ class LauncherSettings(EnvironmentSettings):
             "than a lease's 10 s. 0 = never. PostgreSQL never is."
         ),
     )
+
+    @property
+    def fixed_ports(self) -> dict[str, int]:
+        """The ports that somebody outside has to know, by the names of their variables."""
+        ports = {"HERMESH_HTTP_PORT": self.http_port, "HERMESH_GRPC_PORT": self.grpc_port}
+        if self.envoy_metrics_port:
+            ports["HERMESH_ENVOY_METRICS_PORT"] = self.envoy_metrics_port
+        return ports
 
     @property
     def folder(self) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import count
 from typing import Any
 
-from launcher import envoy, probes
+from launcher import envoy, probes, targets
 from launcher.children import READY_SECONDS, Child, Children, note
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
@@ -80,6 +80,8 @@ class Supervisor:
             "http": f"127.0.0.1:{settings.http_port}",
             "grpc": f"127.0.0.1:{settings.grpc_port}",
         }
+        if settings.envoy_metrics_port:
+            self.state.addresses["envoy_metrics"] = f"127.0.0.1:{settings.envoy_metrics_port}"
         me = identify(os.getpid())
         assert me is not None
         self.state.supervisor = {"pid": me.pid, "start_time": me.start_time}
@@ -368,6 +370,10 @@ class Supervisor:
                 envoy.write_endpoints(eds, service, sorted(filter(None, known)))
             except OSError as error:
                 self._failed_to_write(f"the endpoints of {service}", error)
+        try:
+            targets.write(self.folder.targets, self.children.all.values(), self.state.addresses)
+        except OSError as error:
+            self._failed_to_write(str(self.folder.targets), error)
         self.save()
         self._keep_settings()
 

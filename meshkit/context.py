@@ -1,9 +1,11 @@
-"""What one RPC carries along inside a process: its request id, its trace, its client and its deadline."""
+"""What one RPC carries along inside a process: its request id, its run, its client and its deadline."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from meshkit.ids import uuid7
@@ -15,6 +17,8 @@ FORWARDED_KEY = "x-forwarded-for"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 request_id_var: ContextVar[str] = ContextVar("hermesh_request_id", default="")
+# The run that the work at hand belongs to; empty where there is none, or are many.
+run_id_var: ContextVar[str] = ContextVar("hermesh_run_id", default="")
 # Of whoever sent the request, without a port (see `meshkit.proxies`); empty outside of one.
 client_var: ContextVar[str] = ContextVar("hermesh_client", default="")
 # Absolute, on the monotonic clock.
@@ -24,6 +28,16 @@ deadline_var: ContextVar[float | None] = ContextVar("hermesh_deadline", default=
 def current_request_id() -> str:
     """Returns the id of the request being served, or an empty string outside of one."""
     return request_id_var.get()
+
+
+@contextmanager
+def use_run(run_id: str) -> Iterator[None]:
+    """Works on a run inside of the block, and in the tasks that begin there: their log lines have its id."""
+    token = run_id_var.set(run_id)
+    try:
+        yield
+    finally:
+        run_id_var.reset(token)
 
 
 def accept_request_id(offered: str | None) -> str:

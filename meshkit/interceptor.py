@@ -37,6 +37,7 @@ from meshkit.context import (
     client_var,
     deadline_var,
     request_id_var,
+    run_id_var,
 )
 from meshkit.errors import (
     CancelledCallError,
@@ -167,6 +168,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if not inspect.iscoroutinefunction(behavior):
             behavior = _unimplemented
         check = _checker(name, read)
+        about = _about(read)
 
         async def serve(request: Any, context: Any) -> Any:
             call = _Call(self, name, context)
@@ -175,6 +177,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                 await self._admit(call)
                 if check is not None:
                     request = check(await self._arrival(call, context))
+                    if about is not None:
+                        call.about(about(request))
                 result = await behavior(request, context)
                 call.code = _set_code(context)
                 return result
@@ -190,6 +194,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if not generates and not inspect.iscoroutinefunction(behavior):
             behavior = _unimplemented
         check = _checker(name, read)
+        about = _about(read)
         watches = self._watches if name.startswith((_HEALTH_PREFIX, _REFLECTION_PREFIX)) else None
 
         async def serve(request: Any, context: Any) -> None:
@@ -202,6 +207,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     _watch(watches, task)
                 if check is not None:
                     request = check(await self._arrival(call, context))
+                    if about is not None:
+                        call.about(about(request))
                 if generates:
                     write = context.write
                     responses = behavior(request, context)
@@ -323,6 +330,7 @@ class _Call:
             name,
             _text(self.metadata.get(TRACEPARENT_KEY)),
             _text(self.metadata.get(tracing.TRACESTATE_KEY)) or "",
+            recorded=not self.health,
         )
         self._span.enter()
         owner._metrics.started(name)
@@ -331,6 +339,14 @@ class _Call:
         """Returns who is connected, as gRPC names it."""
         peer: str = self._context.peer()
         return peer
+
+    def about(self, what: tuple[str, str]) -> None:
+        """Takes which run and session a request is about, where it says so."""
+        run_id, session_id = what
+        if run_id:
+            run_id_var.set(run_id)
+        if session_id and self._span.recording:
+            self._span.set("hermesh.session_id", session_id)
 
     def begin(self) -> None:
         """Takes over the deadline and announces the request id.
@@ -407,9 +423,16 @@ class _Call:
         seconds = time.monotonic() - self._started
         code = self.code
         self._owner._metrics.handled(self.name, code, seconds)
-        self._span.end(code, failed=code in _FAULTS)
         identity = identity_var.get()
         tenant_id = identity.tenant_id
+        span = self._span
+        if span.recording:
+            span.set("hermesh.request_id", self._request_id)
+            if tenant_id is not None:
+                span.set("hermesh.tenant_id", str(tenant_id))
+            if run_id := run_id_var.get():
+                span.set("hermesh.run_id", run_id)
+            span.end_rpc(code, failed=code in _FAULTS)
         probe = tenant_id == PROBE_TENANT or self.health
         if probe and code in ("OK", "CANCELLED"):
             # Envoy asks each second, and who depends on us each few: a line each would bury the rest.
@@ -457,6 +480,23 @@ def _checker(name: str, read: Callable[[bytes], Any] | None) -> Callable[[Any], 
         return message
 
     return check
+
+
+def _about(read: Callable[[bytes], Any] | None) -> Callable[[Any], tuple[str, str]] | None:
+    """Returns what finds run and session in a method's requests; None where they name neither."""
+    fields = getattr(getattr(getattr(read, "__self__", None), "DESCRIPTOR", None), "fields_by_name", {})
+    if "lease" in fields:
+        return lambda request: (request.lease.run_id, request.lease.session_id)
+    if "run_id" in fields and "session_id" in fields:
+        return lambda request: (request.run_id, request.session_id)
+    if "run_id" in fields:
+        return lambda request: (request.run_id, "")
+    if "call_id" in fields:
+        # run:step:index
+        return lambda request: (request.call_id.partition(":")[0], "")
+    if "session_id" in fields:
+        return lambda request: ("", request.session_id)
+    return None
 
 
 def _watch(watches: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:

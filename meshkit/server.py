@@ -14,7 +14,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from meshkit import failpoints, tracing
+from meshkit import failpoints, otlp, tracing
 from meshkit.auth import Authenticator
 from meshkit.channel import MAX_MESSAGE_BYTES
 from meshkit.context import current_request_id, remaining
@@ -34,7 +34,7 @@ from meshkit.lifecycle import (
 from meshkit.probes import Check, ProbeServer, Readiness
 from meshkit.settings import MeshSettings, parse_address
 from meshkit.tasks import TaskOwner
-from meshkit.telemetry import rpc_metrics, setup_logging, watch_loop
+from meshkit.telemetry import rpc_metrics, setup_logging, tell_process, watch_loop
 
 _log = structlog.get_logger("meshkit.server")
 
@@ -141,9 +141,15 @@ class Server:
         async with AsyncExitStack() as stack:
             if self._configure_logging:
                 setup_logging(self._settings, self._service)
+            tell_process(self._service, self._settings.replica)
             failpoints.arm(self._settings.failpoints)
             stack.callback(
-                tracing.configure(self._service, self._settings.replica, self._settings.trace_file)
+                tracing.configure(
+                    self._service,
+                    self._settings.replica,
+                    self._settings.trace_file,
+                    self._settings.trace_ratio,
+                )
             )
             stack.enter_context(self.signals)
             self._probes = await stack.enter_async_context(
@@ -237,6 +243,7 @@ class Server:
         self.address = reachable(host, port)
         await self._report(serving=True)
         self._tasks.start(watch_loop(), name="loop-lag")
+        self._tasks.start(otlp.send_metrics(self._service, self._settings.replica), name="otlp-metrics")
         if self._gated:
             self._tasks.start(self._watch_gates(), name="health")
         if self._probes is not None:

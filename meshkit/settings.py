@@ -138,6 +138,15 @@ class MeshSettings(EnvironmentSettings):
     trace_file: Path | None = Field(
         None, description="File to which finished spans are appended as JSON lines."
     )
+    trace_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description=(
+            "How many of the traces that begin here are recorded, where spans go anywhere at all; a caller's "
+            "own decision is kept, and `OTEL_TRACES_SAMPLER` goes before."
+        ),
+    )
     failpoints: str = Field(
         "",
         description="For tests only: where in the code the process is to crash; see meshkit/failpoints.py.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -26,8 +27,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from meshkit import tracing, variables
-from meshkit.context import current_request_id
+from meshkit import otlp, tracing, variables
+from meshkit.context import current_request_id, run_id_var
+from meshkit.identity import current_identity
 from meshkit.settings import MeshSettings
 from meshkit.tracebacks import bounded, exception_text
 
@@ -87,6 +89,14 @@ def _add_context(_: Any, __: str, event: Event) -> Event:
         trace_id = tracing.current_trace_id()
         if trace_id:
             event["trace_id"] = trace_id
+    if "run_id" not in event:
+        run_id = run_id_var.get()
+        if run_id:
+            event["run_id"] = run_id
+    if "tenant" not in event:
+        tenant_id = current_identity().tenant_id
+        if tenant_id is not None:
+            event["tenant"] = str(tenant_id)
     return event
 
 
@@ -162,8 +172,8 @@ def _render_json(_: Any, __: str, event: Event) -> bytes:
 def setup_logging(settings: MeshSettings, service: str, replica: str | None = None) -> None:
     """Sends all logs of the process, those of libraries too, to stderr as one line each.
 
-    Each line has timestamp (UTC), level, event, service, replica, and the request id and trace id of the RPC
-    being served.
+    Each line has timestamp (UTC), level, event, service, replica, and the request id, trace id, run and
+    tenant of what is being served or worked on.
     """
     level = _LEVELS[settings.log_level]
     static = {"service": service, "replica": replica if replica is not None else settings.replica}
@@ -183,6 +193,8 @@ def setup_logging(settings: MeshSettings, service: str, replica: str | None = No
         _add_exception,
         _bound,
     ]
+    if otlp.wanted("LOGS"):
+        shared.append(otlp.log_processor(service, static["replica"]))
     if settings.log_format == "json":
         render: list[Callable[..., Any]] = [_render_json]
         foreign: list[Callable[..., Any]] = [_decode_json]
@@ -231,6 +243,17 @@ class _LibraryHandler(logging.Handler):
 
 # The time at which each series began doubles the text of /metrics and is used by nobody here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def begin_at_zero(counter: Counter, *values: str) -> Counter:
+    """Gives a counter with one label its series before anything is counted; returns the counter.
+
+    A series that begins with its first event shows Prometheus no increase, so that an alert would miss it.
+    """
+    for value in values:
+        counter.labels(value)
+    return counter
+
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
@@ -297,6 +320,30 @@ def dependency_gauge(registry: CollectorRegistry = REGISTRY) -> Gauge:
             registry=registry,
         )
     return gauge
+
+
+_process_gauges: WeakKeyDictionary[CollectorRegistry, Gauge] = WeakKeyDictionary()
+
+
+def tell_process(service: str, replica: str, registry: CollectorRegistry = REGISTRY) -> None:
+    """Says which process this is: a constant 1 whose labels join to all of its other figures."""
+    gauge = _process_gauges.get(registry)
+    if gauge is None:
+        gauge = _process_gauges[registry] = Gauge(
+            "hermesh_process_info",
+            "Always 1; which process this is.",
+            ["service", "replica", "version"],
+            registry=registry,
+        )
+    gauge.clear()
+    gauge.labels(service, replica, _version()).set(1)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("hermesh")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 _LAG_PERIOD = 1.0

@@ -3,6 +3,10 @@
 Without an exporter this is propagation only: a few string operations a call, and OpenTelemetry's SDK is not
 even imported. With `OTEL_EXPORTER_OTLP_ENDPOINT` (or its traces variant) spans go out by OTLP over HTTP; with
 `HERMESH_TRACE_FILE` they are appended to a file as JSON lines.
+
+A trace begins where a caller comes in, at a gateway or a service, or where code says so with `span`. A call
+that the process makes of itself (a probe, a renewal of leases) belongs to none and is recorded at neither
+end.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,9 +29,11 @@ from meshkit.context import TRACEPARENT_KEY
 from meshkit.errors import StartupError
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import Span as OtelSpan
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import SpanContext, Tracer
 
 TRACESTATE_KEY = "tracestate"
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -100,8 +107,14 @@ class _State:
     tracer: Tracer | None = None
 
 
-class Span:
-    """A span under way; it records nothing unless tracing is configured."""
+Value = str | int | float | bool | Sequence[str]
+
+
+class Span(AbstractContextManager["Span"]):
+    """A span under way; it records nothing unless tracing is configured.
+
+    As a context manager it is the current span of the block and ends with it, as failed if an error left it.
+    """
 
     __slots__ = ("_otel", "_token", "context")
 
@@ -121,10 +134,24 @@ class Span:
         """The header that makes a callee's span this one's child."""
         return self.context.traceparent
 
-    def set(self, key: str, value: str | int | float | bool) -> None:
+    def set(self, key: str, value: Value) -> None:
         """Sets an attribute."""
         if self._otel is not None:
             self._otel.set_attribute(key, value)
+
+    def rename(self, name: str) -> None:
+        """Gives it the name that only its end knows."""
+        if self._otel is not None:
+            self._otel.update_name(name)
+
+    def fail(self, kind: str) -> None:
+        """Marks it as failed; `kind` is one of few words, the attribute `error.type`."""
+        if self._otel is None:
+            return
+        from opentelemetry.trace import Status, StatusCode
+
+        self._otel.set_attribute("error.type", kind)
+        self._otel.set_status(Status(StatusCode.ERROR, kind))
 
     def enter(self) -> None:
         """Makes this span the current one of the running task."""
@@ -136,17 +163,18 @@ class Span:
             _current.reset(self._token)
             self._token = None
 
-    def end(self, code: str = "OK", *, failed: bool = False) -> None:
-        """Ends the span with a status; only the first call counts."""
+    def end(self) -> None:
+        """Ends the span; only the first call counts."""
         otel, self._otel = self._otel, None
-        if otel is None:
-            return
-        from opentelemetry.trace import Status, StatusCode
+        if otel is not None:
+            otel.end()
 
-        otel.set_attribute("rpc.response.status_code", code)
+    def end_rpc(self, code: str, *, failed: bool = False) -> None:
+        """Ends the span of an RPC with its status."""
+        self.set("rpc.response.status_code", code)
         if failed:
-            otel.set_status(Status(StatusCode.ERROR, code))
-        otel.end()
+            self.fail(code)
+        self.end()
 
     def end_with(self, call: Any) -> None:
         """Ends the span when a grpc.aio call does, with its code."""
@@ -162,85 +190,181 @@ class Span:
             code = stop.value or grpc.StatusCode.UNKNOWN
         finally:
             reading.close()
-        self.end(code.name, failed=code is not grpc.StatusCode.OK)
+        self.end_rpc(code.name, failed=code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED))
 
+    def __enter__(self) -> Span:
+        self.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.fail(kind.__name__)
+        self.leave()
+        self.end()
+
+
+class _NoSpan(Span):
+    """What `span` gives while nothing is recorded: one for all, since it holds nothing."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+NO_SPAN = _NoSpan(TraceContext("0" * 32, "0" * 16), None)
 
 ClientSpan = Span
 
 
-def start_server_span(method: str, traceparent: str | None, tracestate: str = "") -> Span:
-    """Starts the span of an RPC being served, below the caller's."""
-    return _start(method, parse_traceparent(traceparent, tracestate), "server")
+def enabled() -> bool:
+    """Whether spans go anywhere at all."""
+    return _State.tracer is not None
+
+
+def recording() -> bool:
+    """Whether what is being worked on is recorded, so that others should hear of its trace."""
+    return _State.tracer is not None and (context := _current.get()) is not None and context.flags == _SAMPLED
+
+
+def start_server_span(
+    name: str, traceparent: str | None, tracestate: str = "", *, recorded: bool = True
+) -> Span:
+    """Starts the span of a request being served, below the caller's.
+
+    Args:
+        name: The RPC's method, or what it is otherwise.
+        traceparent: The caller's.
+        tracestate: The caller's.
+        recorded: False for what nobody wants to see, such as health checks.
+    """
+    parent = parse_traceparent(traceparent, tracestate)
+    tracer = _State.tracer
+    if tracer is None or not recorded:
+        return Span(_child(parent), None)
+    return _start_recorded(tracer, name.lstrip("/"), parent, "server", _rpc(name))
 
 
 def start_client_span(method: str) -> Span:
-    """Starts the span of a call to another service, below the current one."""
-    return _start(method, _current.get(), "client")
+    """Starts the span of a call to another service, below the current one; without one it is not recorded."""
+    parent = _current.get()
+    tracer = _State.tracer
+    if tracer is None or parent is None:
+        return Span(_child(parent), None)
+    return _start_recorded(tracer, method.lstrip("/"), parent, "client", _rpc(method))
 
 
-@contextmanager
-def span(name: str, **attributes: str | int | float | bool) -> Iterator[Span]:
-    """Records a piece of work inside of the process, below the current span.
+def _rpc(method: str) -> Mapping[str, Value]:
+    if not method.startswith("/"):
+        return {}
+    return {"rpc.system.name": "grpc", "rpc.method": method[1:]}
+
+
+def span(
+    name: str,
+    attributes: Mapping[str, Value] | None = None,
+    *,
+    kind: str = "internal",
+    parent: TraceContext | None = None,
+    links: Sequence[TraceContext] = (),
+) -> Span:
+    """Records a piece of work, below the current span or another one.
+
+    Args:
+        name: What it is, one of few.
+        attributes: What it is about.
+        kind: "internal", or "client" for a call to something that is no service of the mesh.
+        parent: Below which span, if not the current one.
+        links: Spans that led to it.
 
     Example:
-        with tracing.span("model.turn", model=name):
+        with tracing.span("embed", {"hermesh.texts": 3}):
             ...
     """
-    started = _start(name, _current.get(), "internal")
-    for key, value in attributes.items():
-        started.set(key, value)
-    started.enter()
-    try:
-        yield started
-    except BaseException as error:
-        started.end(type(error).__name__, failed=True)
-        raise
-    finally:
-        started.leave()
-        started.end()
-
-
-def _start(name: str, parent: TraceContext | None, kind: str) -> Span:
     tracer = _State.tracer
     if tracer is None:
-        return Span(_child(parent), None)
-    return _start_recorded(tracer, name, parent, kind)
+        return NO_SPAN
+    return _start_recorded(tracer, name, parent or _current.get(), kind, attributes or {}, links)
 
 
-def _start_recorded(tracer: Tracer, name: str, parent: TraceContext | None, kind: str) -> Span:
+def span_below(
+    traceparent: str, name: str, attributes: Mapping[str, Value] | None = None, *, kind: str = "internal"
+) -> Span:
+    """Records work that a span of another process led to; without that span's traceparent, nothing."""
+    parent = parse_traceparent(traceparent)
+    return NO_SPAN if parent is None else span(name, attributes, kind=kind, parent=parent)
+
+
+def _start_recorded(
+    tracer: Tracer,
+    name: str,
+    parent: TraceContext | None,
+    kind: str,
+    attributes: Mapping[str, Value],
+    links: Sequence[TraceContext] = (),
+) -> Span:
     from opentelemetry import trace
     from opentelemetry.context import Context
 
     context = Context()
     if parent is not None:
-        remote = trace.SpanContext(
-            int(parent.trace_id, 16),
-            int(parent.span_id, 16),
-            is_remote=kind == "server",
-            trace_flags=trace.TraceFlags(parent.flags),
-        )
-        context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+        remote = trace.NonRecordingSpan(_identity(parent, is_remote=kind == "server"))
+        context = trace.set_span_in_context(remote, context)
     kinds = {"server": trace.SpanKind.SERVER, "client": trace.SpanKind.CLIENT}
     started = tracer.start_span(
-        name.lstrip("/"), context=context, kind=kinds.get(kind, trace.SpanKind.INTERNAL)
+        name,
+        context=context,
+        kind=kinds.get(kind, trace.SpanKind.INTERNAL),
+        attributes=dict(attributes),
+        links=[trace.Link(_identity(link, is_remote=True)) for link in links],
     )
     identity = started.get_span_context()
     position = TraceContext(
         f"{identity.trace_id:032x}",
         f"{identity.span_id:016x}",
-        int(identity.trace_flags),
+        int(identity.trace_flags) & _SAMPLED,
         parent.state if parent is not None else "",
     )
     return Span(position, started if started.is_recording() else None)
 
 
-def configure(service: str, replica: str, trace_file: Path | None = None) -> Callable[[], None]:
+def sdk_context() -> Context:
+    """Returns the current position in the form that OpenTelemetry's SDK takes; empty without one."""
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+
+    current = _current.get()
+    if current is None:
+        return Context()
+    return trace.set_span_in_context(trace.NonRecordingSpan(_identity(current, is_remote=False)), Context())
+
+
+def _identity(context: TraceContext, *, is_remote: bool) -> SpanContext:
+    from opentelemetry import trace
+
+    return trace.SpanContext(
+        int(context.trace_id, 16),
+        int(context.span_id, 16),
+        is_remote=is_remote,
+        trace_flags=trace.TraceFlags(context.flags),
+    )
+
+
+def configure(
+    service: str, replica: str, trace_file: Path | None = None, ratio: float = 1.0
+) -> Callable[[], None]:
     """Turns tracing on if an exporter is configured.
 
     Args:
         service: Becomes `service.name`.
         replica: Becomes `service.instance.id`.
         trace_file: File that gets finished spans as JSON lines.
+        ratio: How many of the traces that begin here are recorded, 0 to 1; `OTEL_TRACES_SAMPLER` goes before.
 
     Returns:
         A function that flushes and ends tracing; it blocks for at most a few seconds.
@@ -258,7 +382,7 @@ def configure(service: str, replica: str, trace_file: Path | None = None) -> Cal
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
     resource = Resource.create({"service.name": f"hermesh-{service}", "service.instance.id": replica})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider = TracerProvider(sampler=_sampler(ratio), resource=resource, shutdown_on_exit=False)
     if trace_file is not None:
         provider.add_span_processor(SimpleSpanProcessor(_file_exporter(trace_file, service, replica)))
     if otlp:
@@ -278,6 +402,15 @@ def configure(service: str, replica: str, trace_file: Path | None = None) -> Cal
 
 def _nothing() -> None:
     return None
+
+
+def _sampler(ratio: float) -> Sampler | None:
+    """Returns what decides about traces that begin here; None leaves it to the SDK's own variables."""
+    if os.environ.get("OTEL_TRACES_SAMPLER"):
+        return None
+    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+    return ParentBased(TraceIdRatioBased(ratio))
 
 
 def _file_exporter(path: Path, service: str, replica: str) -> Any:
@@ -324,22 +457,29 @@ def _line(item: ReadableSpan, service: str, replica: str) -> bytes:
         "end_unix_ns": item.end_time,
         "status": item.status.status_code.name,
         "attributes": dict(item.attributes or {}),
+        "links": [f"{link.context.trace_id:032x}-{link.context.span_id:016x}" for link in item.links],
     }
     return json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
 
 
 __all__ = [
+    "NO_SPAN",
     "TRACEPARENT_KEY",
     "TRACESTATE_KEY",
     "ClientSpan",
     "Span",
     "TraceContext",
+    "Value",
     "configure",
     "current_trace",
     "current_trace_id",
     "current_traceparent",
+    "enabled",
     "parse_traceparent",
+    "recording",
+    "sdk_context",
     "span",
+    "span_below",
     "start_client_span",
     "start_server_span",
 ]

@@ -34,6 +34,7 @@ from gateway.watch_stream import WatchStream
 from gateway.watches import START, Log, Place
 from hermesh.session.v1 import session_service_pb2 as pb
 from meshkit import failpoints
+from meshkit.context import run_id_var
 from meshkit.errors import OutOfRangeError
 from meshkit.identity import require_tenant
 
@@ -72,6 +73,7 @@ async def create(gateway: Gateway, request: Request) -> ASGIApp:
     answer = await call(gateway.mesh.sessions.SubmitRun(order))
     _after_submit()
     run = models.run_json(answer.run)
+    run_id_var.set(answer.run.run_id)
     return json_response(run, 202, {"location": f"/v1/runs/{run['run_id']}"})
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from meshkit.telemetry import begin_at_zero
+from services.agent.domain.loop import CallState
+
 # The name that autoscalers in this project's deployments look at.
 active_runs = Gauge("hermes_active_sessions", "Sessions whose run this replica works on now")
 run_limit = Gauge(
@@ -15,17 +18,23 @@ refused_runs = Counter(
 unheard_leases = Counter(
     "hermesh_agent_unheard_leases_total", "Leases given up that were granted by calls whose answer never came"
 )
-runs_ended = Counter("hermesh_agent_runs_total", "Runs that ended on this replica", ["outcome"])
+runs_ended = begin_at_zero(
+    Counter("hermesh_agent_runs_total", "Runs that ended on this replica", ["outcome"]),
+    *("completed", "failed", "cancelled", "requires_action", "released", "lost"),
+)
 takeovers = Counter("hermesh_agent_takeovers_total", "Claims of a run that another attempt had begun")
 first_token = Histogram(
     "hermesh_agent_first_token_seconds",
     "From the claim of a run to its first token",
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
 )
-model_requests = Counter(
-    "hermesh_agent_model_requests_total",
-    "Requests sent to model backends: a turn's first, and those that a failure or a takeover made necessary",
-    ["kind"],
+model_requests = begin_at_zero(
+    Counter(
+        "hermesh_agent_model_requests_total",
+        "Requests sent to model backends: a turn's first, and those that a failure or a takeover made needed",
+        ["kind"],
+    ),
+    *("first", "again"),
 )
 model_errors = Counter("hermesh_agent_model_errors_total", "Model turns that failed", ["reason"])
 backend_errors = Counter(
@@ -33,7 +42,10 @@ backend_errors = Counter(
     "Requests that a model backend failed; before the first token another one may have served them.",
     ["backend", "reason"],
 )
-tool_calls = Counter("hermesh_agent_tool_calls_total", "Tool calls by their outcome", ["state"])
+tool_calls = begin_at_zero(
+    Counter("hermesh_agent_tool_calls_total", "Tool calls by their outcome", ["state"]),
+    *(state.value for state in CallState),
+)
 unreached_calls = Counter(
     "hermesh_agent_unreached_tool_calls_total",
     "Tool calls that no tool service answered for, settled by the journal's word",

@@ -21,6 +21,7 @@ from hermesh.agent.v1.agent_service_pb2 import (
 )
 from hermesh.agent.v1.agent_service_pb2_grpc import AgentServiceServicer
 from hermesh.common.v1.event_pb2 import Frame
+from meshkit.context import run_id_var
 from meshkit.errors import NotFoundError
 from meshkit.identity import require_mesh, require_tenant
 from services.agent.clients.session import Claim, NotClaimed, SessionClient, Submitted
@@ -80,6 +81,7 @@ class AgentServicer(AgentServiceServicer):
         subscription = Subscription() if bundle is None else BundledSubscription(bundle)
         try:
             submitted = await self._supervisor.kept(self._submit(request, tenant_id, subscription))
+            run_id_var.set(submitted.run.run_id)
             yield RunResponse(frame=Frame(events=[submitted.created]))
             if submitted.claim is None:
                 yield _reconnect("not_claimed")

@@ -242,4 +242,5 @@ def commit_of(commit: internal.StepCommit) -> StepCommit:
         usage=Usage(commit.usage.input_tokens, commit.usage.output_tokens, commit.usage.cached_tokens)
         if commit.HasField("usage")
         else None,
+        traceparent=commit.traceparent,
     )

@@ -312,13 +312,17 @@ class NewToolCall:
 
 @dataclass(frozen=True, slots=True)
 class StepCommit:
-    """What a step changes beside the log, in the same transaction."""
+    """What a step changes beside the log, in the same transaction.
+
+    `traceparent` is of what the step was a part of; the store has no use for it.
+    """
 
     messages: Sequence[NewMessage] = ()
     intents: Sequence[NewToolCall] = ()
     status: RunStatus | None = None
     error: RunError | None = None
     usage: Usage | None = None
+    traceparent: str = ""
 
 
 # These two are made for every few tokens. They are not frozen, because that doubles what making one costs.

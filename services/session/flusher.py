@@ -12,6 +12,8 @@ from typing import Protocol
 
 import structlog
 
+from meshkit import tracing
+from meshkit.context import use_run
 from meshkit.errors import HermeshError, InvalidArgumentError, UnavailableError
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import metrics
@@ -180,12 +182,15 @@ class Flusher:
     async def _step(self, pending: Pending) -> None:
         started = time.perf_counter()
         try:
-            while True:
-                async with self._slots, asyncio.timeout(_WRITE_TIMEOUT):
-                    result = await self._writer.append_step(pending.append)
-                if result.outcome is not AppendOutcome.RETRY or (pause := pending.pause()) is None:
-                    break
-                await asyncio.sleep(pause)
+            with use_run(pending.run_text), _span(pending) as span:
+                while True:
+                    async with self._slots, asyncio.timeout(_WRITE_TIMEOUT):
+                        result = await self._writer.append_step(pending.append)
+                    if result.outcome is not AppendOutcome.RETRY or (pause := pending.pause()) is None:
+                        break
+                    await asyncio.sleep(pause)
+                if result.outcome is not AppendOutcome.COMMITTED:
+                    span.fail(result.outcome.name)
         except (UnavailableError, TimeoutError) as error:
             _log.warning("a step commit got no answer", run_id=pending.run_text, reason=str(error))
             self._settle_all([pending], AppendOutcome.RETRY)
@@ -228,3 +233,22 @@ class Flusher:
         for pending in batch:
             _COUNT[outcome].inc()
             pending.sink.settled(pending, outcome, 0, "")
+
+
+def _span(pending: Pending) -> tracing.Span:
+    """Returns the span of a step commit, below what the step was a part of."""
+    append = pending.append
+    assert append.commit is not None
+    if not append.commit.traceparent:
+        return tracing.NO_SPAN
+    about: dict[str, tracing.Value] = {
+        "db.system.name": "postgresql",
+        "db.operation.name": "append_step",
+        "hermesh.run_id": pending.run_text,
+        "hermesh.session_id": str(append.session_id),
+        "hermesh.first_seq": append.first_seq,
+        "hermesh.events": len(append.events),
+    }
+    if append.commit.status is not None:
+        about["hermesh.status"] = append.commit.status.name
+    return tracing.span_below(append.commit.traceparent, "commit", about, kind="client")

@@ -2,6 +2,8 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from meshkit.telemetry import begin_at_zero
+
 append_streams = Gauge("hermesh_session_append_streams", "Open Append streams.")
 attached_runs = Gauge("hermesh_session_attached_runs", "Runs whose writer appends on this replica.")
 flush_appends = Histogram(
@@ -33,10 +35,14 @@ cached_contexts = Counter(
     "Contexts whose history the cache had (hit) or not (miss).",
     ["result"],
 )
-refusals = Counter(
-    "hermesh_session_database_refusals_total",
-    "Statements that PostgreSQL refused for want of room, memory or connections, by SQLSTATE.",
-    ["sqlstate"],
+refusals = begin_at_zero(
+    Counter(
+        "hermesh_session_database_refusals_total",
+        "Statements that PostgreSQL refused for want of room, memory or connections, by SQLSTATE.",
+        ["sqlstate"],
+    ),
+    # No room, no memory, no connection, read-only.
+    *("53100", "53200", "53300", "25006"),
 )
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 queued_runs = Gauge("hermesh_session_queued_runs", "Runs that wait in the whole mesh, as last counted.")

@@ -7,8 +7,11 @@ from uuid import UUID
 
 import grpc.aio
 
+from hermesh.session.v1 import resources_pb2 as resources
 from hermesh.session.v1 import session_service_pb2 as pb
 from hermesh.session.v1 import session_service_pb2_grpc as grpc_pb
+from meshkit import tracing
+from meshkit.context import run_id_var
 from meshkit.errors import FieldViolation, InvalidArgumentError
 from meshkit.identity import current_identity, require_tenant
 from services.session import convert
@@ -139,6 +142,7 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
         tenant_id = require_tenant()
         await self._backlog.check(tenant_id, request.request_id)
         check_options(request.options)
+        request.options.ClearField("traceparent")
         submitted = await submit(
             self._contexts,
             current_identity(),
@@ -151,7 +155,9 @@ class SessionServicer(grpc_pb.SessionServiceServicer):
             request_id=request.request_id,
             concurrency=ConcurrencyPolicy(request.concurrency),
             claim_owner=request.claim_owner,
+            trace=_trace(),
         )
+        run_id_var.set(str(submitted.run.run_id))
         self._commits.submitted(submitted)
         if submitted.run.status is RunStatus.QUEUED and not submitted.duplicate:
             self._backlog.added(tenant_id)
@@ -280,3 +286,10 @@ def _check_texts(metadata: dict[str, str] | None = None, **fields: str) -> None:
         check_text("metadata", key + value, found)
     if found:
         raise InvalidArgumentError("INVALID_ARGUMENT", "the request is not valid", violations=found)
+
+
+def _trace() -> bytes:
+    """Returns the run options that say under which recorded trace a run was submitted; empty without one."""
+    if not tracing.recording():
+        return b""
+    return resources.RunOptions(traceparent=tracing.current_traceparent()).SerializeToString()

@@ -16,6 +16,7 @@ import structlog
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
 from meshkit import failpoints
 from meshkit.channel import stream_call
+from meshkit.context import run_id_var
 from meshkit.errors import HermeshError, from_rpc_error
 from meshkit.tasks import Backoff, TaskOwner
 from services.session import metrics
@@ -196,6 +197,7 @@ class Sweeper:
 
     async def _dispatch(self, run_id: UUID, until: float) -> None:
         result = "ended"
+        run_id_var.set(str(run_id))
         try:
             _dispatching()
             request = agent_pb.ExecuteRequest(run_id=str(run_id))

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import structlog
 
+from meshkit import tracing
 from meshkit.errors import (
     AbortedError,
     CancelledCallError,
@@ -297,10 +298,14 @@ class Executor:
         context = context_of(execution.request, entry, progress)
         seconds = min(found.timeout, left)
         until = time.monotonic() + seconds
-        task = execution.act = self._owner.start(
-            act(found, arguments, context, until), name=f"tool-{found.name}"
-        )
-        await self._wait(execution, task, seconds)
+        with tracing.span(
+            f"act {found.name}",
+            {"gen_ai.tool.name": found.name, "hermesh.call_id": context.call_id, "hermesh.try": entry.tries},
+        ):
+            task = execution.act = self._owner.start(
+                act(found, arguments, context, until), name=f"tool-{found.name}"
+            )
+            await self._wait(execution, task, seconds)
         late = not task.done()
         if late:
             task.cancel()

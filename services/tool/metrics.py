@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from meshkit.telemetry import begin_at_zero
+
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0)
 
 CALLS = Counter("hermesh_tool_calls", "Tool calls ended, by outcome.", ["tool", "outcome"])
@@ -15,7 +17,10 @@ REFUSED = Counter("hermesh_tool_refused", "Calls refused because the replica was
 STORING = Gauge(
     "hermesh_tool_results_storing", "Large results on their way to the object store, waiting ones too."
 )
-CUT = Counter("hermesh_tool_results_cut", "Large results of which only the beginning was kept.", ["reason"])
+CUT = begin_at_zero(
+    Counter("hermesh_tool_results_cut", "Large results of which only the beginning was kept.", ["reason"]),
+    *("store_down", "no_store", "stopped", "error"),
+)
 COMPLETE_RETRIES = Counter("hermesh_tool_complete_retries", "Outcomes that had to be recorded again.")
 RECONCILES = Counter(
     "hermesh_tool_reconciles", "Looks at what became of an unknown call, by finding.", ["tool", "finding"]

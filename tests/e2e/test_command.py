@@ -119,7 +119,9 @@ def test_logs_show_a_service(embedded: Mesh) -> None:
 
 
 def test_doctor_finds_nothing_wrong(embedded: Mesh) -> None:
-    embedded.command("doctor")
+    said = embedded.command("doctor")
+    for looked_at in ("PostgreSQL's clock", "Redis takes writes", "Envoy's view of agent"):
+        assert looked_at in said
 
 
 def test_down_leaves_no_process_and_up_comes_back_with_the_data() -> None:

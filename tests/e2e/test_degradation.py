@@ -1,25 +1,20 @@
-"""docs/degradation.md on a whole mesh: a part is taken away, and what works, waits and is refused is as told.
-
-The supervisor is stopped while a part is down, or it would start it again at once.
-"""
+"""docs/degradation.md on a whole mesh: a part is taken away; what works, waits and is refused is as told."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from bench.mesh import Mesh, ModelServer, free_ports, wait_until
+from bench.mesh import Mesh, wait_until
 from tests.e2e.client import (
     Frame,
     assert_whole,
@@ -34,37 +29,13 @@ from tests.e2e.client import (
     watch_to_end,
 )
 from tests.e2e.conftest import tracebacks
+from tests.e2e.faults import Models, down, no_object_store
 from tests.e2e.large_tool import LINE
 
 HERE = Path(__file__).parent
 # Long enough to be seen, short enough for a test.
 COMPLETE_SECONDS = 4
 LINES = 3000
-
-
-class Models:
-    """Two model backends; the first is the preferred one."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.ports = free_ports(2)
-        self.servers: list[ModelServer | None] = [None, None]
-        for number in (0, 1):
-            self.start(number)
-
-    @property
-    def urls(self) -> str:
-        return ", ".join(f"http://127.0.0.1:{port}/v1" for port in self.ports)
-
-    def start(self, number: int) -> None:
-        if self.servers[number] is None:
-            self.servers[number] = ModelServer.start(self._folder, self.ports[number])
-
-    def stop(self, number: int) -> None:
-        server, self.servers[number] = self.servers[number], None
-        if server is not None:
-            server.process.kill()
-            server.process.wait(timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -99,30 +70,6 @@ def mesh(own_mesh: Mesh) -> Mesh:
     """The module's mesh, healthy and not degraded: what an earlier test took away has come back."""
     own_mesh.wait_healthy()
     return own_mesh
-
-
-@contextmanager
-def down(mesh: Mesh, service: str) -> Iterator[None]:
-    """Takes all replicas of a part away for the time of the block."""
-    pids = [row.pid for row in mesh.of(service)]
-    supervisor = json.loads((mesh.data_dir / "state.json").read_text())["supervisor"]["pid"]
-    os.kill(supervisor, signal.SIGSTOP)
-    try:
-        for pid in pids:
-            # PostgreSQL's immediate stop; anything else dies as it does when it is killed.
-            os.kill(pid, signal.SIGQUIT if service == "postgresql" else signal.SIGKILL)
-        wait_until(lambda: all(gone(pid) for pid in pids), 10, f"the end of {service}")
-        yield
-    finally:
-        os.kill(supervisor, signal.SIGCONT)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended; its supervisor, stopped, may not have noticed."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 class Probe:
@@ -304,20 +251,6 @@ async def test_a_model_backend_stands_in_for_another_and_without_any_a_run_fails
         for number in (0, 1):
             await asyncio.to_thread(models.start, number)
         assert (await run_to_end(client, session, "[[tokens=3]]"))[-1].event == "run.completed"
-
-
-@contextmanager
-def no_object_store(mesh: Mesh) -> Iterator[None]:
-    """What is at the object store's place holds nothing, not even for root."""
-    folder, aside = mesh.data_dir / "objects", mesh.data_dir / "objects-aside"
-    folder.mkdir(exist_ok=True)
-    folder.rename(aside)
-    folder.touch()
-    try:
-        yield
-    finally:
-        folder.unlink()
-        aside.rename(folder)
 
 
 async def test_without_the_object_store_large_results_wait_and_then_are_cut_in_the_open(mesh: Mesh) -> None:

@@ -27,6 +27,7 @@ class RunSpec:
         timeout: how long the run may still take from its claim on, seconds.
         turn_timeout: how long one model turn may take, seconds.
         memory: whether long-term memory is read and written.
+        traceparent: of the request that the input came with, where that is recorded.
     """
 
     run_id: str
@@ -48,6 +49,7 @@ class RunSpec:
     user: str = ""
     ordinal: int = 0
     attempt: int = 1
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

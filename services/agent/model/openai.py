@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 import orjson
 import structlog
 
+from meshkit import tracing
 from services.agent.model import faults, wire
 from services.agent.model.errors import (
     ModelError,
@@ -108,6 +109,8 @@ class OpenAIModel:
         headers = {**self._headers, "Accept": "text/event-stream"}
         if request.cache_key:
             headers["x-hermesh-affinity"] = request.cache_key
+        if tracing.recording():
+            headers["traceparent"] = tracing.current_traceparent()
         tries = 0
         body = self._body(request)
         while True:

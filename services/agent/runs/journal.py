@@ -21,6 +21,7 @@ from hermesh.session.v1.resources_pb2 import (
 )
 from hermesh.session.v1.resources_pb2 import Usage as UsageProto
 from hermesh.session.v1.session_internal_service_pb2 import NewMessage, StepCommit
+from meshkit import tracing
 from meshkit.ids import uuid7
 from services.agent.clients.memory import Recalled
 from services.agent.domain.loop import Call, CallState, Fail, Turn
@@ -58,11 +59,14 @@ class RunJournal:
             attempt: of the run's, this one.
         """
         commit = self._carry(StepCommit()) if self._carried else None
-        data = {"step": number}
+        data: dict[str, int | str] = {"step": number}
         if request != number:
             data["request"] = request
         if attempt > 1:
             data["attempt"] = attempt
+        if tracing.recording():
+            # Whoever takes the run over finds in it what to link its trace to.
+            data["traceparent"] = tracing.current_traceparent()
         self._writer.events([("step.started", data)], commit, patient=True)
 
     def reset(self, from_seq: int, reason: str, request: int, attempt: int) -> None:

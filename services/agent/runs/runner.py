@@ -15,7 +15,7 @@ from hermesh.session.v1.resources_pb2 import (
     EFFECT_CLASS_NON_IDEMPOTENT,
     EFFECT_CLASS_PURE,
 )
-from meshkit import failpoints
+from meshkit import failpoints, tracing
 from meshkit.errors import HermeshError
 from services.agent import metrics
 from services.agent.clients.tools import CallPlace, ToolInfo, allowed
@@ -39,6 +39,7 @@ from services.agent.domain.prompt import Background, RunSpec, build_prompt, esti
 from services.agent.domain.turn import TurnBuilder
 from services.agent.model.errors import ModelError, ModelRequestLimitError
 from services.agent.model.port import ChatMessage, ToolOffer, Usage
+from services.agent.runs import spans
 from services.agent.runs.journal import RunJournal
 from services.agent.runs.ports import World
 from services.agent.runs.start import Start
@@ -129,6 +130,12 @@ class Runner:
 
     async def run(self) -> str:
         """Work until the run ends here; see the class."""
+        with spans.run(self.spec, self._start.traceparent, self._world.replica) as span:
+            outcome = await self._run()
+            spans.run_ended(span, outcome, self._usage)
+        return outcome
+
+    async def _run(self) -> str:
         outcome = "failed"
         async with asyncio.TaskGroup() as group:
             self._work = group.create_task(self._guarded(), name=f"work-{self.spec.run_id}")
@@ -354,7 +361,14 @@ class Runner:
     async def _model_turn(
         self, state: LoopState, decision: CallModel, background: Background
     ) -> LoopState | Fail:
+        with spans.turn(self.spec, decision) as span:
+            return await self._turn(state, decision, background, span)
+
+    async def _turn(
+        self, state: LoopState, decision: CallModel, background: Background, span: tracing.Span
+    ) -> LoopState | Fail:
         world = self._world
+        began = world.monotonic()
         prompt = build_prompt(
             self.spec,
             state.messages,
@@ -371,6 +385,7 @@ class Runner:
         self._turn_text = decision.prefix
         first_seq = decision.from_seq if decision.resume == "prefill" else 0
         pieces = [decision.prefix] if decision.prefix else []
+        first_at: float | None = None
         writer = self._writer
         try:
             async with (
@@ -389,6 +404,8 @@ class Runner:
                         pieces.append(text)
                     if not self._ttft_ms and (text or reasoning):
                         self._first_token()
+                    if first_at is None:
+                        first_at = world.monotonic()
                     if builder.full:
                         break
                     if writer.full:
@@ -397,6 +414,7 @@ class Runner:
             if builder.full and turn.usage == Usage():
                 turn = replace(turn, usage=estimated_usage(prompt.request, turn))
         except ModelError as error:
+            span.fail(error.reason)
             metrics.model_errors.labels(error.reason).inc()
             _log.warning("model turn failed", run_id=self.spec.run_id, reason=error.reason, detail=str(error))
             wait = round(error.retry_after * 1000) if error.retry_after is not None else 0
@@ -404,9 +422,11 @@ class Runner:
             partial = Partial("".join(pieces), first_seq) if first_seq else None
             return loop.turn_broken(state, partial, failure, world.limits(self.spec))
         except TimeoutError:
+            span.fail("RUN_TIMEOUT")
             return state  # the run's time limit: the next decision says so
         finally:
             self._turn_text = "".join(pieces)
+        spans.turn_ended(span, turn, first_at - began if first_at is not None else None)
         self._usage = self._usage + turn.usage
         self._turns += 1
         _turn_done()
@@ -445,7 +465,8 @@ class Runner:
 
     async def _call_tools(self, decision: CallTools) -> list[Call]:
         """Run calls side by side; at the run's time limit those that are not done stay as they are."""
-        await self._writer.flush()  # nothing acts before its intent is stored
+        with tracing.span("await commit"):
+            await self._writer.flush()  # nothing acts before its intent is stored
         done: list[Call] = []
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -498,15 +519,17 @@ class Runner:
     async def _call_tool(self, call: Call, done: list[Call]) -> None:
         place = self._running_calls[call.call_id] = CallPlace()
         self._known_since[call.call_id] = self._world.monotonic()
-        result = await self._world.tools.execute(
-            self.spec,
-            call,
-            self._info(call),
-            lambda: self._writer.fence,
-            lambda text: self._progress(call, text),
-            lambda: self._deadline - self._world.monotonic(),
-            place,
-        )
+        with spans.tool(self.spec, call) as span:
+            result = await self._world.tools.execute(
+                self.spec,
+                call,
+                self._info(call),
+                lambda: self._writer.fence,
+                lambda text: self._progress(call, text),
+                lambda: self._deadline - self._world.monotonic(),
+                place,
+            )
+            spans.tool_ended(span, result)
         del self._running_calls[call.call_id]
         metrics.tool_calls.labels(result.state.value).inc()
         if result.waits and result.state is CallState.INTENT:
@@ -565,6 +588,7 @@ class Runner:
         _last_write()
         try:
             async with asyncio.timeout(LAST_WRITE_SECONDS):
-                await self._writer.flush()
+                with tracing.span("await commit"):
+                    await self._writer.flush()
         except TimeoutError:
             raise WriterStopped("lost", "the store did not take the run's last events") from None

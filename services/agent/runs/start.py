@@ -68,6 +68,12 @@ class Start:
         """Whether the run has tool calls from an attempt before that no message answers."""
         return bool(self.journal)
 
+    @property
+    def traceparent(self) -> str:
+        """Of the attempt that began the last step; empty for the first one, and where none was recorded."""
+        steps = [event.data for event in self.events if event.type == "step.started"]
+        return str(steps[-1].get("traceparent", "")) if steps else ""
+
     def whole(self, pages: Sequence[RunContext]) -> Start:
         """Return the same with the rest of its context.
 
@@ -116,6 +122,7 @@ def start_of(claim: Claim, settings: AgentSettings) -> Start:
         user=context.user,
         ordinal=run.ordinal,
         attempt=run.attempt,
+        traceparent=options.traceparent,
     )
     return Start(
         spec,

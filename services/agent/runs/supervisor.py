@@ -11,6 +11,7 @@ from uuid import UUID
 
 import structlog
 
+from meshkit.context import use_run
 from meshkit.errors import HermeshError, InternalError
 from meshkit.identity import Identity, use_identity
 from meshkit.tasks import TaskOwner
@@ -207,7 +208,7 @@ class Supervisor:
         self._idle.clear()
         metrics.active_runs.set(len(self._active))
         link.add(writer)
-        with use_identity(Identity(UUID(claim.tenant_id), mesh=True)):
+        with use_identity(Identity(UUID(claim.tenant_id), mesh=True)), use_run(claim.run.run_id):
             self._tasks.start(self._work(active, link), name=f"run-{claim.run.run_id}")
         if claim.run.cancel_requested:
             runner.cancel()

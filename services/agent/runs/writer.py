@@ -27,7 +27,7 @@ from hermesh.session.v1.session_internal_service_pb2 import (
     RunAppend,
     StepCommit,
 )
-from meshkit import failpoints
+from meshkit import failpoints, tracing
 from services.agent.runs.subscription import Subscription
 
 MAX_TEXT = 64 * 1024
@@ -208,6 +208,8 @@ class RunWriter:
         fixed = [(kind, orjson.dumps(data).decode()) for kind, data in events]
         size = sum(len(data) for _, data in fixed)
         self.written += sum(_bytes(data) for _, data in fixed)
+        if commit is not None and tracing.recording():
+            commit.traceparent = tracing.current_traceparent()
         self._pending.append(_Pending("", self._now_ms(), size=size, fixed=fixed, commit=commit))
         self._pending_events += len(fixed)
         self._pending_size += size

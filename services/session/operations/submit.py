@@ -81,6 +81,7 @@ async def submit(
     request_id: str,
     concurrency: ConcurrencyPolicy,
     claim_owner: str,
+    trace: bytes = b"",
 ) -> Submitted:
     """Accepts input for a session, once for each request id.
 
@@ -97,6 +98,7 @@ async def submit(
         concurrency: What to do if the session is busy. The request's own word is what makes two requests the
             same: a tenant's default may change between two tries of one.
         claim_owner: The agent replica that wants the lease in the same transaction, or empty.
+        trace: More run options, serialized: what is kept with the run and makes two requests no different.
 
     Raises:
         InvalidArgumentError: The input breaks a rule.
@@ -111,7 +113,8 @@ async def submit(
         Submission(
             session_id=session_id,
             input=messages,
-            options=options,
+            # Serialized messages one after the other are one message.
+            options=options + trace,
             model=model,
             request_id=request_id,
             fingerprint=fingerprint(

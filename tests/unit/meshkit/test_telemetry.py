@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[3]
 CHILD = """
 import logging, sys
 import structlog
-from meshkit.context import request_id_var
+from uuid import UUID
+from meshkit.context import request_id_var, run_id_var
+from meshkit.identity import Identity, identity_var
 from meshkit.settings import MeshSettings
 from meshkit import tracing
 from meshkit.telemetry import setup_logging
@@ -37,6 +39,8 @@ setup_logging(MeshSettings(log_format=sys.argv[1], replica="r-1"), "svc")
 log = structlog.get_logger("own")
 log.debug("hidden")
 request_id_var.set("req-1")
+run_id_var.set("run-1")
+identity_var.set(Identity(UUID(int=7), mesh=False))
 tracing.start_server_span("/a/b", None).enter()
 log.info("shown", authorization="Bearer hunter2", run="x")
 logging.getLogger("lib").warning("from a %s", "library")
@@ -68,6 +72,8 @@ def test_every_line_is_json_with_the_context_of_its_request() -> None:
     assert {line["service"] for line in lines} == {"svc"}
     assert {line["replica"] for line in lines} == {"r-1"}
     assert {line["request_id"] for line in lines} == {"req-1"}
+    assert {line["run_id"] for line in lines} == {"run-1"}
+    assert {line["tenant"] for line in lines} == {"00000000-0000-0000-0000-000000000007"}
     assert len({line["trace_id"] for line in lines}) == 1
     assert [line["logger"] for line in lines] == ["own", "lib", "own"]
     assert [line["level"] for line in lines] == ["info", "warning", "error"]

@@ -89,7 +89,7 @@ def test_no_exporter_means_no_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_spans_are_written_with_their_parents(trace_file: Path) -> None:
-    with tracing.span("outer", model="m") as outer:
+    with tracing.span("outer", {"model": "m"}) as outer:
         assert outer.recording
         with pytest.raises(KeyError), tracing.span("inner"):
             raise KeyError("x")
@@ -142,7 +142,63 @@ async def test_one_trace_joins_client_and_server(
     assert ("internal", "client", "server", "client", "server") in chains
     codes = [span["attributes"].get("rpc.response.status_code") for span in written]
     assert codes.count("INTERNAL") == 4
+    [inner] = {span["attributes"].get("rpc.method") for span in written} - {None}
+    assert inner == "hermesh.session.v1.SessionInternalService/Authenticate"
     assert tracing._State.tracer is None
+
+
+def test_what_nobody_asked_for_belongs_to_no_trace(trace_file: Path) -> None:
+    call = tracing.start_client_span("/a/Renew")
+    health = tracing.start_server_span("/grpc.health.v1.Health/Check", None, recorded=False)
+    for span in (call, health):
+        assert not span.recording
+        # Nor do others record what comes of it.
+        assert span.traceparent.endswith("-00")
+        span.enter()
+        assert not tracing.recording()
+        assert not tracing.start_client_span("/a/Next").recording
+        span.leave()
+        span.end()
+    assert spans(trace_file) == []
+
+
+def test_a_span_may_hang_below_another_processes_and_link_to_a_third(trace_file: Path) -> None:
+    parent, link = f"00-{TRACE}-{SPAN}-01", tracing.TraceContext("1" * 32, "2" * 16, 1)
+    with tracing.span_below(parent, "commit", {"events": 3}, kind="client"):
+        with tracing.span("inner", links=[link]):
+            assert tracing.recording()
+    with tracing.span_below("", "nothing"), tracing.span_below("nonsense", "nothing"):
+        assert not tracing.recording()
+    inner, outer = spans(trace_file)
+    assert (outer["trace_id"], outer["parent_span_id"], outer["kind"]) == (TRACE, SPAN, "client")
+    assert inner["links"] == [f"{link.trace_id}-{link.span_id}"]
+
+
+def test_a_part_of_the_traces_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_TRACES_SAMPLER", raising=False)
+    path = tmp_path / "spans.jsonl"
+    end = tracing.configure("t", "t-1", path, 0.0)
+    try:
+        with tracing.span("root") as root, tracing.span("inner"):
+            assert not root.recording
+            assert not tracing.recording()
+        # Whoever asks for it gets it.
+        asked = tracing.start_server_span("/a/b", f"00-{TRACE}-{SPAN}-01")
+        assert asked.recording
+        asked.end_rpc("OK")
+    finally:
+        end()
+    assert [span["name"] for span in spans(path)] == ["a/b"]
+
+
+def test_without_an_exporter_a_span_of_ones_own_is_nothing() -> None:
+    with tracing.span("work", {"a": 1}) as span:
+        span.set("b", 2)
+        span.fail("bad")
+        span.rename("other")
+        assert tracing.current_trace() is None
+    assert span is tracing.NO_SPAN
+    assert not tracing.enabled()
 
 
 def test_a_trace_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -431,6 +431,7 @@ class RunOptions(message.Message):
     STOP_FIELD_NUMBER: builtins.int
     MEMORY_FIELD_NUMBER: builtins.int
     TURN_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """A model that ListModels returns."""
     instructions: builtins.str
@@ -455,6 +456,10 @@ class RunOptions(message.Message):
     """Whether long-term memory is read and written; default true."""
     turn_timeout_ms: builtins.int
     """The time limit of one model turn, milliseconds."""
+    traceparent: builtins.str
+    """The W3C traceparent under which the input was accepted, where that trace is recorded. Set by the session
+    service, whatever a caller sends.
+    """
     @builtins.property
     def tools(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Which tools the run may call, by name; empty means all that the backend's tool mode allows."""
@@ -479,10 +484,11 @@ class RunOptions(message.Message):
         stop: abc.Iterable[builtins.str] | None = ...,
         memory: builtins.bool | None = ...,
         turn_timeout_ms: builtins.int = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "memory", b"memory", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_turns", b"max_turns", "memory", b"memory", "model", b"model", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "timeout_ms", b"timeout_ms", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p", "turn_timeout_ms", b"turn_timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_memory", b"_memory", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_turns", b"max_turns", "memory", b"memory", "model", b"model", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "timeout_ms", b"timeout_ms", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p", "traceparent", b"traceparent", "turn_timeout_ms", b"turn_timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory: _TypeAlias = typing.Literal["memory"]  # noqa: Y015
     _WhichOneofArgType__memory: _TypeAlias = typing.Literal["_memory", b"_memory"]  # noqa: Y015

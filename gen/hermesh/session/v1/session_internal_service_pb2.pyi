@@ -435,8 +435,11 @@ class StepCommit(message.Message):
     STATUS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     status: resources_pb2.RunStatus.ValueType
     """Set at the run's end or when it needs a person: COMPLETED, FAILED, CANCELLED or REQUIRES_ACTION."""
+    traceparent: builtins.str
+    """The W3C traceparent of what the step was a part of; empty where that is not recorded."""
     @builtins.property
     def messages(self) -> containers.RepeatedCompositeFieldContainer[NewMessage]:
         """Messages to add to the conversation, in order; ids and ordinals come from the store."""
@@ -461,10 +464,11 @@ class StepCommit(message.Message):
         status: resources_pb2.RunStatus.ValueType = ...,
         error: resources_pb2.RunError | None = ...,
         usage: resources_pb2.Usage | None = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["error", b"error", "intents", b"intents", "messages", b"messages", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["error", b"error", "intents", b"intents", "messages", b"messages", "status", b"status", "traceparent", b"traceparent", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
