@@ -62,22 +62,29 @@ async def valkey(url: str) -> bool:
 
 
 async def valkey_problem(url: str) -> str:
-    """Why Valkey or Redis does not answer a PING with these credentials."""
-    import redis.asyncio
-    from redis.exceptions import AuthenticationError, RedisError
+    """Why Valkey or Redis, or one server of a cluster, does not answer a PING with these credentials."""
+    from meshkit.errors import StartupError
+    from meshkit.redis_servers import REDIS_ERRORS, open_redis
+    from meshkit.redis_trouble import explain
 
     try:
-        client = redis.asyncio.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
-    except ValueError:
+        servers = open_redis(url)
+    except StartupError:
+        servers = None
+    if servers is None:
         return "is not a URL of Redis's"
+    link = servers.link(servers.tags[0], timeout=SECONDS)
     try:
-        await client.ping()
-    except AuthenticationError:
-        return "refuses the user or the password"
-    except (RedisError, OSError):
-        return NO_ANSWER
+        await link.redis.ping()
+    except REDIS_ERRORS as error:
+        trouble = explain(error)
+        if trouble is None or trouble.cause in ("connection", "timeout"):
+            return NO_ANSWER
+        refused = trouble.cause == "password"
+        return "refuses the user or the password" if refused else f"cannot be used: {trouble.text}"
     finally:
-        await client.aclose()
+        await link.aclose()
+        await servers.aclose()
     return ""
 
 

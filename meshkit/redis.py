@@ -2,105 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
-import hiredis
-import redis.asyncio
-import redis.asyncio.retry
-import redis.backoff
-import redis.exceptions
-import redis.maint_notifications
 import structlog
 
-from meshkit.errors import StartupError
+from meshkit.redis_servers import REDIS_ERRORS
+from meshkit.redis_trouble import Trouble, explain
 
 T = TypeVar("T")
 
 _log = structlog.get_logger("meshkit.redis")
-
-# PostgreSQL answers in about a millisecond: waiting longer than this for a cache is worse than having none.
-TIMEOUT = 0.25
-_MAX_CONNECTIONS = 64
-
-REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
-
-
-class _FastPacking:
-    """Encodes commands in C: redis-py's asyncio connections do it in Python, argument by argument."""
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        """Returns a command as it goes over the wire.
-
-        Raises:
-            DataError: An argument is neither text, bytes nor a number.
-        """
-        name = args[0]
-        if isinstance(name, str) and " " in name:
-            # "SCRIPT LOAD" is two words there.
-            args = (*name.split(), *args[1:])
-        try:
-            return [hiredis.pack_command(args)]
-        except TypeError as error:
-            raise redis.exceptions.DataError(str(error)) from error
-
-
-class _Connection(_FastPacking, redis.asyncio.Connection):
-    pass
-
-
-class _SSLConnection(_FastPacking, redis.asyncio.SSLConnection):
-    pass
-
-
-class _UnixConnection(_FastPacking, redis.asyncio.UnixDomainSocketConnection):
-    pass
-
-
-_CONNECTIONS = {"redis": _Connection, "rediss": _SSLConnection, "unix": _UnixConnection}
-
-
-def open_redis(
-    url: str, *, max_connections: int = _MAX_CONNECTIONS, timeout: float = TIMEOUT
-) -> redis.asyncio.Redis | None:
-    """Returns a client for a URL, or None for an empty one; connects at first use.
-
-    Replies are bytes. Every wait ends after 0.25 s and nothing is tried again behind the caller's back: a
-    caller goes to PostgreSQL in its place. Close it with `aclose()`.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`.
-        max_connections: Most connections; a call beyond them fails at once.
-        timeout: Longest wait for a reply in seconds; longer only for a client of blocking reads.
-
-    Raises:
-        StartupError: The URL cannot be used.
-    """
-    if not url:
-        return None
-    try:
-        scheme = urlsplit(url).scheme
-        if scheme not in ("redis", "rediss", "unix"):
-            raise ValueError(scheme)
-        client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=timeout,
-            socket_connect_timeout=TIMEOUT,
-            retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
-            retry_on_error=[],
-            max_connections=max_connections,
-            health_check_interval=0,
-            decode_responses=False,
-            maint_notifications_config=redis.maint_notifications.MaintNotificationsConfig(enabled=False),
-        )
-        client.connection_pool.connection_class = _CONNECTIONS[scheme]
-    except ValueError as error:
-        raise StartupError("HERMESH_REDIS_URL must be redis://host:port, rediss:// or unix://path") from error
-    return client
 
 
 class BreakerOpenError(Exception):
@@ -110,9 +24,12 @@ class BreakerOpenError(Exception):
 class Breaker:
     """Keeps a dead Redis from costing its timeout on every call.
 
-    After `failures` failures in a row it opens for about `open_seconds` (with jitter, so that replicas do not
-    come back together); then one call is let through to try, and the others still see it open until that one
-    ends.
+    After `failures` failures in a row, or one that the server itself is sure about (it is read-only, it
+    refuses the password), it opens for about `open_seconds` (with jitter, so that replicas do not come back
+    together); then one call is let through to try, and the others still see it open until that one ends.
+
+    Attributes:
+        trouble: Why it opened; None while it is closed.
 
     Example:
         try:
@@ -137,6 +54,7 @@ class Breaker:
         self._failures = 0
         self._open_until: float | None = None
         self._trying = False
+        self.trouble: Trouble | None = None
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
     @property
@@ -156,19 +74,25 @@ class Breaker:
     def success(self) -> None:
         """Records a call that worked: the breaker closes."""
         if self._open_until is not None:
-            _log.info("redis answers again", breaker=self._name)
+            _log.debug("redis can be used again", breaker=self._name)
         self._failures = 0
         self._open_until = None
+        self.trouble = None
         self._trying = False
 
-    def failure(self) -> None:
-        """Records a call that failed."""
+    def failure(self, trouble: Trouble) -> None:
+        """Records a call that failed, and why."""
         self._failures += 1
-        if self._trying or (self._open_until is None and self._failures >= self._limit):
-            if self._open_until is None:
-                _log.warning("redis does not answer; going on without it", breaker=self._name)
-            self._open_until = self._clock() + self._open_seconds * self._random.uniform(0.75, 1.25)
+        if self._trying or trouble.sure or (self._open_until is None and self._failures >= self._limit):
+            self.trip(trouble)
         self._trying = False
+
+    def trip(self, trouble: Trouble) -> None:
+        """Opens it at once, whatever was before."""
+        if self._open_until is None:
+            _log.debug("redis cannot be used", breaker=self._name, reason=trouble.text)
+        self.trouble = trouble
+        self._open_until = self._clock() + self._open_seconds * self._random.uniform(0.75, 1.25)
 
     def cancelled(self) -> None:
         """Records a call that ended without telling anything, such as a cancelled one."""
@@ -177,8 +101,8 @@ class Breaker:
     async def run(self, call: Callable[[], Awaitable[T]]) -> T:
         """Makes a call and records how it ended.
 
-        A reply that is an error (WRONGTYPE, a script's own) shows that Redis answers: it passes through and
-        does not open the breaker.
+        A reply that is an error about the data (WRONGTYPE, a script's own) shows that Redis works: it passes
+        through and does not open the breaker.
 
         Raises:
             BreakerOpenError: The breaker is open; nothing was sent.
@@ -187,14 +111,12 @@ class Breaker:
             raise BreakerOpenError(self._name)
         try:
             result = await call()
-        except asyncio.CancelledError:
-            self.cancelled()
-            raise
-        except redis.exceptions.ResponseError:
-            self.success()
-            raise
-        except REDIS_ERRORS:
-            self.failure()
+        except REDIS_ERRORS as error:
+            trouble = explain(error)
+            if trouble is None:
+                self.success()
+            else:
+                self.failure(trouble)
             raise
         except BaseException:
             self.cancelled()

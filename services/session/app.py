@@ -21,9 +21,9 @@ from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import HermeshError, StartupError
 from meshkit.migrate import migrate as apply_migrations
 from meshkit.postgres import open_pool
-from meshkit.redis import Breaker, open_redis
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
+from services.session import metrics
 from services.session.append_hub import AppendHub
 from services.session.backlog import Backlog
 from services.session.commits import Commits
@@ -31,7 +31,6 @@ from services.session.flusher import Flusher
 from services.session.operations.authenticate import StoreAuthenticator
 from services.session.operations.bootstrap import bootstrap as ensure_tenant
 from services.session.operations.tenant import change_of, configure, describe
-from services.session.publisher import RedisPublisher
 from services.session.servicer import SessionServicer
 from services.session.servicer_internal import SessionInternalServicer
 from services.session.settings import SessionSettings
@@ -39,8 +38,7 @@ from services.session.store.cached import CachedContexts, Contexts
 from services.session.store.notifications import CANCEL, LOG, Notifications
 from services.session.store.port import Store
 from services.session.store.postgres import POOL_SETTINGS, PostgresStore
-from services.session.store.redis_conversations import RedisConversations
-from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
+from services.session.store.redis_shard import open_live
 from services.session.storm import MeshLink, StormGuard
 from services.session.sweeper import Sweeper
 from services.session.tail import Tail
@@ -103,39 +101,6 @@ class Replica:
             self.notice(channel, payload)
 
 
-@dataclass(frozen=True, slots=True)
-class _Redis:
-    streams: RedisStreams
-    publisher: RedisPublisher
-    reader: RedisReader
-    conversations: RedisConversations
-
-
-async def _open_redis(stack: AsyncExitStack, settings: SessionSettings, store: Store) -> _Redis | None:
-    url = settings.redis_url.get_secret_value()
-    client = open_redis(url)
-    reading = open_redis(url, max_connections=4, timeout=READ_TIMEOUT)
-    if client is None or reading is None:
-        return None
-    for each in (client, reading):
-        stack.push_async_callback(each.aclose)
-    streams = RedisStreams(
-        client,
-        Breaker("session-live"),
-        ttl_seconds=settings.stream_ttl_seconds,
-        max_events=settings.stream_max_events,
-    )
-    conversations = RedisConversations(
-        client, Breaker("session-conversations"), ttl_seconds=settings.conversation_ttl_seconds
-    )
-    return _Redis(
-        streams,
-        RedisPublisher(streams, store),
-        RedisReader(reading, client, settings.replica),
-        conversations,
-    )
-
-
 @asynccontextmanager
 async def assemble(
     settings: SessionSettings, store: Store, *, configure_logging: bool = True
@@ -148,7 +113,13 @@ async def assemble(
         configure_logging: False in tests that keep their own logging.
     """
     async with AsyncExitStack() as stack:
-        live = await _open_redis(stack, settings, store)
+        live = open_live(
+            stack,
+            settings,
+            settings.redis_url.get_secret_value(),
+            settings.redis_read_from.get_secret_value(),
+            store,
+        )
         channel = await stack.enter_async_context(open_channel(settings))
         keys = StoreAuthenticator(store)
         server = Server(
@@ -171,7 +142,7 @@ async def assemble(
         )
         tail = Tail(
             store,
-            reader=live.reader if live else None,
+            readers=live.readers if live else None,
             holds=lambda run_id: hub.holds(run_id),
             poll_seconds=settings.watch_poll_seconds,
             degraded_seconds=settings.watch_poll_degraded_seconds,
@@ -243,7 +214,7 @@ async def assemble(
         server.add_readiness("standby", standby)
         server.add_readiness("mesh", mesh_check(channel))
         if live is not None:
-            server.add_readiness("redis", live.streams.problem)
+            server.add_readiness("redis", live.problem)
         server.on_drain(stop_dispatching)
         # Only once Envoy sends nothing here any more: before that, whoever moves could come right back.
         server.on_drain(move_streams, after_delay=True)
@@ -255,9 +226,13 @@ async def assemble(
         loops.start(hub.watch_leases(), name="leases")
         loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
         if live is not None:
-            loops.start(live.publisher.run(), name="publisher")
-            loops.start(tail.follow(), name="follow")
-            loops.start(tail.wake_reader(), name="wake")
+            metrics.tail_degraded.set_function(lambda: float(tail.degraded))
+            for shard in live.shards:
+                loops.start(live.keep_looking(shard), name="probe")
+                loops.start(shard.publisher.run(), name="publisher")
+            for lane in tail.lanes:
+                loops.start(tail.follow(lane), name="follow")
+                loops.start(tail.wake_reader(lane), name="wake")
         yield Replica(server, hub, tail, watches, sweeper)
 
 

@@ -45,6 +45,13 @@ refusals = begin_at_zero(
     *("53100", "53200", "53300", "25006"),
 )
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
+redis_failures = Counter(
+    "hermesh_session_redis_failures_total", "Calls of Redis that failed, by what was wrong.", ["cause"]
+)
+tail_degraded = Gauge(
+    "hermesh_session_tail_degraded",
+    "1 while what other replicas commit is looked up in PostgreSQL, since Redis does not bring it.",
+)
 queued_runs = Gauge("hermesh_session_queued_runs", "Runs that wait in the whole mesh, as last counted.")
 refused_input = Counter("hermesh_session_refused_input_total", "Input refused because too many runs wait.")
 dispatches = Counter("hermesh_session_dispatches_total", "Runs dispatched to agents by result.", ["result"])

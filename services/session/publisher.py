@@ -13,6 +13,7 @@ import structlog
 from meshkit.errors import HermeshError
 from services.session import metrics
 from services.session.domain import Event, NewEvent, Run, RunAppend
+from services.session.shards import Shards
 
 _log = structlog.get_logger("session.publisher")
 
@@ -89,8 +90,24 @@ class Fences(Protocol):
         ...
 
 
+class ShardedPublisher:
+    """Hands each commit to the publisher of its session's shard: one that is slow or down delays no other."""
+
+    def __init__(self, shards: "Shards[RedisPublisher]") -> None:
+        """Takes one publisher a shard."""
+        self._shards = shards
+
+    def offer_event(self, run: Run, event: Event) -> None:
+        """Takes an event that was committed without a lease."""
+        self._shards.of(run.session_id).offer_event(run, event)
+
+    def offer(self, append: RunAppend) -> None:
+        """Takes a committed append."""
+        self._shards.of(append.session_id).offer(append)
+
+
 class RedisPublisher:
-    """Publishes what is committed; what it loses, watchers find in PostgreSQL."""
+    """Publishes what is committed in the sessions of a shard; what it loses, watchers find in PostgreSQL."""
 
     def __init__(self, streams: Streams, store: Fences) -> None:
         """Makes a publisher that starts with `run`."""

@@ -12,7 +12,18 @@ class SessionSettings(MeshSettings):
         SecretStr(""), description="PostgreSQL, postgresql://user:password@host:port/database."
     )
     redis_url: SecretStr = Field(
-        SecretStr(""), description="Redis or Valkey, redis://host:port or unix://path; empty runs without."
+        SecretStr(""),
+        description=(
+            "Redis or Valkey: redis://host:port, rediss:// for TLS, unix://path, redis+cluster://host:port, "
+            "or redis+sentinel://host:port/name; docs/deploy/redis.md has the options. Empty runs without."
+        ),
+    )
+    redis_read_from: SecretStr = Field(
+        SecretStr(""),
+        description=(
+            "Where live tails are read: empty for the primary, `replicas` for those that Sentinel or a "
+            "cluster tells, or the URL of a read replica."
+        ),
     )
     database_pool_size: int = Field(
         16, ge=4, le=200, description="Most connections of one session replica to PostgreSQL."

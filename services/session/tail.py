@@ -1,14 +1,16 @@
 """The live tail: what is committed reaches every watcher of this replica, and nobody relies on it.
 
 Three sources feed it. Commits of this replica are handed over at once; commits of other replicas come by one
-read over all watched Redis streams; and one slow query over all watched runs tells what both have missed. A
-source may lose, repeat or reorder: a watcher takes only what follows its cursor and reads the rest from
-PostgreSQL.
+read over all watched Redis streams of a shard; and one slow query over all watched runs tells what both have
+missed. A source may lose, repeat or reorder: a watcher takes only what follows its cursor and reads the rest
+from PostgreSQL. That query comes often while Redis is known not to bring what others commit, or was found out
+not to.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +22,7 @@ from meshkit.errors import HermeshError
 from meshkit.tasks import Backoff
 from services.session import metrics
 from services.session.domain import Event, NewEvent
+from services.session.shards import Shards
 
 _log = structlog.get_logger("session.tail")
 
@@ -29,6 +32,8 @@ _MAX_QUEUED_BYTES = 1024 * 1024
 _EVENT_OVERHEAD = 200
 _POLL_CHUNK = 1000
 _READ_PAUSE_S = 0.003
+# For so long a shard counts as deaf that has brought nothing while PostgreSQL had something.
+_DEAF_S = 10.0
 
 
 class Heads(Protocol):
@@ -56,7 +61,7 @@ class LiveReader(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """Whether the last read worked."""
+        """Whether, as far as is known, commits are written there and can be read."""
         ...
 
     async def read(self, positions: Mapping[UUID, Position]) -> Mapping[UUID, Sequence[Event]]:
@@ -137,14 +142,53 @@ class Subscription:
 class _Feed:
     """A watched run."""
 
-    __slots__ = ("behind", "live", "seen", "session_id", "subscriptions")
+    __slots__ = ("behind", "excused", "known", "lane", "live", "seen", "session_id", "subscriptions")
 
-    def __init__(self, session_id: UUID) -> None:
+    def __init__(self, session_id: UUID, lane: "Lane") -> None:
         self.session_id = session_id
+        self.lane = lane
         self.subscriptions: set[Subscription] = set()
         self.seen = 0  # the highest seq that came live; where the Redis read goes on
         self.live = False  # something came live since the last look at PostgreSQL
-        self.behind = 0  # the head at the last look, if the live tail had not reached it
+        self.behind = 0  # the head at the last look
+        self.excused = False  # something was committed that does not come live
+        self.known = 0  # up to here it does not matter whether it came live
+
+
+class Lane:
+    """The watched runs of one shard, and the way by which other replicas' commits of them come."""
+
+    def __init__(self, reader: LiveReader | None) -> None:
+        """Makes one without runs."""
+        self.reader = reader
+        self.feeds: dict[UUID, _Feed] = {}
+        self.changed = asyncio.Event()
+        self.reading = False
+        self._deaf_until = float("-inf")
+        self._heard = self._missed = False
+
+    @property
+    def degraded(self) -> bool:
+        """True while commits of other replicas come only by looking at PostgreSQL."""
+        if self.reader is None or not self.reader.healthy:
+            return True
+        return time.monotonic() < self._deaf_until
+
+    def compared(self, feed: _Feed, head: int) -> None:
+        """Notes what a look found of a run whose writer is elsewhere."""
+        self._heard |= feed.live
+        if feed.excused:
+            feed.known, feed.excused = head, False
+        if feed.behind > max(feed.seen, feed.known):
+            # It was there at the last look, and has not come since. That counts once.
+            self._missed = True
+            feed.known = feed.behind
+
+    def looked(self) -> None:
+        """Ends a look: if it found what did not come, and nothing came at all, nothing can be expected."""
+        if self._missed and not self._heard:
+            self._deaf_until = time.monotonic() + _DEAF_S
+        self._heard = self._missed = False
 
 
 class SessionWaiter:
@@ -174,7 +218,7 @@ class Tail:
         self,
         store: Heads,
         *,
-        reader: LiveReader | None,
+        readers: Iterable[LiveReader] | None,
         holds: Callable[[UUID], bool],
         poll_seconds: float,
         degraded_seconds: float,
@@ -183,21 +227,19 @@ class Tail:
 
         Args:
             store: For the look at PostgreSQL.
-            reader: Redis, if there is one.
+            readers: Redis, if there is one: a reader for each of its shards.
             holds: Says whether a run's writer is on this replica, so that Redis need not be read for it.
             poll_seconds: Between two looks at PostgreSQL.
             degraded_seconds: The same while Redis is down and other replicas' commits come no other way.
         """
         self._store = store
-        self._reader = reader
+        self.lanes: Shards[Lane] = Shards([Lane(reader) for reader in readers or (None,)])
         self._holds = holds
         self._poll_seconds = poll_seconds
         self._degraded_seconds = degraded_seconds
         self._feeds: dict[UUID, _Feed] = {}
         self._sessions: dict[UUID, set[SessionWaiter]] = {}
         self._watched = asyncio.Event()
-        self._reading = False
-        self._changed = asyncio.Event()
         self._draining = False
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
@@ -218,17 +260,18 @@ class Tail:
         subscription.draining = self._draining
         feed = self._feeds.get(run_id)
         if feed is None:
-            feed = self._feeds[run_id] = _Feed(session_id)
+            lane = self.lanes.of(session_id)
+            feed = self._feeds[run_id] = lane.feeds[run_id] = _Feed(session_id, lane)
             feed.seen = max(after_seq, head)
         feed.subscriptions.add(subscription)
         self._watched.set()
-        self._changed.set()
+        feed.lane.changed.set()
         try:
             yield subscription
         finally:
             feed.subscriptions.discard(subscription)
             if not feed.subscriptions and self._feeds.get(run_id) is feed:
-                del self._feeds[run_id]
+                del self._feeds[run_id], feed.lane.feeds[run_id]
 
     @contextmanager
     def wait_for_runs(self, session_id: UUID) -> Iterator[SessionWaiter]:
@@ -291,6 +334,7 @@ class Tail:
         """Sends a run's watchers to PostgreSQL: something was committed that does not come live."""
         feed = self._feeds.get(run_id)
         if feed is not None:
+            feed.excused = True
             for subscription in feed.subscriptions:
                 subscription.lose("nudge")
 
@@ -307,8 +351,8 @@ class Tail:
 
     @property
     def degraded(self) -> bool:
-        """True while commits of other replicas come only by looking at PostgreSQL."""
-        return self._reader is None or not self._reader.healthy
+        """True while commits of other replicas, or some of them, come only by looking at PostgreSQL."""
+        return any(lane.degraded for lane in self.lanes)
 
     async def poll(self) -> None:
         """Looks at PostgreSQL for what the live tail missed, until cancelled."""
@@ -330,7 +374,6 @@ class Tail:
 
     async def look(self) -> None:
         """Looks once: one query for all watched runs, one for all sessions that wait for a run."""
-        degraded = self.degraded
         run_ids = list(self._feeds)
         for start in range(0, len(run_ids), _POLL_CHUNK):
             chunk = run_ids[start : start + _POLL_CHUNK]
@@ -338,7 +381,9 @@ class Tail:
             for run_id in chunk:
                 feed = self._feeds.get(run_id)
                 if feed is not None:
-                    self._compare(run_id, feed, heads.get(run_id), degraded)
+                    self._compare(run_id, feed, heads.get(run_id))
+        for lane in self.lanes:
+            lane.looked()
         session_ids = list(self._sessions)
         for start in range(0, len(session_ids), _POLL_CHUNK):
             chunk = session_ids[start : start + _POLL_CHUNK]
@@ -349,7 +394,7 @@ class Tail:
                     if newest is None or newest > waiter.ordinal:
                         waiter.wake.set()
 
-    def _compare(self, run_id: UUID, feed: _Feed, head: int | None, degraded: bool) -> None:
+    def _compare(self, run_id: UUID, feed: _Feed, head: int | None) -> None:
         if head is None:
             # The run is gone; reading it again tells the watcher so.
             for subscription in feed.subscriptions:
@@ -357,43 +402,46 @@ class Tail:
             return
         # While events flow, what was committed a moment ago is still on its way: it counts as missed only
         # if it is still missing at the next look.
-        flowing = feed.live and not (degraded and not self._holds(run_id))
+        elsewhere = not self._holds(run_id)
+        flowing = feed.live and not (elsewhere and feed.lane.degraded)
         limit = feed.behind if flowing else head
+        if elsewhere:
+            feed.lane.compared(feed, head)
         feed.behind = head
         feed.live = False
         for subscription in feed.subscriptions:
             if limit > subscription.reached:
                 subscription.lose("missed")
 
-    async def follow(self) -> None:
-        """Reads the live streams of runs whose writer is elsewhere, until cancelled."""
-        reader = self._reader
+    async def follow(self, lane: Lane) -> None:
+        """Reads the live streams of a lane's runs whose writer is elsewhere, until cancelled."""
+        reader = lane.reader
         if reader is None:
             return
         backoff = Backoff(first=0.1, limit=1.0)
         while True:
-            self._changed.clear()
+            lane.changed.clear()
             positions = {
                 run_id: Position(feed.session_id, feed.seen)
-                for run_id, feed in self._feeds.items()
+                for run_id, feed in lane.feeds.items()
                 if not self._holds(run_id)
             }
             if not positions:
                 # Woken by the next watch; else look again, since a run's writer may have left this replica.
                 try:
                     async with asyncio.timeout(1.0):
-                        await self._changed.wait()
+                        await lane.changed.wait()
                 except TimeoutError:
                     pass
                 continue
-            self._reading = True
+            lane.reading = True
             try:
                 found = await reader.read(positions)
             except HermeshError:
                 await backoff.sleep()
                 continue
             finally:
-                self._reading = False
+                lane.reading = False
             backoff.reset()
             for run_id, events in found.items():
                 self.deliver_events(run_id, events)
@@ -401,16 +449,16 @@ class Tail:
                 # One read brings what came meanwhile on all streams.
                 await asyncio.sleep(_READ_PAUSE_S)
 
-    async def wake_reader(self) -> None:
+    async def wake_reader(self, lane: Lane) -> None:
         """Wakes the read that is under way whenever a watch begins, until cancelled."""
-        reader = self._reader
+        reader = lane.reader
         if reader is None:
             return
         while True:
-            await self._changed.wait()
+            await lane.changed.wait()
             # Watches that begin together need one wake.
             await asyncio.sleep(0.005)
-            if self._reading and self._changed.is_set():
+            if lane.reading and lane.changed.is_set():
                 try:
                     await reader.wake()
                 except HermeshError:

@@ -1,4 +1,4 @@
-"""Servers that no Python package carries come from Debian."""
+"""Programs of Debian's that tests run for real."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from pathlib import Path
 
 import pytest
 
-# Where Debian puts servers, which an ordinary user's PATH may lack.
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _SECONDS = 300
+# Where Debian puts what only root is expected to run, and what has several versions.
+_FOLDERS = ("/usr/sbin", "/sbin", "/usr/lib/postgresql/15/bin")
 
 
 def debian(package: str, binary: str) -> Path:
-    """Returns the path of a package's binary; installs the package first where it lacks and we are root."""
-    found = shutil.which(binary, path=_PATH)
-    command = ["apt-get", "install", "-y", "--no-install-recommends", package]
-    if found is None and os.geteuid() == 0:
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, timeout=_SECONDS, check=False)
+    """Returns a program of a package of Debian's, which is installed first where we are root.
+
+    Where we are not, the test fails with the command that does it.
+    """
+    path = os.pathsep.join((os.environ.get("PATH", ""), *_FOLDERS))
+    found = shutil.which(binary, path=path)
+    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        _install(package)
+        found = shutil.which(binary, path=path)
+    if found is None:
+        pytest.fail(f"{binary} is missing: apt-get install {package}", pytrace=False)
+    return Path(found)
+
+
+def _install(package: str) -> None:
+    # Nothing is to be started, and nothing asked.
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    install = ["apt-get", "install", "-y", "--no-install-recommends", package]
+    for command in (install, ["apt-get", "update"], install):
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
-        found = shutil.which(binary, path=_PATH)
-        if found is None:
-            pytest.fail(f"{' '.join(command)} brought no {binary}: {done.stderr.strip()[-500:]}")
-    if found is None:
-        pytest.fail(f"{binary} is missing: sudo {' '.join(command)}")
-    return Path(found)
+        if command is install and done.returncode == 0:
+            return
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    pytest.fail(f"apt-get install {package} failed: {last}", pytrace=False)

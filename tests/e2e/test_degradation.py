@@ -139,7 +139,7 @@ async def test_without_redis_everything_works_and_tails_come_from_postgresql(mes
                 assert [frame.raw for frame in log] == [frame.raw for frame in logs[0]]
             assert len((await client.get(f"/v1/sessions/{session}/messages")).json()["messages"]) == 2
             for probe in sessions:
-                assert "Redis does not answer" in await asyncio.to_thread(probe.degraded, "redis")
+                assert "Redis cannot be reached" in await asyncio.to_thread(probe.degraded, "redis")
             assert (await client.get("/ready")).json()["status"] == "ready"
 
 

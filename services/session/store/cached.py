@@ -57,9 +57,8 @@ class ContextStore(Protocol):
 class Conversations(Protocol):
     """The cache; it may forget anything and fail at any time. Methods raise HermeshError."""
 
-    @property
-    def refuses(self) -> bool:
-        """True while it is known to be down."""
+    def refuses(self, session_id: UUID | None) -> bool:
+        """Whether it is known to be down for a session; with None, for all of them."""
         ...
 
     async def load(self, session_id: UUID) -> Sequence[Message]:
@@ -93,7 +92,7 @@ class CachedContexts:
 
     async def submit(self, tenant_id: UUID, submission: Submission) -> Submitted:
         """See `port.Runs`. The cache is read while PostgreSQL works."""
-        if not submission.claim_owner or self._cache.refuses:
+        if not submission.claim_owner or self._cache.refuses(submission.session_id):
             return await self._store.submit(tenant_id, submission)
         loading = self._tasks.start(self._load(submission.session_id), name="load")
         submitted = await self._store.submit(tenant_id, submission, history=False)
@@ -103,7 +102,7 @@ class CachedContexts:
 
     async def claim(self, run_id: UUID, owner: str) -> Claim:
         """See `port.Runs`."""
-        if self._cache.refuses:
+        if self._cache.refuses(None):
             return await self._store.claim(run_id, owner)
         claim = await self._store.claim(run_id, owner, history=False)
         if claim.context is None:
@@ -114,11 +113,12 @@ class CachedContexts:
         """Takes a committed step whose messages belong to a conversation; does not wait."""
         commit = append.commit
         if commit is not None and commit.messages:
-            self._write(self._cache.add(append.session_id, append.run_id, append.first_seq, commit.messages))
+            writing = self._cache.add(append.session_id, append.run_id, append.first_seq, commit.messages)
+            self._write(append.session_id, writing)
 
     def forget(self, session_id: UUID) -> None:
         """Takes that a session was deleted; does not wait."""
-        self._write(self._cache.replace(session_id, ()))
+        self._write(session_id, self._cache.replace(session_id, ()))
 
     async def _load(self, session_id: UUID) -> Sequence[Message]:
         try:
@@ -140,7 +140,7 @@ class CachedContexts:
             metrics.cached_contexts.labels("hit").inc()
             history, hit = cached, True
             if run.attempt == 1:
-                self._write(self._cache.extend(before, own))
+                self._write(run.session_id, self._cache.extend(before, own))
         else:
             metrics.cached_contexts.labels("miss").inc()
             # The run's lease is held, so nobody else changes what precedes it.
@@ -148,14 +148,14 @@ class CachedContexts:
         history = within_limits(history)
         if context.next is not None:
             # More than one page is more than is worth its place; the next run begins it anew.
-            self._write(self._cache.replace(run.session_id, ()))
+            self._write(run.session_id, self._cache.replace(run.session_id, ()))
         elif before is None or not hit or run.attempt > 1:
-            self._write(self._cache.replace(run.session_id, [*history, *own]))
+            self._write(run.session_id, self._cache.replace(run.session_id, [*history, *own]))
         omitted = before.ordinal - len(history) if before is not None else 0
         return replace(claim, context=replace(context, messages=[*history, *own], omitted_messages=omitted))
 
-    def _write(self, writing: Coroutine[Any, Any, None]) -> None:
-        if self._writes >= _MAX_WRITES or self._cache.refuses:
+    def _write(self, session_id: UUID, writing: Coroutine[Any, Any, None]) -> None:
+        if self._writes >= _MAX_WRITES or self._cache.refuses(session_id):
             writing.close()
             return
         self._writes += 1

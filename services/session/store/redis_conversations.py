@@ -1,5 +1,7 @@
 """Conversations in Redis: one list a session, `hermesh:{<session>}:messages`, oldest message first.
 
+In a cluster its key is `hermesh:{<shard>}:<session>:messages`.
+
 An element is a head and a body. The head is its ordinal, how many bytes of text the list has got up to and
 with it, the seq of the commit that brought it (0 for input), message id and run id, each followed by a space.
 The body is a JSON array: role, content, tool calls, tool call id, time made (ms).
@@ -14,14 +16,13 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-import redis.asyncio
 
 from meshkit.clock import now_ms
-from meshkit.redis import Breaker
 from services.session.domain import Message, NewMessage
+from services.session.shards import Shards
 from services.session.store.cached import size_of
 from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES
-from services.session.store.redis_scripts import Script, guarded, run_script
+from services.session.store.redis_calls import Caller, Script, session_key
 
 # Both scripts add elements after the last one and give them their ordinals. ARGV: TTL, most elements, most
 # bytes, two words that the last one must fit, then of each new element its bytes and what follows those.
@@ -72,36 +73,61 @@ return push(ordinal, total)
 )
 
 
+# Whom the probe writes for: no session has this id.
+_NOBODY = UUID(int=0)
 # Of one write to a list, characters.
 _MAX_CHARS = MAX_CONTEXT_BYTES * 4
 
 
-def conversation_key(session_id: UUID) -> str:
+def conversation_key(session_id: UUID, tag: str = "") -> str:
     """Returns the key of a session's conversation."""
-    return f"hermesh:{{{session_id}}}:messages"
+    return session_key(session_id, tag, "messages")
 
 
 class RedisConversations:
     """See `cached.Conversations`."""
 
-    def __init__(self, client: redis.asyncio.Redis, breaker: Breaker, *, ttl_seconds: int) -> None:
-        """Makes a cache over a client that its caller closes; `breaker` may be shared."""
-        self._client = client
-        self._breaker = breaker
+    def __init__(self, shards: Shards[Caller], *, ttl_seconds: int) -> None:
+        """Makes a cache."""
+        self._shards = shards
         self._ttl = ttl_seconds
 
+    def refuses(self, session_id: UUID | None) -> bool:
+        """See the port."""
+        if session_id is None:
+            return all(caller.refuses for caller in self._shards)
+        return self._shards.of(session_id).refuses
+
     @property
-    def refuses(self) -> bool:
-        """True while Redis is known to be down."""
-        return self._breaker.is_open
+    def trouble(self) -> str:
+        """What is wrong with it; empty for nothing."""
+        return next((caller.trouble.text for caller in self._shards if caller.trouble), "")
+
+    async def probe(self, caller: Caller) -> None:
+        """Writes to a shard as conversations are written, past its breaker, which goes by how it ends."""
+        key = conversation_key(_NOBODY, caller.tag)
+        element = b"0 %b %b []" % (str(_NOBODY).encode(), str(_NOBODY).encode())
+        words = [self._ttl, MAX_CONTEXT_MESSAGES, MAX_CONTEXT_BYTES, str(_NOBODY), 1, 1, element]
+
+        async def write() -> None:
+            pipeline = caller.redis.pipeline(transaction=True)
+            pipeline.delete(key)
+            pipeline.rpush(key, b"1 1 %b" % element)
+            pipeline.lrange(key, 0, -1)
+            pipeline.expire(key, self._ttl)
+            await pipeline.execute()
+            await caller.attempt(_EXTEND, [key], words)
+
+        await caller.probe(write)
 
     async def load(self, session_id: UUID) -> Sequence[Message]:
         """See the port."""
-        key = conversation_key(session_id)
-        pipeline = self._client.pipeline(transaction=False)
+        caller = self._shards.of(session_id)
+        key = conversation_key(session_id, caller.tag)
+        pipeline = caller.redis.pipeline(transaction=False)
         pipeline.lrange(key, 0, -1)
         pipeline.expire(key, self._ttl)
-        elements, _ = await guarded(self._breaker, pipeline.execute)
+        elements, _ = await caller.run(pipeline.execute)
         try:
             runs: dict[bytes, UUID] = {}
             messages = [_message(session_id, element, runs) for element in elements]
@@ -114,8 +140,9 @@ class RedisConversations:
 
     async def replace(self, session_id: UUID, messages: Sequence[Message]) -> None:
         """See the port."""
-        key = conversation_key(session_id)
-        pipeline = self._client.pipeline(transaction=True)
+        caller = self._shards.of(session_id)
+        key = conversation_key(session_id, caller.tag)
+        pipeline = caller.redis.pipeline(transaction=True)
         pipeline.delete(key)
         if messages and _worth_it(messages):
             total = 0
@@ -125,7 +152,7 @@ class RedisConversations:
                 elements.append(b"%d %d %b" % (message.ordinal, total, _rest(message)))
             pipeline.rpush(key, *elements)
             pipeline.expire(key, self._ttl)
-        await guarded(self._breaker, pipeline.execute)
+        await caller.run(pipeline.execute)
 
     async def extend(self, after: Message, messages: Sequence[Message]) -> None:
         """See the port."""
@@ -151,11 +178,10 @@ class RedisConversations:
         await self._script(_ADD, session_id, arguments)
 
     async def _script(self, script: Script, session_id: UUID, arguments: Sequence[Any]) -> None:
-        await run_script(
-            self._client,
-            self._breaker,
+        caller = self._shards.of(session_id)
+        await caller.script(
             script,
-            [conversation_key(session_id)],
+            [conversation_key(session_id, caller.tag)],
             [self._ttl, MAX_CONTEXT_MESSAGES, MAX_CONTEXT_BYTES, *arguments],
         )
 

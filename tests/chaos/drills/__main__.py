@@ -16,6 +16,7 @@ from tests.chaos.drills import (
     lost,
     pairs,
     postgres,
+    redis_cluster,
     rolling,
     scale_zero,
     sessions,
@@ -42,6 +43,7 @@ ROUNDS = {
     "locked": locked.drill,
     "pairs": pairs.drill,
     "lost": lost.drill,
+    "redis_cluster": redis_cluster.drill,
     "scale_zero": scale_zero.drill,
 }
 

@@ -30,11 +30,15 @@ Addresses = Callable[[], Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What a client's runs are: so many words at so many a second, and with `tool` a call and its result."""
+    """What a client's runs are: so many words at so many a second, and with `tool` a call and its result.
+
+    With `watched` the client leaves the stream that began a run, and watches the run.
+    """
 
     tokens: int
     rate: int
     tool: bool = False
+    watched: bool = False
 
     @property
     def text(self) -> str:
@@ -150,6 +154,7 @@ class Load:
             addresses = self.addresses()
             address = addresses[next(self._turn) % len(addresses)]
             before = run.seq
+            leaves = run.script.watched and not run.run_id
             if not run.run_id:
                 path, body = f"/v1/sessions/{session_id}/runs", {"input": run.text, "stream": True}
                 answer = stream(address, "POST", path, headers | {"Idempotency-Key": key}, body)
@@ -158,7 +163,7 @@ class Load:
                 answer = stream(address, "GET", f"/v1/runs/{run.run_id}/events", headers | cursor)
             try:
                 async with aclosing(answer) as frames:
-                    await self._read(run, frames)
+                    await self._read(run, frames, leaves=leaves)
             except Over:
                 self.wrong.append(f"{run.run_id}: 204 after {run.seq}, before the terminal event came")
                 return
@@ -174,7 +179,7 @@ class Load:
         if run.ended == "run.completed" and said != wanted:
             self.wrong.append(f"{run.run_id}: {said} words in place of {wanted}")
 
-    async def _read(self, run: Run, frames: AsyncIterator[Frame]) -> None:
+    async def _read(self, run: Run, frames: AsyncIterator[Frame], *, leaves: bool) -> None:
         async for frame in frames:
             if frame.kind == "reconnect":
                 if not run.run_id:
@@ -184,7 +189,7 @@ class Load:
             if not frame.seq:
                 continue
             self._take(run, frame)
-            if run.ended:
+            if run.ended or leaves:
                 return
         raise Broken("the stream ended without a terminal event or a reconnect")
 

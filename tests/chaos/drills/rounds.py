@@ -68,14 +68,20 @@ def silences(seen: Load, struck: Struck) -> list[float]:
 
 
 async def rounds(
-    report: Report, mesh: Mesh, count: int, streams: int, blow: Blow, errors: int | None = 0
+    report: Report,
+    mesh: Mesh,
+    count: int,
+    streams: int,
+    blow: Blow,
+    errors: int | None = 0,
+    scripts: Sequence[Script] = SCRIPTS,
 ) -> None:
     """Strikes `count` times under load; every figure and its bound go into the report.
 
     `errors` bounds how often a stream breaks under its client; None where its gateway dies, too.
     """
     found: dict[str, Series] = {}
-    async with load(mesh, streams, SCRIPTS) as seen:
+    async with load(mesh, streams, scripts) as seen:
         for number in range(1, count + 1):
             struck = await blow(seen)
             last = max(one.since for one in struck)

@@ -5,13 +5,14 @@ import time
 
 import pytest
 
-from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError, open_redis
+from meshkit.redis import Breaker, BreakerOpenError
+from meshkit.redis_servers import REDIS_ERRORS
 from tests.conftest import ValkeyServer
+from tests.valkeys import client_of
 
 
 async def test_a_client_works_and_survives_a_restart(valkey: ValkeyServer) -> None:
-    client = open_redis(valkey.url)
-    assert client is not None
+    client = client_of(valkey.url)
     await client.set("k", b"v")
     assert await client.get("k") == b"v"
     valkey.kill()
@@ -23,8 +24,7 @@ async def test_a_client_works_and_survives_a_restart(valkey: ValkeyServer) -> No
 
 
 async def test_a_dead_redis_costs_nothing_behind_the_breaker(valkey: ValkeyServer) -> None:
-    client = open_redis(valkey.url)
-    assert client is not None
+    client = client_of(valkey.url)
     breaker = Breaker(open_seconds=60)
     assert await breaker.run(lambda: client.set("k", b"v"))
     valkey.kill()

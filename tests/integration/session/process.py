@@ -75,7 +75,7 @@ class SessionProcess:
         self.metrics_address = ""
 
     def wait_ready(self) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while not self.ready.exists():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, "the replica does not become ready"

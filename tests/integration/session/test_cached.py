@@ -15,7 +15,8 @@ import redis.asyncio
 from meshkit.errors import UnavailableError
 from meshkit.ids import uuid7
 from meshkit.postgres import open_pool
-from meshkit.redis import Breaker, open_redis
+from meshkit.redis import Breaker
+from meshkit.redis_servers import open_redis
 from meshkit.tasks import TaskOwner
 from services.session import metrics
 from services.session.domain import (
@@ -31,9 +32,11 @@ from services.session.domain import (
     StepCommit,
     Submission,
 )
+from services.session.shards import Shards
 from services.session.store.cached import CachedContexts
 from services.session.store.port import CONTEXT_PAGE_BYTES, MAX_CONTEXT_BYTES
 from services.session.store.postgres import PostgresStore
+from services.session.store.redis_calls import Caller
 from services.session.store.redis_conversations import RedisConversations, conversation_key
 from services.session.store.rows import context_of
 from tests.conftest import ValkeyServer
@@ -130,15 +133,16 @@ async def world(database: str, valkey: ValkeyServer) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         pool = await open_pool(database, min_size=1, max_size=4, name="test-cached")
         stack.push_async_callback(pool.close)
-        client = open_redis(valkey.url)
-        assert client is not None
-        stack.push_async_callback(client.aclose)
+        servers = open_redis(valkey.url)
+        assert servers is not None
+        link = servers.link()
+        stack.push_async_callback(link.aclose)
         store = PostgresStore(pool)
         tenant = await store.ensure_key(f"tenant-{uuid7()}", uuid7().hex * 2, "test")
-        conversations = Unreliable(client, Breaker("test"), ttl_seconds=60)
+        conversations = Unreliable(Shards([Caller(link, Breaker("test"))]), ttl_seconds=60)
         tasks = await stack.enter_async_context(TaskOwner("test"))
         contexts = CachedContexts(store, conversations, tasks=tasks)
-        yield World(store, pool, tenant, client, conversations, contexts, tasks)
+        yield World(store, pool, tenant, link.redis, conversations, contexts, tasks)
 
 
 def count(result: str) -> float:

@@ -14,9 +14,11 @@ import redis.asyncio
 
 from meshkit.errors import UnavailableError
 from meshkit.ids import uuid7
-from meshkit.redis import Breaker, open_redis
+from meshkit.redis import Breaker
+from meshkit.redis_servers import open_redis
 from services.session.domain import NewEvent
 from services.session.publisher import Publication, Reply
+from services.session.store.redis_calls import Caller
 from services.session.store.redis_live import (
     READ_TIMEOUT,
     RedisReader,
@@ -40,14 +42,14 @@ class Live:
 @pytest.fixture
 async def live(valkey: ValkeyServer) -> AsyncIterator[Live]:
     async with AsyncExitStack() as stack:
-        client = open_redis(valkey.url)
-        reading = open_redis(valkey.url, timeout=READ_TIMEOUT)
-        assert client is not None
-        assert reading is not None
-        stack.push_async_callback(client.aclose)
+        servers = open_redis(valkey.url)
+        assert servers is not None
+        link, reading = servers.link(), servers.link(timeout=READ_TIMEOUT)
+        stack.push_async_callback(link.aclose)
         stack.push_async_callback(reading.aclose)
-        streams = RedisStreams(client, Breaker("test"), ttl_seconds=60, max_events=50)
-        yield Live(client, streams, RedisReader(reading, client, "test-1"))
+        caller = Caller(link, Breaker("test"))
+        streams = RedisStreams(caller, ttl_seconds=60, max_events=50)
+        yield Live(link.redis, streams, RedisReader(reading, caller, "test-1"))
 
 
 def publication(first_seq: int, count: int = 1, fence: int = 1, run_id: UUID = RUN) -> Publication:

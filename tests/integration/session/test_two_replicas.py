@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-import redis.asyncio
 
 from hermesh.common.v1.event_pb2 import Event, InputMessage
 from hermesh.session.v1 import resources_pb2 as resources
@@ -18,7 +17,6 @@ from hermesh.session.v1 import session_internal_service_pb2 as internal
 from hermesh.session.v1 import session_service_pb2 as public
 from meshkit.channel import stream_call
 from meshkit.errors import from_rpc_error
-from meshkit.redis import open_redis
 from tests.integration.session.conftest import Pair
 from tests.integration.session.process import Client
 from tests.unit.session.calls import (
@@ -31,6 +29,7 @@ from tests.unit.session.calls import (
     submit,
     watch,
 )
+from tests.valkeys import client_of
 
 COMMITTED = internal.APPEND_OUTCOME_COMMITTED
 FENCED = internal.APPEND_OUTCOME_FENCED
@@ -38,8 +37,7 @@ FENCED = internal.APPEND_OUTCOME_FENCED
 
 async def flush(pair: Pair) -> None:
     """Loses all of Redis's data."""
-    client = open_redis(pair.valkey.url)
-    assert client is not None
+    client = client_of(pair.valkey.url)
     try:
         await client.flushall()
     finally:
@@ -84,8 +82,7 @@ async def test_redis_holds_a_fenced_subset_of_the_log(first: Client, pair: Pair)
     async with append_stream(first) as stream:
         for _ in range(5):
             await stream.write(writer.append("text.delta"))
-        client = open_redis(pair.valkey.url)
-        assert isinstance(client, redis.asyncio.Redis)
+        client = client_of(pair.valkey.url)
         key = f"hermesh:{{{writer.session_id}}}:run:{writer.run_id}:events"
         async with asyncio.timeout(5):
             while await client.xlen(key) < 5:  # noqa: ASYNC110 -- Redis is written behind the answer
@@ -221,8 +218,7 @@ async def test_a_deleted_session_leaves_no_conversation_in_redis(first: Client, 
             step = writer.append("run.completed", status=4)
             step.commit.messages.add(message_id=writer.run_id, role="assistant", content="secret")
             assert (await stream.write(step))[0].outcome == COMMITTED
-    client = open_redis(pair.valkey.url)
-    assert client is not None
+    client = client_of(pair.valkey.url)
     key = f"hermesh:{{{session.session_id}}}:messages"
     async with asyncio.timeout(5):
         while await client.llen(key) != 4:  # noqa: ASYNC110 -- Redis is written behind the answer

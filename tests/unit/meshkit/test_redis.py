@@ -7,8 +7,10 @@ import pytest
 import redis.asyncio
 import redis.exceptions
 
-from meshkit.errors import StartupError
-from meshkit.redis import REDIS_ERRORS, Breaker, BreakerOpenError, open_redis
+from meshkit.redis import Breaker, BreakerOpenError
+from meshkit.redis_servers import REDIS_ERRORS
+from meshkit.redis_trouble import Trouble
+from tests.valkeys import client_of
 
 
 class Clock:
@@ -32,19 +34,8 @@ async def open_breaker(breaker: Breaker) -> None:
             await breaker.run(bad)
 
 
-def test_no_url_is_no_client() -> None:
-    assert open_redis("") is None
-
-
-@pytest.mark.parametrize("url", ["localhost:6379", "http://x", "redis://h:port"])
-def test_a_bad_url_names_its_variable(url: str) -> None:
-    with pytest.raises(StartupError, match="HERMESH_REDIS_URL"):
-        open_redis(url)
-
-
 async def test_a_dead_redis_fails_at_once_and_is_not_tried_again() -> None:
-    client = open_redis("redis://127.0.0.1:1")
-    assert client is not None
+    client = client_of("redis://127.0.0.1:1")
     began = time.monotonic()
     with pytest.raises(REDIS_ERRORS):
         await client.get("k")
@@ -62,8 +53,7 @@ async def test_a_silent_redis_costs_a_quarter_of_a_second() -> None:
         held.append(writer)
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    client = open_redis(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    assert client is not None
+    client = client_of(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     began = time.monotonic()
     with pytest.raises(REDIS_ERRORS):
         await client.get("k")
@@ -138,6 +128,34 @@ async def test_an_error_reply_shows_that_redis_lives() -> None:
     assert not breaker.is_open
 
 
+async def test_a_server_that_cannot_be_used_opens_it_at_once_and_says_why() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+
+    async def read_only() -> None:
+        raise redis.exceptions.ReadOnlyError("You can't write against a read only replica.")
+
+    with pytest.raises(redis.exceptions.ReadOnlyError):
+        await breaker.run(read_only)
+    assert breaker.is_open
+    assert breaker.trouble is not None
+    assert breaker.trouble.cause == "read_only"
+    clock.now += 1.3
+    # It may be tried again, and is still in trouble until that works.
+    assert not breaker.is_open
+    assert breaker.trouble is not None
+    assert await breaker.run(good) == 7
+    assert breaker.trouble is None
+
+
+def test_a_probe_that_fails_opens_it_at_once() -> None:
+    breaker = Breaker()
+    why = Trouble("timeout", "slow")
+    breaker.trip(why)
+    assert breaker.is_open
+    assert breaker.trouble is why
+
+
 async def test_a_bug_of_ours_does_not_open_it() -> None:
     breaker = Breaker(failures=1)
 
@@ -152,15 +170,14 @@ async def test_a_bug_of_ours_does_not_open_it() -> None:
 def test_a_success_forgets_earlier_failures() -> None:
     breaker = Breaker(failures=2)
     for _ in range(5):
-        breaker.failure()
+        breaker.failure(Trouble("timeout", "slow"))
         breaker.success()
     assert not breaker.is_open
 
 
 @pytest.mark.parametrize("url", ["redis://h", "rediss://h", "unix:///s"])
 def test_commands_are_packed_as_redis_py_packs_them(url: str) -> None:
-    client = open_redis(url)
-    assert client is not None
+    client = client_of(url)
     connection = client.connection_pool.make_connection()
     for command in (
         ("GET", b"k\x00"),

@@ -30,7 +30,7 @@ class World:
         self.length = length
         self.store = FakeStore()
         self.tail = Tail(
-            self.store, reader=None, holds=lambda _: False, poll_seconds=1.0, degraded_seconds=1.0
+            self.store, readers=None, holds=lambda _: False, poll_seconds=1.0, degraded_seconds=1.0
         )
         self.tenant_id = uuid7()
         self.late: list[list[Event]] = []
