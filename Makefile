@@ -45,7 +45,7 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 ##@ Measure it
-.PHONY: bench bench-peers bench-lb bench-scale lock-peers lock-checkov bench-smoke bench-overload bench-model-pool
+.PHONY: bench bench-peers bench-lb bench-scale bench-hpa lock-peers lock-checkov bench-smoke bench-overload bench-model-pool
 bench: $(VENV)/.dev-ready ## Time, CPU and memory of the mesh against its model alone; writes docs/performance.md
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -69,6 +69,9 @@ bench-lb: $(VENV)/.dev-ready ## Balancing policies under heavy-tailed runs; writ
 
 bench-scale: $(VENV)/.dev-ready ## Throughput by replicas, measured and simulated; writes docs/scaling.md
 	@$(BIN)/python -m bench.scale $(ARGS)
+
+bench-hpa: $(VENV)/.dev-ready ## The agents' autoscaler under a load that rises and falls; writes docs/autoscaling.md
+	@$(BIN)/python -m bench.hpa --write $(ARGS)
 
 bench-overload: $(VENV)/.dev-ready ## Goodput, refusals and fairness at 0.5 to 3 times the capacity; writes docs/overload.md
 	@$(BIN)/python -m bench.overload --write $(ARGS)

@@ -84,10 +84,10 @@ class Generator:
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
 
-    async def go(self) -> Window:
-        """Begins the load; returns when the last answer is there."""
+    async def go(self, seconds: float = LONGEST_SECONDS) -> Window:
+        """Begins the load; returns when the last answer is there. Raises LoadError after so many seconds."""
         self.tell("go")
-        said: dict[str, Any] = orjson.loads(await self.line(LONGEST_SECONDS))
+        said: dict[str, Any] = orjson.loads(await self.line(seconds))
         return Window(said["began"], said["ended"], said["cpu"])
 
     async def _ended(self) -> None:

@@ -41,9 +41,10 @@ def secret(environment: Mapping[str, str], name: str) -> str:
 
 
 def _read(variable: str, path: str) -> str:
-    # Relative to which folder? The launcher's processes have others than the shell.
+    # Relative to which folder? The launcher's processes have others than the shell. It is not shown: somebody may
+    # have put the secret itself there.
     if not path.startswith("/"):
-        raise SecretFileError(f"{variable}: {path!r} is not an absolute path")
+        raise SecretFileError(f"{variable} is not an absolute path of a file")
     try:
         with Path(path).open("rb") as file:
             held = file.read(_MAX_BYTES + 1)

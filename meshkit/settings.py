@@ -33,7 +33,8 @@ def parse_address(text: str) -> tuple[str, int]:
         ValueError: The text has another form, or the port is not 0 to 65535.
     """
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    # A scheme is none of it: gRPC would look for a host of that name, and go on looking.
+    if not colon or not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("must be host:port, for example 127.0.0.1:8080")
     return host.removeprefix("[").removesuffix("]"), int(port)
 

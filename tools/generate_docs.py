@@ -1,4 +1,5 @@
-"""Writes the files that come from the code: pages of settings and reasons, settings' names, compose's Envoy.
+"""Writes the files that come from the code: pages of settings and reasons, settings' names,
+Envoy's configuration for compose and the chart, the chart for kustomize.
 
 Run by `make docs`; `--check` (in `make check`) fails where a file is not what the code says.
 """
@@ -15,10 +16,12 @@ from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
 from services.tool.settings import ToolSettings
+from tools import kustomize
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = re.compile(r"((?:^  // .*\n)+)^  ERROR_REASON_(\w+) = \d+;", re.MULTILINE)
 
+CHARTS_ENVOY = "deploy/kubernetes/hermesh/files/envoy.yaml"
 SETTINGS = (
     LauncherSettings,
     SessionSettings,
@@ -99,11 +102,16 @@ def main() -> None:
         "docs/errors.md": errors_page(),
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
-        "deploy/kubernetes/hermesh/files/envoy.yaml": render_chart(),
+        CHARTS_ENVOY: render_chart(),
     }
+    # The chart is rendered as its files are: before what comes from it, what goes into it.
+    if "--check" not in sys.argv:
+        (ROOT / CHARTS_ENVOY).write_text(files[CHARTS_ENVOY])
+    files |= {f"deploy/kubernetes/kustomize/{name}": text for name, text in kustomize.render().items()}
     for name, text in files.items():
         path = ROOT / name
         if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
             stale.append(name)

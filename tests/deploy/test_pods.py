@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.exported import exported
+from bench.hpa import METRIC
 from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from tests.deploy.chart import ALL, SECRET, named, of_kind, render
@@ -22,11 +24,11 @@ from tests.e2e.client import TERMINAL, Frame, assert_whole, frames_of
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 KEY = "hm_" + "k" * 40
 PASSWORD = "test-password"
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 pytestmark = [
     pytest.mark.skipif(bool(available()), reason=available() or "it can run"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(480),
 ]
 
 
@@ -151,6 +153,12 @@ async def reply(url: str, events: list[str], text: str) -> list[Frame]:
     return frames
 
 
+async def active_sessions(agents: list[Pod]) -> float:
+    """What these agents export together."""
+    async with httpx.AsyncClient(timeout=10) as client:
+        return sum([await exported(client, f"{pod.address}:9464", METRIC) for pod in agents])
+
+
 async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
     node = chart.node
     (job,) = of_kind(list(chart.objects), "Job")
@@ -176,6 +184,8 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
             node.within(reply(chart.edge(), events, "[[tokens=900 rate=50]] a long reply"))
         )
         await until(lambda: "text.delta" in events)
+        # What the autoscaler goes by.
+        assert await node.within(active_sessions(node.of("agent"))) == 1
         for component in ("agent", "session", "tool", "memory", "gateway"):
             took = await chart.replace(component)
             # Out of the services, its delay, what is under way handed over: far below its grace.

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from bench import balance_page, model_pool, overload, page, publish
+from bench import balance_page, hpa_page, model_pool, overload, page, publish
 from bench.arrivals import Shape
 from bench.facts import ROOT
 from bench.peers import __main__ as peers
@@ -47,6 +47,12 @@ def pool(text: str) -> str:
     return model_pool.section(found, outcomes)
 
 
+def autoscaler(text: str) -> str:
+    if not (RESULTS / "hpa.json").exists():
+        return "Not measured yet."
+    return hpa_page.section(hpa_page.stored(), next(iter(plots(text).values())))
+
+
 @pytest.mark.parametrize(
     ("path", "name", "section"),
     [
@@ -55,6 +61,7 @@ def pool(text: str) -> str:
         (balance_page.PAGE, balance_page.NAME, balance),
         (overload.PAGE, overload.NAME, loads),
         (model_pool.PAGE, model_pool.SECTION, pool),
+        (hpa_page.PAGE, hpa_page.NAME, autoscaler),
     ],
 )
 def test_a_page_has_what_its_results_say(path: Path, name: str, section: Callable[[str], str]) -> None:

@@ -87,6 +87,12 @@ def test_a_path_that_cannot_be_one_is_refused(path: str, why: str) -> None:
         secret({"HERMESH_X_FILE": path}, "HERMESH_X")
 
 
+def test_a_secret_in_the_place_of_its_path_is_not_shown() -> None:
+    with pytest.raises(SecretFileError) as raised:
+        secret({"HERMESH_X_FILE": "hunter2"}, "HERMESH_X")
+    assert "hunter2" not in str(raised.value)
+
+
 def test_an_endless_file_ends() -> None:
     with pytest.raises(SecretFileError, match="larger"):
         secret({"HERMESH_X_FILE": "/dev/zero"}, "HERMESH_X")

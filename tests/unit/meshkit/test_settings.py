@@ -87,7 +87,7 @@ def test_addresses_are_split(text: str, expected: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80", ":80", "host", "host:", "host:x", "host:65536", "host:-1", "host:²"]
+    "text", ["", "80", ":80", "host", "host:", "host:x", "host:65536", "host:-1", "host:²", "tcp://host:80"]
 )
 def test_bad_addresses_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
