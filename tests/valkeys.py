@@ -29,6 +29,12 @@ SECONDS = 60.0
 _GONE_MS = 1000
 
 
+def documented(heading: str) -> list[str]:
+    """The lines of the block under a heading of the page for operators, so that what it says is tested."""
+    page = (Path(__file__).resolve().parents[1] / "docs/deploy/redis.md").read_text()
+    return page.split(f"## {heading}\n", 1)[1].split("```\n", 2)[1].splitlines()
+
+
 def client_of(url: str) -> redis.asyncio.Redis:
     """Returns a client as services have it; close it."""
     servers = open_redis(url)
@@ -64,7 +70,8 @@ class Server:
         self.log = folder / "log"
         self._tls = tls
         self._config = folder / "conf"
-        self._command = [*(command or (str(binary()),)), str(self._config)]
+        program, *arguments = command or (str(binary()),)
+        self._command = [program, str(self._config), *arguments]
         listens = () if tls else (f"port {port}",)
         self._config.write_text(
             "\n".join(
@@ -244,6 +251,7 @@ class Cluster:
                 *_QUIET,
                 "cluster-enabled yes",
                 f"cluster-port {bus}",
+                *documented("Cluster"),
                 f"cluster-node-timeout {_GONE_MS}",
                 "cluster-replica-validity-factor 0",
                 *lines,

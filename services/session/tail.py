@@ -177,7 +177,8 @@ class Lane:
     def compared(self, feed: _Feed, head: int) -> None:
         """Notes what a look found of a run whose writer is elsewhere."""
         self._heard |= feed.live
-        if feed.excused:
+        if feed.excused or self.reader is None or not self.reader.healthy:
+            # There is a reason, which is known.
             feed.known, feed.excused = head, False
         if feed.behind > max(feed.seen, feed.known):
             # It was there at the last look, and has not come since. That counts once.
@@ -407,6 +408,8 @@ class Tail:
         limit = feed.behind if flowing else head
         if elsewhere:
             feed.lane.compared(feed, head)
+        else:
+            feed.known = head
         feed.behind = head
         feed.live = False
         for subscription in feed.subscriptions:

@@ -59,7 +59,7 @@ def _builder(
 ) -> x509.CertificateBuilder:
     end = datetime.now(UTC) + timedelta(days=days)
     start = min(datetime.now(UTC), end) - timedelta(days=1)
-    return x509.CertificateBuilder(subject, issuer, key, x509.random_serial_number(), start, end)
+    return x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number(), start, end)
 
 
 def _name(text: str) -> x509.Name:

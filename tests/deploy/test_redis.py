@@ -22,6 +22,7 @@ from bench.mesh import free_ports
 from hermesh.session.v1 import session_internal_service_pb2 as internal
 from tests.deploy.certificates import Authority
 from tests.deploy.debian import debian
+from tests.integration.session.conftest import bootstrap
 from tests.integration.session.live import Start, problem, replicas_on, shows, two
 from tests.integration.session.process import Client, SessionProcess, metric
 from tests.unit.session.calls import append_stream, new_writer, watch
@@ -33,9 +34,15 @@ PERIOD_S = 0.1
 PAUSE_S = 10.0
 
 
+@pytest.fixture(scope="module")
+def bootstrapped(database: str) -> str:
+    bootstrap(database)
+    return database
+
+
 @pytest.fixture
-def start(database: str) -> Iterator[Start]:
-    with replicas_on(database) as begin:
+def start(bootstrapped: str) -> Iterator[Start]:
+    with replicas_on(bootstrapped) as begin:
         yield begin
 
 

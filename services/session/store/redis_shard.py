@@ -8,12 +8,11 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
-from uuid import NAMESPACE_URL, UUID, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
 from meshkit.errors import StartupError
 from meshkit.redis import Breaker
 from meshkit.redis_servers import RedisServers, open_redis
-from meshkit.redis_trouble import Trouble
 from services.session.publisher import Fences, RedisPublisher, ShardedPublisher
 from services.session.shards import Shards
 from services.session.store.redis_calls import Caller
@@ -59,13 +58,6 @@ class Shard:
     reader: RedisReader
     keeper: Caller
 
-    async def look(self, run_id: UUID) -> Trouble | None:
-        """Writes an event, reads it back, and says what is wrong; see `RedisStreams.probe`."""
-        position, trouble = await self.streams.probe(run_id)
-        if trouble is None:
-            await self.reader.probe(run_id, position)
-        return self.reader.trouble
-
 
 class LiveRedis:
     """All shards.
@@ -86,27 +78,29 @@ class LiveRedis:
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
     async def problem(self) -> str | None:
-        """Looks at each shard now: None if all of them can be written and read, else what is wrong."""
-        found = await asyncio.gather(*map(self._look, self.shards))
+        """Writes to each shard now: None if all of them can be written and read, else what is wrong.
+
+        Reading back takes its time where a replica lags; what `keep_looking` found of that counts.
+        """
+        await asyncio.gather(*(shard.streams.probe(self._probe_run) for shard in self.shards))
+        found = [shard.reader.trouble for shard in self.shards]
         troubles = Counter(trouble.text for trouble in found if trouble is not None)
         if troubles:
             [(text, _)] = troubles.most_common(1)
-            some = f" ({troubles.total()} of {len(self.shards)} shards)" if len(self.shards) > 1 else ""
+            some = f" ({troubles.total()} of {len(found)} shards)" if len(found) > 1 else ""
             return f"{text}{some}; {_INSTEAD}"
         text = self.conversations.trouble
         return f"{text}; conversations are read from PostgreSQL" if text else None
 
-    async def _look(self, shard: Shard) -> Trouble | None:
-        trouble = await shard.look(self._probe_run)
-        if trouble is None and shard.keeper.trouble is not None:
-            # Perhaps there is no conversation whose next write would find out that it works again.
-            await self.conversations.probe(shard.keeper)
-        return trouble
-
     async def keep_looking(self, shard: Shard) -> None:
         """Looks again and again, until cancelled: what is wrong is known, and over, within about a second."""
         while True:
-            await self._look(shard)
+            position, trouble = await shard.streams.probe(self._probe_run)
+            if trouble is None:
+                await shard.reader.probe(self._probe_run, position)
+                if shard.keeper.trouble is not None:
+                    # Perhaps no conversation is written that would find out that it works again.
+                    await self.conversations.probe(shard.keeper)
             await asyncio.sleep(_PROBE_S * self._random.uniform(0.8, 1.2))
 
 

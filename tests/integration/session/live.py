@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from tests.integration.session.conftest import bootstrap
 from tests.integration.session.process import Client, SessionProcess, connect, environment
 from tests.integration.session.test_faults import readiness
 from tests.unit.session.calls import append_stream, events_until, new_writer, watch
@@ -20,8 +19,7 @@ Start = Callable[..., SessionProcess]
 
 @contextmanager
 def replicas_on(database: str) -> Iterator[Start]:
-    """Starts replicas that end with the block."""
-    bootstrap(database)
+    """Starts replicas that end with the block; the database has its tenant."""
     replicas: list[SessionProcess] = []
 
     def begin(redis_url: str, **more: str) -> SessionProcess:

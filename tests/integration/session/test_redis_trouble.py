@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from bench.mesh import free_ports
+from tests.integration.session.conftest import bootstrap
 from tests.integration.session.live import Start, lines, problem, replicas_on, shows, two
 from tests.integration.session.process import connect, metric
 from tests.unit.session.calls import append_stream, new_writer
-from tests.valkeys import PASSWORD, Server, folder, primary_and_replica, running
+from tests.valkeys import PASSWORD, Server, documented, folder, primary_and_replica, running
 
-# As docs/deploy/redis.md has them.
-NEEDED = (
-    "+hello +auth +client|setinfo +client|setname +ping +multi +exec +eval +evalsha +get +set +del +expire"
-)
-STREAMS = "+xadd +xread +xrevrange"
-LISTS = "+rpush +lpop +ltrim +lindex +lrange"
+PAGE = Path(__file__).resolve().parents[3] / "docs/deploy/redis.md"
+STREAMS = ("+xadd", "+xread", "+xrevrange")
+
+
+@pytest.fixture(scope="module")
+def bootstrapped(database: str) -> str:
+    bootstrap(database)
+    return database
 
 
 @pytest.fixture
-def start(database: str) -> Iterator[Start]:
-    with replicas_on(database) as begin:
+def start(bootstrapped: str) -> Iterator[Start]:
+    with replicas_on(bootstrapped) as begin:
         yield begin
 
 
@@ -32,7 +37,7 @@ def start(database: str) -> Iterator[Start]:
 def server() -> Iterator[Server]:
     with folder() as place:
         [port] = free_ports(1)
-        found = Server(place, port, 'save ""')
+        found = Server(place, port, *documented("What to set on the server"))
         with running(found):
             yield found
 
@@ -100,17 +105,14 @@ async def test_a_scheme_that_is_none_ends_the_start(start: Start) -> None:
 
 
 async def test_an_acl_user_needs_what_the_page_lists_and_no_more(start: Start, server: Server) -> None:
-    def allow(*rules: str) -> None:
-        server.ask(
-            "ACL", "SETUSER", "mesh", "reset", "on", ">mesh-secret", "~hermesh:*", *" ".join(rules).split()
-        )
-
-    allow(NEEDED, LISTS)
-    url = f"redis://mesh:mesh-secret@{server.address}/0"
+    [line] = re.findall("^ACL SETUSER mesh .*$", PAGE.read_text(), re.MULTILINE)
+    rules = line.replace("PASSWORD", PASSWORD).split()
+    server.ask(*(rule for rule in rules if rule not in STREAMS))
+    url = f"redis://mesh:{PASSWORD}@{server.address}/0"
     async with two(start, url) as (first, second, processes):
         await problem(processes[0], "Redis's ACL keeps this user from what is needed")
         assert len(await shows(first, second, 3)) == 3
-        allow(NEEDED, STREAMS, LISTS)
+        server.ask(*rules)
         for process in processes:
             await problem(process, None)
         refused = 'hermesh_session_redis_failures_total{cause="acl"}'
