@@ -105,12 +105,16 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
 
 async def _examined(settings: LauncherSettings, folder: Folder, *, running: bool) -> list[examine.Row]:
     """Looks at the parts: those that a URL names, whether a mesh runs or not, and of a running one all."""
-    plan = Plan(settings, folder, State.load(folder.state_file).ports or {"mesh": 0, "model": 0})
-    rows: list[examine.Row] = []
-    if running or plan.postgres is None:
-        rows += await examine.database_clock(plan.database_url)
-    if running or plan.valkey is None:
-        rows += await examine.redis(plan.redis_url)
+    database, redis = settings.database_url.get_secret_value(), settings.redis_url.get_secret_value()
+    admin: envoy.Admin | None = None
     if running:
-        rows += await examine.edge(plan.admin)
+        plan = Plan(settings, folder, State.load(folder.state_file).ports)
+        database, redis, admin = plan.database_url, plan.redis_url, plan.admin
+    rows: list[examine.Row] = []
+    if database:
+        rows += await examine.database_clock(database)
+    if redis:
+        rows += await examine.redis(redis)
+    if admin:
+        rows += await examine.edge(admin)
     return rows
