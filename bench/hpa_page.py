@@ -55,7 +55,10 @@ def section(outcome: Outcome, plot: str) -> str:
         ["runs of which text was written again", f"{outcome.reset:,}"],
         ["longest delay of a run beyond its model's time, s", f"{outcome.late:.1f}"],
         ["sessions at once, the most that were exported", f"{max(one.sessions for one in moments):.0f}"],
-        ["agents: least, most, at the end", f"{moments[0].replicas}, {most}, {moments[-1].decided}"],
+        [
+            "agents: at the beginning, the most, at the end",
+            f"{moments[0].replicas}, {most}, {moments[-1].decided}",
+        ],
         ["changes up, down", f"{sum(step > 0 for step in steps)}, {sum(step < 0 for step in steps)}"],
         ["changes of direction (up and then down is one)", f"{outcome.turns}"],
         [
