@@ -168,20 +168,18 @@ def render_compose() -> str:
 
 
 def render_chart() -> str:
-    """The configuration for the Helm chart, which fills in its names; each Service resolves to all its pods.
-
-    Of the admin interface, metrics and readiness are served to the cluster, and nothing else.
-    """
+    """The configuration for the Helm chart, which fills in its names; a Service resolves to all its pods."""
     return _render_by_name(
         "'{{ include \"hermesh.fullname\" . }}-%s.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}'",
         max_heap_bytes="{{ mul .Values.envoy.maxHeapMiB 1048576 }}",
-        listeners=(TEMPLATES / "status_listener.yaml").read_text(),
-        clusters=(TEMPLATES / "status_cluster.yaml").read_text(),
     )
 
 
-def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "", clusters: str = "") -> str:
-    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
+def _render_by_name(host: str, *, max_heap_bytes: str = "") -> str:
+    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service.
+
+    Of the admin interface, metrics and readiness are served to those around, and nothing else.
+    """
 
     def endpoints(name: str) -> str:
         port = COMPOSE_GATEWAY_PORT if name == "gateway" else COMPOSE_PORT
@@ -209,9 +207,13 @@ def _render_by_name(host: str, *, max_heap_bytes: str = "", listeners: str = "",
         mesh_host="0.0.0.0",  # noqa: S104
         mesh_port=50052,
         agent_hash="",
-        listeners=listeners,
-        clusters="\n".join([*(_cluster(name, endpoints(name)) for name in CLUSTERS), clusters]).rstrip("\n")
-        + "\n",
+        listeners=(TEMPLATES / "status_listener.yaml").read_text(),
+        clusters="\n".join(
+            [
+                *(_cluster(name, endpoints(name)) for name in CLUSTERS),
+                (TEMPLATES / "status_cluster.yaml").read_text(),
+            ]
+        ),
     )
 
 

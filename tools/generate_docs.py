@@ -89,6 +89,8 @@ def main() -> None:
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
         "deploy/kubernetes/hermesh/files/envoy.yaml": render_chart(),
+        # A chart reads no file outside of its folder.
+        "deploy/kubernetes/hermesh/files/serve.sh": (ROOT / "deploy/envoy/serve.sh").read_text(),
     }
     for name, text in files.items():
         path = ROOT / name

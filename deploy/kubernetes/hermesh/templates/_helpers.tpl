@@ -95,6 +95,7 @@ priorityClassName: {{ . }}
 {{- define "hermesh.meshVariables" -}}
 - {name: HERMESH_MESH_ADDRESS, value: "{{ include "hermesh.fullname" . }}-mesh.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:50052"}
 - {name: HERMESH_METRICS_LISTEN, value: "0.0.0.0:9464"}
+- {name: HERMESH_ENVOY_STATUS_PORT, value: "9902"}
 {{ include "hermesh.secretVariable" (dict "root" . "variable" "HERMESH_MESH_TOKEN" "key" .Values.secrets.keys.meshToken) }}
 {{- end -}}
 
