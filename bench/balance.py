@@ -5,6 +5,9 @@ agent for one) gets an open load of runs, most of them short and some twenty tim
 agent is all that changes: Envoy by each of its policies, nginx and HAProxy where they are installed. Then the
 same with one agent that gets a tenth of the time.
 
+And what stands before the gateways: HTTP through nginx and HAProxy as deploy/ has them, by fewest connections
+and in turn, beside the mesh's own Envoy; all gateways well, and one that gets a tenth of the time.
+
 Every reply is checked; one that is not whole ends the bench without a result.
 """
 
@@ -13,18 +16,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc.aio
+import httpx
 import uvloop
 
 from bench.arrivals import TOKENS, Arrival, Shape, arrivals
 from bench.command import FAILURES, clock, new_console
+from bench.edges import GATEWAY_PORTS, Program, gateway_port, serving
 from bench.facts import facts
-from bench.fronts import FRONTS, Front
+from bench.fronts import FRONTS, Front, binary_of
 from bench.histogram import Times
 from bench.load import started
 from bench.measure import MODEL, Run, by_kind
@@ -37,17 +45,53 @@ from bench.target import IncompleteReply
 from bench.targets import MeshTarget
 from hermesh.session.v1.session_service_pb2 import CreateSessionRequest
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
-from launcher.envoy import Policy
+from launcher.envoy import BINARY, Policy
 
 HEALTHY, SLOW = "healthy", "slow"
-TITLES = {HEALTHY: "all agents well", SLOW: "one agent gets a tenth of the time"}
-SLOWED_REPLICA = "agent-1"
+EDGE_HEALTHY, EDGE_SLOW = "edge-healthy", "edge-slow"
+TITLES = {
+    HEALTHY: "all agents well",
+    SLOW: "one agent gets a tenth of the time",
+    EDGE_HEALTHY: "before the gateways: all gateways well",
+    EDGE_SLOW: "before the gateways: one gateway gets a tenth of the time",
+}
+SLOWED = {HEALTHY: "", SLOW: "agent-1", EDGE_HEALTHY: "", EDGE_SLOW: "gateway-1"}
 SHAPE = Shape()
 SEED = 1
 SESSIONS_AT_ONCE = 16
 SETTLE_SECONDS = 1.0
 PATIENCE_SECONDS = 180.0
-Balancer = Policy | Front
+RUNS_ROUTE = 'route="/v1/sessions/{session_id}/runs"'
+
+
+@dataclass(frozen=True, slots=True)
+class EdgePolicy:
+    """How the gateway of a request is chosen.
+
+    Attributes:
+        name: how tables name it.
+        program: who chooses; None for the mesh's Envoy.
+        changes: what of its files in deploy/ is another.
+    """
+
+    name: str
+    program: Program | None = None
+    changes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def binary(self) -> Path | None:
+        """Where it is installed; None for nowhere."""
+        return BINARY if self.program is None else binary_of(self.program)
+
+
+EDGES = (
+    EdgePolicy("edge: Envoy"),
+    EdgePolicy("edge: nginx round robin", "nginx", (("  least_conn;\n", ""),)),
+    EdgePolicy("edge: nginx least_conn", "nginx"),
+    EdgePolicy("edge: HAProxy roundrobin", "haproxy", (("balance leastconn", "balance roundrobin"),)),
+    EdgePolicy("edge: HAProxy leastconn", "haproxy"),
+)
+Balancer = Policy | Front | EdgePolicy
 
 
 def name_of(balancer: Balancer) -> str:
@@ -57,7 +101,7 @@ def name_of(balancer: Balancer) -> str:
 
 def balancers() -> list[Balancer]:
     """Everything that can be compared, in the order of the tables."""
-    return [*Policy, *FRONTS]
+    return [*Policy, *FRONTS, *EDGES]
 
 
 def settings(balancer: Balancer, shape: Shape) -> dict[str, str]:
@@ -86,15 +130,28 @@ async def new_sessions(mesh: Mesh, count: int) -> list[str]:
         return await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, slowed: int | None) -> Run:
+def gateways_answered(mesh: Mesh) -> Counter[str]:
+    """How many runs each gateway has taken so far, by its own count."""
+    found: Counter[str] = Counter()
+    with httpx.Client(timeout=10, trust_env=False) as client:
+        for gateway in mesh.of("gateway"):
+            for line in client.get(f"http://{gateway.address}/metrics").text.splitlines():
+                if line.startswith("hermesh_http_requests_total{") and RUNS_ROUTE in line:
+                    found[gateway.replica] += int(float(line.rpartition(" ")[2]))
+    return found
+
+
+async def measure(
+    mesh: Mesh, where: Mapping[str, str], plan: Sequence[Arrival], name: str, slowed: str
+) -> Run:
     """Plays the load once against a load balancer's address.
 
     Args:
-        mesh: whose agents are behind it.
-        where: its address, host:port.
+        mesh: whose agents or gateways are behind it.
+        where: `target` and `authority` of `bench.run_generator`.
         plan: the runs.
         name: of the policy.
-        slowed: pid of the agent that gets a tenth of the time, None for nobody.
+        slowed: the replica that gets a tenth of the time, empty for nobody.
 
     Raises:
         IncompleteReply: A reply lacks something, or failed.
@@ -108,16 +165,19 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
         {"at": one.at, "session": session, "prompt": one.prompt}
         for one, session in zip(plan, ids, strict=True)
     ]
+    by_http = "://" in where["target"]
+    pid = next((row.pid for row in mesh.status() if row.replica == slowed), None)
     job = {
-        "target": where,
+        **where,
         "watch": mesh.grpc_address,
         "key": mesh.api_key,
         "runs": runs,
         "patience": PATIENCE_SECONDS,
     }
     async with started("bench.run_generator", job) as generator:
+        earlier: Counter[str] = gateways_answered(mesh) if by_http else Counter()
         machine, before = machine_cpu_seconds(), usage(processes)
-        with Slowed(slowed, plan[-1].at) if slowed is not None else contextlib.nullcontext():
+        with Slowed(pid, plan[-1].at) if pid is not None else contextlib.nullcontext():
             window = await generator.go()
         await asyncio.sleep(SETTLE_SECONDS)
         after, machine = usage(processes), machine_cpu_seconds() - machine
@@ -130,7 +190,10 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
     took = [record["ended"] - record["due"] for record in records]
     short = [ns for ns, one in zip(took, plan, strict=True) if one.service == plan_short(plan)]
     times = {"run": Times(took), "short": Times(short)}
-    shares = Counter(record["replica"] for record in records)
+    if by_http:
+        shares = gateways_answered(mesh) - earlier
+    else:
+        shares = Counter(record["replica"] for record in records)
     parts = by_kind(before, after)
     used = sum(part.cpu for part in parts.values())
     figures = {
@@ -141,7 +204,7 @@ async def measure(mesh: Mesh, where: str, plan: Sequence[Arrival], name: str, sl
         "max_ms": max(took) / 1e6,
         "short_mean_ms": statistics.fmean(short) / 1e6,
         "busiest_share": max(shares.values()) / len(plan),
-        "slowed_share": shares[SLOWED_REPLICA] / len(plan),
+        "slowed_share": shares[slowed] / len(plan),
         "reconnects": float(sum(record["reconnects"] for record in records)),
         "cpu_ms_per_run": used / len(plan) * 1000,
         "cores": (used + window.cpu) / (window.seconds + SETTLE_SECONDS),
@@ -156,12 +219,29 @@ def plan_short(plan: Sequence[Arrival]) -> float:
 
 
 @contextlib.contextmanager
-def _front(balancer: Balancer, mesh: Mesh) -> Iterator[str]:
+def _front(balancer: Balancer, mesh: Mesh) -> Iterator[dict[str, str]]:
+    """Yields where the load goes."""
     if isinstance(balancer, Policy):
-        yield mesh.grpc_address
-        return
-    with balancer.running(mesh.data_dir, [agent.address for agent in mesh.of("agent")]) as address:
-        yield address
+        yield {"target": mesh.grpc_address}
+    elif isinstance(balancer, Front):
+        with balancer.running(mesh.data_dir, [agent.address for agent in mesh.of("agent")]) as address:
+            yield {"target": address}
+    elif balancer.program is None:
+        yield {"target": mesh.url}
+    else:
+        with serving(balancer.program, "gateways", mesh, dict(balancer.changes)) as edge:
+            yield {"target": edge.url, "authority": str(edge.authority)}
+
+
+def _mesh(balancer: Balancer, shape: Shape) -> Mesh:
+    """A mesh to compare a policy in."""
+    if not isinstance(balancer, EdgePolicy):
+        return Mesh(settings=settings(balancer, shape), replicas=f"agent={shape.agents},session=1")
+    ports = {"HERMESH_GATEWAY_PORT": str(gateway_port())}
+    # What is compared is the gateways: nothing waits behind them.
+    plenty = dataclasses.replace(shape, slots=256)
+    replicas = f"gateway={len(GATEWAY_PORTS)},agent=2,session=1"
+    return Mesh(settings=settings(Policy.LEAST_REQUEST_FULL_SCAN, plenty) | ports, replicas=replicas)
 
 
 def compare(
@@ -176,17 +256,13 @@ def compare(
     for balancer in chosen:
         name = name_of(balancer)
         said(f"{name}: starting a mesh")
-        replicas = f"agent={shape.agents},session=1"
-        with (
-            Mesh(settings=settings(balancer, shape), replicas=replicas) as mesh,
-            _front(balancer, mesh) as at,
-        ):
-            slowed = next(agent.pid for agent in mesh.of("agent") if agent.replica == SLOWED_REPLICA)
-            uvloop.run(measure(mesh, at, arrivals(Shape(seconds=3), 0), name, None))
+        with _mesh(balancer, shape) as mesh, _front(balancer, mesh) as at:
+            uvloop.run(measure(mesh, at, arrivals(Shape(seconds=3), 0), name, ""))
             for number in range(rounds):
                 plan = arrivals(shape, SEED + number)
-                for key, pid in ((HEALTHY, None), (SLOW, slowed)):
-                    run = uvloop.run(measure(mesh, at, plan, name, pid))
+                edge = isinstance(balancer, EdgePolicy)
+                for key in (EDGE_HEALTHY, EDGE_SLOW) if edge else (HEALTHY, SLOW):
+                    run = uvloop.run(measure(mesh, at, plan, name, SLOWED[key]))
                     run.figures["load"] = shape.load
                     results[key].runs.append(run)
                     said(
@@ -208,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"there is no {unknown[0]!r}, only: {', '.join(named)}", file=sys.stderr)
         return 2
     chosen = [named[name] for name in options.only or named]
-    missing = [one.name for one in chosen if isinstance(one, Front) and one.binary is None]
+    missing = [one.name for one in chosen if not isinstance(one, Policy) and one.binary is None]
     there = [one for one in chosen if name_of(one) not in missing]
     from bench.balance_page import publish, show
 
@@ -216,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = {} if options.render else compare(there, shape, options.rounds, said)
         for result in results.values():
-            show(console, result)
+            if result.runs:
+                show(console, result)
         for name in missing:
             print(f"{name}: not installed here")
         if options.write or options.render or not options.only:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.arrivals import Shape
-from bench.balance import HEALTHY, SLOW, balancers, name_of
+from bench.balance import EDGE_HEALTHY, EDGES, SLOWED, TITLES, balancers, name_of
 from bench.facts import ROOT
 from bench.fronts import FRONTS
 from bench.publish import ELSEWHERE, RESULTS
@@ -56,11 +56,12 @@ def rows(result: Result) -> list[list[str]]:
 
 
 def _shown(result: Result) -> list[tuple[str, str, int]]:
-    return [one for one in _COLUMNS if one[0] != "slowed_share" or result.name == SLOW]
+    return [one for one in _COLUMNS if one[0] != "slowed_share" or SLOWED[result.name]]
 
 
 def _headings(result: Result) -> list[str]:
-    return ["policy", *(label for _, label, _ in _shown(result))]
+    labels = ["policy", *(label for _, label, _ in _shown(result))]
+    return [label.replace("agent", "gateway") for label in labels] if "edge" in result.name else labels
 
 
 def show(console: Console, result: Result) -> None:
@@ -77,9 +78,9 @@ def merge(path: Path, new: Mapping[str, Result]) -> dict[str, Result]:
     """Returns the results in a file with new runs in the place of the same policy's, in the tables' order."""
     old = {result.name: result for result in decode(path.read_bytes())} if path.exists() else {}
     merged = {}
-    for key in (HEALTHY, SLOW):
+    for key in TITLES:
         fresh, kept = new.get(key), old.get(key)
-        newest = fresh or kept
+        newest = fresh if fresh and fresh.runs else kept
         if newest is None:
             continue
         measured = set(fresh.targets) if fresh else set()
@@ -124,8 +125,9 @@ def section(results: Mapping[str, Result], shape: Shape, plot: str) -> str:
     for result in results.values():
         parts += [f"### {result.title[0].upper()}{result.title[1:]}", table(_headings(result), rows(result))]
     parts.append(f"![Time of a run by percentile]({plot})")
-    for front in FRONTS:
-        if front.name not in first.targets:
+    measured = {target for result in results.values() for target in result.targets}
+    for front in (*FRONTS, *(EDGES if EDGE_HEALTHY in results else ())):
+        if front.name not in measured:
             parts.append(f"{front.name}: {'not measured' if front.binary else 'not installed'}.")
     return "\n\n".join(parts)
 

@@ -84,7 +84,8 @@ class Front:
     @property
     def binary(self) -> str | None:
         """Where it is installed; None for nowhere."""
-        return shutil.which(self.program) or shutil.which(self.program, path=_PATHS)
+        found = binary_of(self.program)
+        return str(found) if found else None
 
     def configuration(self, folder: Path, port: int, agents: Sequence[str]) -> str:
         """Returns what it reads to balance over these addresses."""
@@ -107,7 +108,7 @@ class Front:
             arguments += ["-p", str(folder)]
         process = subprocess.Popen([self.binary, *arguments], stdin=subprocess.DEVNULL)
         try:
-            wait_until(lambda: process.poll() is not None or _listens(port), START_SECONDS, self.name)
+            wait_until(lambda: process.poll() is not None or listens(port), START_SECONDS, self.name)
             if process.poll() is not None:
                 raise MeshError(f"{self.name} ended at once; its message is above")
             yield f"127.0.0.1:{port}"
@@ -124,6 +125,13 @@ FRONTS = (
 )
 
 
-def _listens(port: int) -> bool:
+def binary_of(program: str) -> Path | None:
+    """Where a program is installed; None for nowhere."""
+    found = shutil.which(program) or shutil.which(program, path=_PATHS)
+    return Path(found) if found else None
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

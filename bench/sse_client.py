@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -41,14 +42,16 @@ class Chunk:
     at: float
 
 
-async def post_stream(url: str, body: dict[str, Any], headers: dict[str, str]) -> AsyncIterator[Chunk]:
-    """Posts JSON on a connection of its own and yields the body as it comes.
+async def post_stream(
+    url: str, body: dict[str, Any], headers: dict[str, str], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Chunk]:
+    """Posts JSON on a connection of its own and yields the body as it comes; `tls` for an https URL.
 
     Raises BadAnswer on a status that is not 200, TimeoutError when nothing comes for a minute.
     """
     parts = urlsplit(url)
     payload = orjson.dumps(body)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20, ssl=tls)
     try:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(

@@ -98,7 +98,7 @@ def make_app(gateway: Gateway, *, registry: CollectorRegistry = REGISTRY) -> Edg
         redirect_slashes=False,
         default=no_such_path,
     )
-    return Edge(router, HttpMetrics(registry), gateway.settings.proxies)
+    return Edge(router, HttpMetrics(registry), gateway.settings.proxies, lambda: gateway.hub.leaving)
 
 
 async def _needs_upgrade(gateway: Gateway, request: Request) -> ASGIApp:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -170,11 +170,22 @@ class Edge:
         refusals: What was refused for want of a place; whoever serves this runs its `report`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, proxies: Proxies) -> None:
-        """Wraps the router; `proxies` are those before Envoy."""
+    def __init__(
+        self, app: ASGIApp, metrics: HttpMetrics, proxies: Proxies, leaving: Callable[[], bool]
+    ) -> None:
+        """Wraps the router.
+
+        Args:
+            app: The router.
+            metrics: Figures of the requests.
+            proxies: Those before Envoy.
+            leaving: Whether this gateway is about to stop: answers then end their connections, so that no
+                balancer keeps one for a request that would meet its end.
+        """
         self._app = app
         self._metrics = metrics
         self._proxies = proxies
+        self._leaving = leaving
         self.refusals = Refusals()
         self._floods = Floods()
 
@@ -202,7 +213,7 @@ class Edge:
         if not quiet:
             # Of what a probe causes nothing is recorded either.
             span.enter()
-        exchange = _Exchange(scope, send, request_id.encode())
+        exchange = _Exchange(scope, send, request_id.encode(), leaving=self._leaving())
         try:
             await self._app(scope, receive, exchange.send)
         except Exception as error:
@@ -279,14 +290,15 @@ def _describe(span: tracing.Span, method: str, scope: Scope, status: int) -> Non
 
 
 class _Exchange:
-    """Adds the request id to the response and notes its status."""
+    """Adds what every response has and notes its status."""
 
-    __slots__ = ("_request_id", "_scope", "_send", "began", "started_at", "status")
+    __slots__ = ("_leaving", "_request_id", "_scope", "_send", "began", "started_at", "status")
 
-    def __init__(self, scope: Scope, send: Send, request_id: bytes) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: bytes, *, leaving: bool) -> None:
         self._scope = scope
         self._send = send
         self._request_id = request_id
+        self._leaving = leaving
         self.began = time.monotonic()
         self.started_at = 0.0
         self.status = 0
@@ -299,6 +311,8 @@ class _Exchange:
             self._scope[_STARTED] = True
             headers: list[Any] = list(message.get("headers", ()))
             headers.append((_REQUEST_ID, self._request_id))
+            if self._leaving:
+                headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         elif kind == "websocket.accept":
             self.status = 101

@@ -26,6 +26,7 @@ from gateway.watch_stream import CLIENT_EXTENSION
 from meshkit import failpoints, otlp, tracing
 from meshkit.channel import open_channel
 from meshkit.context import REQUEST_ID_KEY, accept_request_id, request_id_var
+from meshkit.envoys import Envoys
 from meshkit.errors import InvalidArgumentError
 from meshkit.lifecycle import (
     StopSignals,
@@ -229,6 +230,9 @@ async def serve(settings: GatewaySettings) -> None:
                     tasks.start(watch_loop(), name="loop-lag")
                     tasks.start(otlp.send_metrics("gateway", settings.replica), name="otlp-metrics")
                     tasks.start(app.refusals.report(), name="refusals")
+                    if settings.envoy_status_port:
+                        envoys = Envoys(gateway.hub, settings.envoy_status_port, settings.drain_delay_seconds)
+                        tasks.start(envoys.watch(), name="envoys")
                     with StopSignals() as signals:
                         async with serving(app, sock, settings.drain_seconds):
                             bound: Any = sock.getsockname()

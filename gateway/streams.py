@@ -123,7 +123,8 @@ class StreamHub:
         # Set at the stop signal: the balancer is told first, and streams end a moment later.
         self.leaving = False
         self.draining = asyncio.Event()
-        self._streams: set[Drainable] = set()
+        # Each with the address that it came by.
+        self._streams: dict[Drainable, str] = {}
         self._sockets = 0
         self._sockets_gone = asyncio.Event()
         self._sockets_gone.set()
@@ -181,6 +182,17 @@ class StreamHub:
         for stream in list(self._streams):
             stream.drain()
 
+    def peers(self) -> set[str]:
+        """Returns the addresses that streams came by: Envoys', or a balancer's."""
+        return set(self._streams.values()) - {""}
+
+    def drain_from(self, peer: str) -> int:
+        """Asks those that came by this address to send `reconnect` and end; returns how many."""
+        found = [stream for stream, came_by in self._streams.items() if came_by == peer]
+        for stream in found:
+            stream.drain()
+        return len(found)
+
     async def wait_for_sockets(self, seconds: float) -> None:
         """Waits after `drain` until every WebSocket has said `reconnect` and closed, so long at most."""
         try:
@@ -189,9 +201,9 @@ class StreamHub:
         except TimeoutError:
             _log.warning("websockets were still open at the end", open=self._sockets)
 
-    def register(self, stream: Drainable) -> None:
-        """Counts a stream in, so that a drain reaches it."""
-        self._streams.add(stream)
+    def register(self, stream: Drainable, scope: Scope) -> None:
+        """Counts a request's stream in, so that a drain reaches it."""
+        self._streams[stream] = (scope.get("client") or ("",))[0]
         if stream.is_socket:
             self._sockets += 1
             self._sockets_gone.clear()
@@ -199,7 +211,7 @@ class StreamHub:
 
     def unregister(self, stream: Drainable) -> None:
         """Counts it out."""
-        self._streams.discard(stream)
+        self._streams.pop(stream, None)
         self.metrics.open.dec()
         if stream.is_socket:
             self._sockets -= 1
@@ -286,7 +298,7 @@ class EventStream:
         self._send = send
         loop = asyncio.get_running_loop()
         self._written_at = loop.time()
-        hub.register(self)
+        hub.register(self, scope)
         if hub.draining.is_set():
             self.drain()
         pump = hub.start(self._pump(), name=self._name)

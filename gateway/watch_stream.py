@@ -88,7 +88,7 @@ class WatchStream:
         self._client = scope["extensions"][CLIENT_EXTENSION]
         self._client.on_writable = self._resumed
         self._first = asyncio.get_running_loop().create_future()
-        hub.register(self)
+        hub.register(self, scope)
         hub.begin_watching()
         if hub.draining.is_set():
             self._draining = True

@@ -107,7 +107,7 @@ class SessionSocket:
 
     async def _serve(self, feed: WatchFeed) -> None:
         hub = self._gateway.hub
-        hub.register(self)
+        hub.register(self, self._socket.scope)
         if hub.draining.is_set():
             self.drain()
         try:

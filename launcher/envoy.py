@@ -187,7 +187,10 @@ def render_chart() -> str:
 
 
 def _render_by_name(host: str, *, max_heap_bytes: str = "") -> str:
-    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service."""
+    """Endpoints by DNS; `host` is the name of a service's replicas, with %s for the service.
+
+    Of the admin interface, metrics and readiness are served to those around, and nothing else.
+    """
 
     def endpoints(name: str) -> str:
         port = COMPOSE_GATEWAY_PORT if name == "gateway" else COMPOSE_PORT

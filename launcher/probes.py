@@ -16,17 +16,10 @@ NO_ANSWER = "does not answer"
 
 async def alive(address: str) -> bool:
     """Whether a service's event loop runs: 200 from /health at its metrics address."""
+    from meshkit.probes import status_of
+
     host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(SECONDS):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-            try:
-                writer.write(b"GET /health HTTP/1.1\r\nhost: hermesh\r\nconnection: close\r\n\r\n")
-                return (await reader.readline()).split(b" ")[1:2] == [b"200"]
-            finally:
-                writer.close()
-    except (OSError, TimeoutError, ValueError):
-        return False
+    return port.isdigit() and await status_of(host.strip("[]"), int(port), "/health", SECONDS) == 200
 
 
 async def postgres(url: str) -> bool:

@@ -219,7 +219,13 @@ def grpc_replies() -> list[Reply]:
 
 def http_config() -> str:
     """Returns `local_reply_config` of the HTTP listener, as JSON, which is YAML too."""
-    mappers = []
+    # The one answer that is no error, in the gateway's form.
+    healthy = {
+        "filter": _status(200),
+        "headers_to_add": [_set("x-request-id", REQUEST_ID)],
+        "body_format_override": {"json_format": {"status": "ok"}, "content_type": "application/json"},
+    }
+    mappers: list[dict[str, Any]] = [healthy]
     for reply in http_replies():
         mappers.append(_http_mapper(reply, openai=True))
         mappers.append(_http_mapper(reply, openai=False))

@@ -21,6 +21,8 @@ request_id_var: ContextVar[str] = ContextVar("hermesh_request_id", default="")
 run_id_var: ContextVar[str] = ContextVar("hermesh_run_id", default="")
 # Of whoever sent the request, without a port (see `meshkit.proxies`); empty outside of one.
 client_var: ContextVar[str] = ContextVar("hermesh_client", default="")
+# Of whoever is connected and sent it: an Envoy, or what stands in its place; empty for the mesh's own calls.
+peer_var: ContextVar[str] = ContextVar("hermesh_peer", default="")
 # Absolute, on the monotonic clock.
 deadline_var: ContextVar[float | None] = ContextVar("hermesh_deadline", default=None)
 

@@ -36,6 +36,7 @@ from meshkit.context import (
     accept_request_id,
     client_var,
     deadline_var,
+    peer_var,
     request_id_var,
     run_id_var,
 )
@@ -63,7 +64,7 @@ from meshkit.identity import (
     identity_var,
     require_mesh,
 )
-from meshkit.proxies import Proxies
+from meshkit.proxies import Proxies, peer_address
 from meshkit.telemetry import RpcMetrics
 from meshkit.validation import validate
 
@@ -266,6 +267,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if token is not None:
             identity_var.set(self._mesh_identity(token, call.metadata.get(TENANT_KEY)))
             return
+        peer_var.set(peer_address(call.peer()))
         client_var.set(self._proxies.client(_text(call.metadata.get(FORWARDED_KEY)), call.peer()))
         authorization = call.metadata.get(AUTHORIZATION_KEY)
         if authorization is None:

@@ -223,6 +223,20 @@ class ProbeServer:
         return status, _JSON, json.dumps(document).encode() + b"\n"
 
 
+async def status_of(host: str, port: int, path: str, seconds: float) -> int | None:
+    """Asks another process's probe; returns its status, or None if there is no answer within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_connection(host, port, limit=_HEADER_LIMIT)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nhost: hermesh\r\nconnection: close\r\n\r\n".encode())
+                return int((await reader.readline()).split(b" ")[1])
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError, IndexError):
+        return None
+
+
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, str]:
     """Reads the head of a request and returns method and path; the rest is of no interest.
 

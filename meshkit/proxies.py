@@ -66,7 +66,7 @@ class Proxies:
         seen = (forwarded or "").rsplit(",", MAX_PROXIES + 1)[-MAX_PROXIES - 1 :]
         addresses = [address for word in seen if (address := _without_port(word.strip()))]
         if not addresses:
-            return _of_peer(peer or "")[:_MAX_LENGTH]
+            return peer_address(peer or "")[:_MAX_LENGTH]
         if not self._networks:
             return addresses[max(0, len(addresses) - 1 - self._hops)][:_MAX_LENGTH]
         while len(addresses) > 1 and self._trusts(addresses[-1]):
@@ -91,7 +91,8 @@ def _without_port(word: str) -> str:
     return host if colon and word.count(":") == 1 and "." in host else word
 
 
-def _of_peer(peer: str) -> str:
+def peer_address(peer: str) -> str:
+    """Returns the address of whoever is connected, without a port; see `Proxies.client`."""
     kind, colon, rest = peer.partition(":")
     if colon and kind in ("ipv4", "ipv6"):
         return unquote(rest.rpartition(":")[0]).strip("[]")

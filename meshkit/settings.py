@@ -133,6 +133,15 @@ class MeshSettings(EnvironmentSettings):
             "of them a request passes. Empty: Envoy's own clients are the clients."
         ),
     )
+    envoy_status_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description=(
+            "Port on which each Envoy answers GET /ready, with 503 once it is about to stop: event streams "
+            "of clients that came by it are then sent to another one. 0: nobody is asked."
+        ),
+    )
     arrival_seconds: float = Field(
         20.0, gt=0, le=600, description="Longest time in seconds that a unary request may take to arrive."
     )

@@ -103,6 +103,8 @@ def main() -> None:
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
         CHARTS_ENVOY: render_chart(),
+        # A chart reads no file outside of its folder.
+        "deploy/kubernetes/hermesh/files/serve.sh": (ROOT / "deploy/envoy/serve.sh").read_text(),
     }
     # The chart is rendered as its files are: before what comes from it, what goes into it.
     if "--check" not in sys.argv:

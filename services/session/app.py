@@ -18,6 +18,7 @@ from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
 from hermesh.tool.v1 import tool_service_pb2
 from meshkit.auth import CachingAuthenticator
 from meshkit.channel import mesh_check, open_channel
+from meshkit.envoys import Envoys
 from meshkit.errors import HermeshError, StartupError
 from meshkit.migrate import migrate as apply_migrations
 from meshkit.postgres import open_pool
@@ -223,6 +224,9 @@ async def assemble(
         loops.start(backlog.run(), name="backlog")
         loops.start(link.keep(), name="link")
         loops.start(tail.poll(), name="poll")
+        if settings.envoy_status_port:
+            envoys = Envoys(tail, settings.envoy_status_port, settings.drain_delay_seconds)
+            loops.start(envoys.watch(), name="envoys")
         loops.start(hub.watch_leases(), name="leases")
         loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
         if live is not None:

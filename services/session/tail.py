@@ -18,6 +18,7 @@ from uuid import UUID
 
 import structlog
 
+from meshkit.context import peer_var
 from meshkit.errors import HermeshError
 from meshkit.tasks import Backoff
 from services.session import metrics
@@ -82,7 +83,7 @@ class Subscription:
     Attributes:
         position: The last seq that the watcher has sent; the watcher keeps it up to date.
         lost: The watcher must read PostgreSQL.
-        draining: The replica stops and the watcher shall end.
+        draining: The replica, or the Envoy that the watcher came by, stops and the watcher shall end.
     """
 
     __slots__ = ("_events", "_size", "_wake", "draining", "lost", "position")
@@ -116,7 +117,7 @@ class Subscription:
         self._wake.set()
 
     def stop(self) -> None:
-        """Tells the watcher that the replica drains."""
+        """Tells the watcher to end and come back."""
         self.draining = True
         self._wake.set()
 
@@ -202,6 +203,11 @@ class SessionWaiter:
         self.draining = False
         self.wake = asyncio.Event()
 
+    def stop(self) -> None:
+        """Tells the watcher to end and come back."""
+        self.draining = True
+        self.wake.set()
+
     async def wait(self, timeout: float) -> None:
         """Waits for a notice, at most `timeout` seconds."""
         try:
@@ -242,6 +248,8 @@ class Tail:
         self._sessions: dict[UUID, set[SessionWaiter]] = {}
         self._watched = asyncio.Event()
         self._draining = False
+        # Watches of clients from outside: the address that each came by.
+        self._came_by: dict[Subscription | SessionWaiter, str] = {}
         self._random = random.Random()  # noqa: S311 -- spreads load, keeps no secret
 
     @contextmanager
@@ -265,12 +273,14 @@ class Tail:
             feed = self._feeds[run_id] = lane.feeds[run_id] = _Feed(session_id, lane)
             feed.seen = max(after_seq, head)
         feed.subscriptions.add(subscription)
+        self._note(subscription)
         self._watched.set()
         feed.lane.changed.set()
         try:
             yield subscription
         finally:
             feed.subscriptions.discard(subscription)
+            self._came_by.pop(subscription, None)
             if not feed.subscriptions and self._feeds.get(run_id) is feed:
                 del self._feeds[run_id], feed.lane.feeds[run_id]
 
@@ -280,10 +290,12 @@ class Tail:
         waiter = SessionWaiter()
         waiter.draining = self._draining
         self._sessions.setdefault(session_id, set()).add(waiter)
+        self._note(waiter)
         self._watched.set()
         try:
             yield waiter
         finally:
+            self._came_by.pop(waiter, None)
             waiters = self._sessions.get(session_id)
             if waiters is not None:
                 waiters.discard(waiter)
@@ -347,8 +359,22 @@ class Tail:
                 subscription.stop()
         for waiters in self._sessions.values():
             for waiter in waiters:
-                waiter.draining = True
-                waiter.wake.set()
+                waiter.stop()
+
+    def _note(self, watch: Subscription | SessionWaiter) -> None:
+        if peer := peer_var.get():
+            self._came_by[watch] = peer
+
+    def peers(self) -> set[str]:
+        """Returns the addresses that watches of clients came by: Envoys', or a balancer's."""
+        return set(self._came_by.values())
+
+    def drain_from(self, peer: str) -> int:
+        """Ends the watches of clients that came by this address, with a notice; returns how many."""
+        found = [watch for watch, came_by in self._came_by.items() if came_by == peer]
+        for watch in found:
+            watch.stop()
+        return len(found)
 
     @property
     def degraded(self) -> bool:

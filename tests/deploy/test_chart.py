@@ -255,8 +255,9 @@ def test_a_pod_has_time_for_its_drain(objects: list[dict[str, Any]]) -> None:
             assert delay >= 2.5
             assert grace > delay + float(given["HERMESH_DRAIN_SECONDS"])
         elif component == "envoy":
-            before = template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-            assert grace > int(before.split()[-1])
+            (drain,) = template["spec"]["containers"][0]["env"]
+            assert drain["name"] == "HERMESH_ENVOY_DRAIN_SECONDS"
+            assert grace > int(drain["value"])
 
 
 def test_pods_may_do_nothing_that_they_do_not_need(objects: list[dict[str, Any]]) -> None:

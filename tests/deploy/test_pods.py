@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -19,11 +21,12 @@ from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from tests.deploy.chart import ALL, SECRET, named, of_kind, render
 from tests.deploy.kubelet import NETWORK, NODE, Node, Pod, available
-from tests.e2e.client import TERMINAL, Frame, assert_whole, frames_of
+from tests.e2e.client import assert_whole, follow, new_session
 
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 KEY = "hm_" + "k" * 40
 PASSWORD = "test-password"
+GRPCURL = str(Path(sys.executable).parent / "grpcurl")
 START_SECONDS = 120.0
 
 pytestmark = [
@@ -90,15 +93,15 @@ class Chart:
         await self.start(component, len(former) + 1)
         return await former[0].delete()
 
-    def edge(self) -> str:
-        """The HTTP address of an Envoy that is in the service."""
-        return f"http://{next(pod for pod in self.node.of('envoy') if pod.ready).address}:8080"
+    def service(self) -> Service:
+        """The way to the Envoys."""
+        return Service(lambda: [pod.address for pod in self.node.of("envoy") if pod.ready])
 
 
 @pytest.fixture
 async def chart() -> AsyncIterator[Chart]:
     values = ALL | {"model": {"baseUrl": f"http://{NODE}:8000/v1"}, "objectStoreUrl": "", "defaults": {}}
-    values |= {"envoy": {"drainSeconds": 6}}
+    values |= {"envoy": {"drainSeconds": 10}}
     address = f"{NODE}:5432/postgres"
     secret = {
         "database-url": f"postgresql://postgres:{PASSWORD}@{address}",
@@ -131,26 +134,92 @@ async def serves(url: str) -> None:
             await asyncio.sleep(0.2)
 
 
-async def reply(url: str, events: list[str], text: str) -> list[Frame]:
-    """Sends one message on a session of its own and reads the stream to its end, over every `reconnect`.
+class Service(httpx.AsyncBaseTransport):
+    """How a client reaches pods by their Service: a connection is to one that is ready, and is used again
+    until an answer says that it ends.
+    """
+
+    def __init__(self, addresses: Callable[[], list[str]]) -> None:
+        self._addresses = addresses
+        self._address = ""
+        self._inner = httpx.AsyncHTTPTransport()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self._address = self._address or random.choice(self._addresses())
+        request.url = request.url.copy_with(host=self._address)
+        try:
+            response = await self._inner.handle_async_request(request)
+        except httpx.ConnectError:
+            # It had no connection that it could use again, and a new one would not have gone to that pod.
+            assert self._address not in self._addresses()
+            self._address = ""
+            return await self.handle_async_request(request)
+        if response.headers.get("connection") == "close":
+            self._address = ""
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+async def talk(transport: httpx.AsyncBaseTransport, events: list[str], text: str, over: asyncio.Event) -> int:
+    """Sends a message again and again on a session of its own; returns how many replies were whole.
 
     `events` gets the name of each frame as it comes.
     """
+    replies = 0
+    async with httpx.AsyncClient(
+        transport=transport,
+        base_url="http://mesh:8080",
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=30,
+    ) as client:
+        session = await new_session(client)
+        while not over.is_set() or not replies:
+            frames = await follow(client, session, text, events)
+            assert_whole(frames)
+            assert frames[-1].event == "run.completed"
+            replies += 1
+    return replies
+
+
+async def one_session(transport: httpx.AsyncBaseTransport) -> str:
+    """Creates a session."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    frames: list[Frame] = []
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
-        session = (await client.post("/v1/sessions", json={})).raise_for_status().json()["session_id"]
-        path, body, method = f"/v1/sessions/{session}/runs", {"input": text, "stream": True}, "POST"
-        while not frames or frames[-1].event not in TERMINAL:
-            resumed = {"Last-Event-ID": frames[-1].id} if frames else {}
-            async with client.stream(method, path, json=body, headers=resumed) as response:
-                assert response.status_code == 200, await response.aread()
-                async for frame in frames_of(response):
-                    events.append(frame.event)
-                    if frame.id:
-                        frames.append(frame)
-            path, body, method = f"/v1/runs/{frames[-1].run_id}/events", None, "GET"
-    return frames
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://mesh:8080", headers=headers, timeout=30
+    ) as client:
+        return await new_session(client)
+
+
+async def ask(transport: httpx.AsyncBaseTransport, over: asyncio.Event) -> int:
+    """Sends small requests, one after the other; returns how many."""
+    asked = 0
+    async with httpx.AsyncClient(
+        transport=transport,
+        base_url="http://mesh:8080",
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=30,
+    ) as client:
+        while not over.is_set():
+            await new_session(client)
+            asked += 1
+            await asyncio.sleep(0.02)
+    return asked
+
+
+async def watch(node: Node, address: str, session: str) -> str:
+    """Watches a session over gRPC by one Envoy until the watch ends; returns what came."""
+    process = await asyncio.create_subprocess_exec(
+        *node.command(GRPCURL, "-plaintext", "-H", f"authorization: Bearer {KEY}"),
+        *("-d", json.dumps({"session_id": session}), f"{address}:50051"),
+        "hermesh.session.v1.SessionService/WatchSession",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said
+    return said.decode()
 
 
 async def active_sessions(agents: list[Pod]) -> float:
@@ -180,8 +249,10 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
         for pod in node.of("envoy"):
             await node.within(serves(f"http://{pod.address}:8080"))
         events: list[str] = []
+        over = asyncio.Event()
+        over.set()
         stream = asyncio.create_task(
-            node.within(reply(chart.edge(), events, "[[tokens=900 rate=50]] a long reply"))
+            node.within(talk(chart.service(), events, "[[tokens=900 rate=50]] a long reply", over))
         )
         await until(lambda: "text.delta" in events)
         # What the autoscaler goes by.
@@ -190,20 +261,23 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
             took = await chart.replace(component)
             # Out of the services, its delay, what is under way handed over: far below its grace.
             assert took < 25, component
-        frames = await stream
-        assert_whole(frames)
-        assert frames[-1].event == "run.completed"
+        assert await stream == 1
 
-        # An Envoy that goes finishes what it has, takes nothing new, and the other one serves meanwhile.
-        events = []
-        going, _ = node.of("envoy")
-        stream = asyncio.create_task(
-            node.within(reply(f"http://{going.address}:8080", events, "[[tokens=50 rate=25]] a short reply"))
-        )
+        # Envoys are replaced under streams and requests, whose clients come back by the other one.
+        events.clear()
+        over.clear()
+        clients = [
+            *(talk(chart.service(), events, "[[tokens=100 rate=10]]", over) for _ in range(3)),
+            ask(chart.service(), over),
+        ]
+        tasks = [asyncio.create_task(node.within(client)) for client in clients]
+        session = await node.within(one_session(chart.service()))
+        watches = [asyncio.create_task(watch(node, pod.address, session)) for pod in node.of("envoy")]
         await until(lambda: "text.delta" in events)
-        gone = asyncio.create_task(going.delete())
-        await until(lambda: not going.ready)
-        await node.within(serves(chart.edge()))
-        assert_whole(await stream)
-        await gone
+        for _ in range(2):
+            await chart.replace("envoy")
+        over.set()
+        assert all('"reconnect"' in said for said in await asyncio.gather(*watches))
+        assert all(await asyncio.gather(*tasks))
+        assert "reconnect" in events
         assert [pod.restarts for pod in node.pods[1:]] == [0] * len(node.pods[1:])

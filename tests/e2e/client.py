@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -143,6 +144,35 @@ async def watch_to_end(
         if got and got[-1].event in TERMINAL:
             return got
     raise AssertionError(f"run {run_id} did not end within {tries} connections; last: {got[-1:]}")
+
+
+async def follow(
+    client: httpx.AsyncClient, session_id: str, text: str, events: list[str] | None = None
+) -> list[Frame]:
+    """Sends one message and reads its stream to the end, over every `reconnect`; an error is raised.
+
+    Args:
+        client: who sends it.
+        session_id: where.
+        text: what.
+        events: gets the name of each frame as it comes.
+    """
+    frames: list[Frame] = []
+    path, body, method = f"/v1/sessions/{session_id}/runs", {"input": text, "stream": True}, "POST"
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    while not frames or frames[-1].event not in TERMINAL:
+        async with client.stream(method, path, json=body, headers=headers) as response:
+            if response.status_code != 200:
+                await response.aread()
+            assert response.status_code == 200, response.text
+            async for frame in frames_of(response):
+                if events is not None:
+                    events.append(frame.event)
+                if frame.id:
+                    frames.append(frame)
+        path, body, method = f"/v1/runs/{frames[-1].run_id}/events", None, "GET"
+        headers = {"Last-Event-ID": frames[-1].id}
+    return frames
 
 
 def assert_whole(frames: Sequence[Frame], first: int = 1) -> None:

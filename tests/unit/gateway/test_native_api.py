@@ -593,6 +593,8 @@ async def test_probes_answer_without_a_key(served: Any) -> None:
         served.gateway.hub.leaving = True
         leaving = await anyone.get("/ready")
         assert (leaving.status_code, leaving.json()["status"]) == (503, "draining")
+        # No balancer keeps the connection for another request.
+        assert leaving.headers["connection"] == "close"
         assert (await anyone.get("/health")).status_code == 503
 
 

@@ -365,7 +365,10 @@ async def test_the_response_ends_with_the_last_event_not_with_the_stream_behind(
     lingering.set()
 
 
-async def test_a_drain_sends_reconnect_and_the_cursor_goes_on_elsewhere(start: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("envoy", [False, True])
+async def test_a_drain_sends_reconnect_and_the_cursor_goes_on_elsewhere(
+    start: Callable[..., Any], envoy: bool
+) -> None:
     first, second = await start(), await start()
     gate = Gate()
     first.mesh.script = gate.script
@@ -373,7 +376,13 @@ async def test_a_drain_sends_reconnect_and_the_cursor_goes_on_elsewhere(start: C
     _, answer = await start_run(first)
     reader = Reader(answer)
     await reader.until("text.delta")
-    first.gateway.hub.drain()
+    if envoy:
+        # Of the Envoy that the stream came by, here the client itself.
+        assert first.gateway.hub.drain_from("127.0.0.2") == 0
+        assert first.gateway.hub.peers() == {"127.0.0.1"}
+        assert first.gateway.hub.drain_from("127.0.0.1") == 1
+    else:
+        first.gateway.hub.drain()
     text = await reader.until("the end")
     assert text.endswith('event: reconnect\ndata: {"reason":"drain","after_ms":100}\n\n')
     events = parse(text)

@@ -81,9 +81,10 @@ def test_the_commands_exist(compose: dict[str, Any]) -> None:
 
 def test_envoys_endpoints_are_the_services_and_their_ports(compose: dict[str, Any]) -> None:
     config = yaml.safe_load((ROOT / "deploy/envoy/compose.yaml").read_text())
-    clusters = config["static_resources"]["clusters"]
-    assert [cluster["name"] for cluster in clusters] == [*envoy.CLUSTERS, "admin"]
-    for cluster in clusters[:-1]:
+    *clusters, admin = config["static_resources"]["clusters"]
+    assert admin["name"] == "admin"
+    assert [cluster["name"] for cluster in clusters] == list(envoy.CLUSTERS)
+    for cluster in clusters:
         [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
         place = endpoint["endpoint"]["address"]["socket_address"]
         assert place["address"] in compose["services"]
@@ -93,12 +94,18 @@ def test_envoys_endpoints_are_the_services_and_their_ports(compose: dict[str, An
         listener["name"]: listener["address"]["socket_address"]["port_value"]
         for listener in config["static_resources"]["listeners"]
     }
-    published = compose["services"]["envoy"]["ports"]
+    published = compose["services"]["edge"]["ports"]
     for name, field in (("http", "http_port"), ("grpc", "grpc_port")):
         default = LauncherSettings.model_fields[field].default
         assert f"127.0.0.1:${{{env_name(LauncherSettings, field)}:-{default}}}:{ports[name]}" in published
     assert variables(compose["services"]["session"])["HERMESH_MESH_ADDRESS"] == f"envoy:{ports['mesh']}"
     assert not any(str(ports["mesh"]) in port for port in published)
+    assert variables(compose["services"]["gateway"])["HERMESH_ENVOY_STATUS_PORT"] == str(ports["status"])
+    assert "ports" not in compose["services"]["envoy"]
+    edge = (ROOT / "deploy/haproxy/compose.cfg").read_text()
+    for name, place in (("http", "8080"), ("grpc", "50051")):
+        assert f"bind :{place}" in edge
+        assert f"envoy:{ports[name]} " in edge
 
 
 def test_the_rendered_file_is_what_the_templates_say() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from gateway.routes.system import Health
 from hermesh.common.v1.error_reason_pb2 import ErrorReason
 from launcher import envoy, replies
 
-MAPPERS = json.loads(replies.http_config())["mappers"]
+HEALTHY, *MAPPERS = json.loads(replies.http_config())["mappers"]
 GRPC_MAPPERS = json.loads(replies.grpc_config())["mappers"]
 
 
@@ -30,6 +31,11 @@ def test_the_last_reply_of_each_list_takes_what_is_left() -> None:
     for found in (replies.http_replies(), replies.grpc_replies()):
         assert found[-1].when["status_code_filter"]["comparison"]["op"] == "GE"
         assert found[-1].when["status_code_filter"]["comparison"]["value"]["default_value"] == 400
+
+
+def test_a_healthy_envoy_says_what_a_healthy_gateway_says() -> None:
+    assert HEALTHY["body_format_override"]["json_format"] == Health(status="ok").model_dump()
+    assert headers_of(HEALTHY)["x-request-id"] == replies.REQUEST_ID
 
 
 @pytest.mark.parametrize("mapper", MAPPERS)

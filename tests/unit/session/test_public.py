@@ -176,15 +176,24 @@ async def test_two_watchers_get_the_same_events(client: Client) -> None:
             assert await events_of(first) == await events_of(second)
 
 
-async def test_a_drain_ends_watches_with_a_reconnect(client: Client) -> None:
+@pytest.mark.parametrize("envoy", [False, True])
+async def test_a_drain_ends_watches_with_a_reconnect(client: Client, envoy: bool) -> None:
     writer = await new_writer(client)
+    tail = client.replica.tail
     async with watch(client, writer.run_id) as watched:
         frames = []
         async for response in watched:
             frames.append(response.frame)
-            client.replica.tail.drain()
+            if envoy and len(frames) == 1:
+                # Of the Envoy that the watch came by, here the client itself.
+                assert tail.drain_from("192.0.2.1") == 0
+                (peer,) = tail.peers()
+                assert tail.drain_from(peer) == 1
+            elif not envoy:
+                tail.drain()
         assert [event.seq for event in frames[0].events] == [1]
         assert frames[-1].reconnect.reason == "drain"
+    await watches_gone(client, writer.run_id)
 
 
 async def test_a_watcher_that_leaves_is_forgotten(client: Client) -> None:
@@ -192,9 +201,14 @@ async def test_a_watcher_that_leaves_is_forgotten(client: Client) -> None:
     async with watch(client, writer.run_id) as watched:
         assert await events_until(watched, 1)
         assert len(client.replica.tail._feeds) == 1
+    await watches_gone(client, writer.run_id)
+
+
+async def watches_gone(client: Client, run_id: str) -> None:
+    tail = client.replica.tail
     async with asyncio.timeout(5):
-        while client.replica.tail._feeds:
-            await client.public.GetRun(public.GetRunRequest(run_id=writer.run_id), metadata=client.metadata)
+        while tail._feeds or tail.peers():
+            await client.public.GetRun(public.GetRunRequest(run_id=run_id), metadata=client.metadata)
 
 
 async def session_events(call: Any, count: int) -> list[tuple[str, int]]:

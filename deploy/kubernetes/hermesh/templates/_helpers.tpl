@@ -151,6 +151,7 @@ priorityClassName: {{ . }}
 {{- define "hermesh.meshVariables" -}}
 - {name: HERMESH_MESH_ADDRESS, value: "{{ include "hermesh.fullname" . }}-mesh.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:50052"}
 - {name: HERMESH_METRICS_LISTEN, value: "0.0.0.0:9464"}
+- {name: HERMESH_ENVOY_STATUS_PORT, value: "9902"}
 {{- end -}}
 
 {{/* The variables of one service: (dict "root" $ "name" "agent"). */}}
