@@ -139,6 +139,11 @@ docs: $(VENV)/.dev-ready ## Write the files that come from the code: settings, e
 check-docs: $(VENV)/.dev-ready ## They are up to date
 	@$(BIN)/python tools/generate_docs.py --check
 
+##@ Release it
+.PHONY: release
+release: $(VENV)/.dev-ready ## Packages, chart, SBOM, notes and image of this version into dist/; ARGS="--draft" to see them
+	@$(BIN)/python tools/release.py $(ARGS)
+
 ##@ Set it up
 .PHONY: install clean help
 install: $(VENV)/.dev-ready ## The environment with everything a developer needs
