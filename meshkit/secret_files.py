@@ -41,8 +41,8 @@ def secret(environment: Mapping[str, str], name: str) -> str:
 
 
 def _read(variable: str, path: str) -> str:
-    # Relative to which folder? The launcher's processes have others than the shell. It is not shown: somebody may
-    # have put the secret itself there.
+    # Relative to which folder? The launcher's processes have others than the shell. It is not shown: somebody
+    # may have put the secret itself there.
     if not path.startswith("/"):
         raise SecretFileError(f"{variable} is not an absolute path of a file")
     try:
