@@ -10,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import LaunchError, explain_output
 from launcher.folder import Folder
-from launcher.plan import Spec
+from launcher.plan import SERVICES, Spec
 from launcher.processes import Identity, identify, spawn
 from launcher.state import Remembered
 
@@ -27,6 +28,9 @@ MAX_BACKOFF = 5.0
 STEADY_SECONDS = 10.0
 LOOK_SECONDS = 0.03
 SILENT_SECONDS = 3.0
+# A start is the processor's work: more of them at once than there are cores only make each other late.
+STARTS_AT_ONCE = max(2, os.cpu_count() or 1)
+TURN_SECONDS = 5.0
 # After the grace a second signal ends what a service still does, then SIGKILL ends the service.
 HURRY_SECONDS = 3.0
 LOG_BYTES = 64 * 1024 * 1024
@@ -53,6 +57,7 @@ class Child:
     last_exit: str = ""
     hopeless: str = ""
     log_start: int = 0
+    waits: bool = False
     stopping: bool = False
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,6 +94,7 @@ class Children:
         group: Owns a task for each child.
         publish: Called when a child got ready, ended, or is to end.
         save: Called when a child has a new pid.
+        at_once: How many replicas may be on their way to ready at the same time.
     """
 
     def __init__(
@@ -97,8 +103,10 @@ class Children:
         group: asyncio.TaskGroup,
         publish: Callable[[], None],
         save: Callable[[], None],
+        at_once: int = STARTS_AT_ONCE,
     ) -> None:
         self._folder = folder
+        self._at_once = at_once
         self._group = group
         self._publish = publish
         self._save = save
@@ -229,9 +237,43 @@ class Children:
                     child.changed.clear()
                     await child.changed.wait()
 
+    async def _wait_turn(self, child: Child) -> None:
+        """Returns when a replica is to start: the first one of each service before the second of any.
+
+        So a mesh that lost everything serves again once one of each is there. What never gets ready keeps the
+        others waiting for `TURN_SECONDS` at most.
+        """
+        if child.spec.service not in SERVICES:
+            return
+        child.waits = True
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                while True:
+                    # A moment in any case: what ended together is to be seen together.
+                    await asyncio.sleep(LOOK_SECONDS)
+                    if child.leaving() or self._next() is child:
+                        return
+        except TimeoutError:
+            note(f"{child.spec.replica} starts beside others that take long")
+        finally:
+            child.waits = False
+
+    def _next(self) -> Child | None:
+        """Whose turn it is to start; None while as many start as the machine can do at once."""
+        replicas = [child for child in self.all.values() if child.spec.service in SERVICES]
+        started = [child for child in replicas if child.identity is not None]
+        if sum(not child.ready.is_set() for child in started) >= self._at_once:
+            return None
+        has = Counter(child.spec.service for child in started)
+        waiting = [child for child in replicas if child.waits]
+        return min(waiting, key=lambda child: has[child.spec.service], default=None)
+
     async def _live(self, child: Child) -> None:
         """One life of a process: from its start or adoption to its end."""
         if child.identity is None:
+            await self._wait_turn(child)
+            if child.leaving():
+                return
             await self._launch(child)
         assert child.identity is not None
         exited = asyncio.ensure_future(_wait_exit(child.identity))

@@ -129,8 +129,7 @@ class Postgres:
     def prepare(self) -> None:
         """Makes the data folder ready to be served. Raises LaunchError when it is not usable."""
         self.initialize()
-        self._remove_stale_lock()
-        self._end_orphans()
+        self._clear_remains()
 
     def initialize(self) -> None:
         """Makes the data folder unless it is complete. Raises LaunchError when it is not usable."""
@@ -199,42 +198,29 @@ class Postgres:
                 "Move the data with pg_dump, or set HERMESH_DATA_DIR to another folder."
             )
 
-    def _remove_stale_lock(self) -> None:
-        """Removes the lock of a server that a crash of the machine ended.
+    def _clear_remains(self) -> None:
+        """Ends what is left of a server that was killed, and removes its locks.
 
-        PostgreSQL believes in it as long as any process has that pid. Ours is the only server here, so it
-        is alive only where that process is a `postgres`.
+        PostgreSQL believes in a lock as long as any process has its pid: another program after a crash of the
+        machine, or the killed server itself where nobody has collected its exit status. What a killed
+        server leaves running ends by itself, but only once each of them looks, and until then no other
+        server starts.
+        Nothing is lost: the next server recovers what a killed one left in any case.
         """
-        lock = self.data / "postmaster.pid"
+        found = self._processes()
         try:
-            pid = int(lock.read_text().split()[0])
-            program = os.readlink(f"/proc/{pid}/exe")
-        except FileNotFoundError:
-            # No lock, or nobody has the pid: PostgreSQL sees that itself.
-            return
+            server = int((self.data / "postmaster.pid").read_text().split()[0])
         except (OSError, ValueError, IndexError):
-            program = ""
-        if Path(program).name != "postgres":
+            server = 0
+        if server in found:
+            return
+        # Seen to their very end: one that is about to be gone still holds the shared memory.
+        end_all([one for one in map(identify, found) if one], 0.0, signal.SIGKILL)
+        for lock in (self.data / "postmaster.pid", self.socket.with_name(self.socket.name + ".lock")):
             lock.unlink(missing_ok=True)
 
-    def _end_orphans(self) -> None:
-        """Ends what a killed server left: until the last of its processes is gone no other server starts.
-
-        They end by themselves, but only once each of them looks. Nothing is lost: the next server recovers
-        what a killed one left in any case.
-        """
-        if not self._running():
-            # Seen to their very end: one that is about to be gone still holds the shared memory.
-            end_all([one for one in map(identify, self._processes()) if one], 0.0, signal.SIGKILL)
-
-    def _running(self) -> bool:
-        try:
-            return int((self.data / "postmaster.pid").read_text().split()[0]) in self._processes()
-        except (OSError, ValueError, IndexError):
-            return False
-
     def _processes(self) -> list[int]:
-        """Every process of a server of this data."""
+        """Every process of a server of this data; of one that has ended nothing is left to find."""
         data = os.path.realpath(self.data)
         found = []
         for process in Path("/proc").iterdir():

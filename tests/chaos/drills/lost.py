@@ -6,7 +6,6 @@ import asyncio
 import signal
 import time
 from collections.abc import Sequence
-from statistics import median
 
 from bench.mesh import Mesh
 from launcher.envoy import Admin
@@ -14,7 +13,7 @@ from launcher.folder import Folder
 from launcher.plan import SERVICES
 from launcher.state import State
 from tests.chaos.drills.load import Load
-from tests.chaos.drills.report import Report
+from tests.chaos.drills.report import Report, Series
 from tests.chaos.drills.rounds import SETTINGS, Struck, rounds
 
 REPLICAS = "gateway=2,agent=2,session=2,tool=1,memory=1"
@@ -40,7 +39,7 @@ async def drill(streams: int, count: int) -> Report:
     report = Report("lost", "every process of every service killed at once")
     with Mesh(settings=SETTINGS, replicas=REPLICAS) as mesh:
         admin = Admin(Folder(mesh.data_dir).sockets / "envoy.sock")
-        starts: list[float] = []
+        starts = Series("from the kill until one of each serves")
 
         async def blow(_: Load) -> Sequence[Struck]:
             former = frozenset(await admin.healthy())
@@ -49,9 +48,9 @@ async def drill(streams: int, count: int) -> Report:
                 if child.service in SERVICES:
                     child.identity.send(signal.SIGKILL)
             await _serve(admin, former)
-            starts.append(time.monotonic() - killed)
+            starts.rounds.append([time.monotonic() - killed])
             return [Struck("silence after one of each serves", time.monotonic())]
 
         await rounds(report, mesh, count, streams, blow, errors=None)
-        report.note("from the kill until then, p50 and max", f"{median(starts):.2f} s, {max(starts):.2f} s")
+        report.series(starts)
     return report

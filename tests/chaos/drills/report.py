@@ -44,15 +44,15 @@ class Series:
 
 @dataclass(slots=True)
 class Held:
-    """A series and what it is held to, as the page of figures needs it; times in seconds."""
+    """A series and what it is held to, if to anything, as the page of figures needs it; times in seconds."""
 
     what: str
     rounds: list[tuple[float, float]]
     times: int
     p50: float
     max: float
-    p50_bound: float
-    max_bound: float
+    p50_bound: float | None
+    max_bound: float | None
 
 
 @dataclass(slots=True)
@@ -89,12 +89,15 @@ class Report:
         """Tells a person who waits how far it is."""
         print(f"{self.name}: {text}", flush=True)
 
-    def series(self, series: Series, *, p50: float, longest: float) -> None:
-        """Adds a figure of many rounds: its median and its longest time, in seconds, with their bounds."""
+    def series(self, series: Series, *, p50: float | None = None, longest: float | None = None) -> None:
+        """Adds a figure of many rounds: its median and its longest time, in seconds, and their bounds."""
         times = series.all
         middle, most = percentile(times, 0.5), percentile(times, 1.0)
-        self.at_most(f"{series.what}, p50", middle, p50, " s")
-        self.at_most(f"{series.what}, max", most, longest, " s")
+        for name, found, bound in (("p50", middle, p50), ("max", most, longest)):
+            if bound is None:
+                self.note(f"{series.what}, {name}", f"{found:.2f} s")
+            else:
+                self.at_most(f"{series.what}, {name}", found, bound, " s")
         self.note("  rounds, times", f"{len(series.rounds)}, {len(times)}")
         each = [(percentile(found, 0.5), percentile(found, 1.0)) for found in series.rounds]
         self.held.append(Held(series.what, each, len(times), middle, most, p50, longest))

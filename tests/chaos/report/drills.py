@@ -46,8 +46,10 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     return f"Made by `make drill-report` from the last run of each drill.\n\n{causes}\n\n{table}"
 
 
-def _held(found: float, bound: float) -> str:
-    """A time and its bound; one that is broken is seen."""
+def _held(found: float, bound: float | None) -> str:
+    """A time and its bound, if it has one; one that is broken is seen."""
+    if bound is None:
+        return f"{found:.2f} s"
     text = f"{found:.2f} s (<= {bound:g})"
     return text if found <= bound else f"**{text}**"
 

@@ -20,6 +20,7 @@ from launcher import probes
 from launcher.embedded import postgres
 from launcher.embedded.postgres import Postgres, link_data
 from launcher.errors import LaunchError
+from launcher.processes import stat_fields
 
 SECONDS = 30
 
@@ -37,17 +38,25 @@ def server(folder: Path) -> Postgres:
     return Postgres.in_folder(folder / "data", folder, "a password /@:?")
 
 
+def start(server: Postgres, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(server.command(), stdout=output, stderr=output, cwd="/")
+
+
+def wait_serving(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not asyncio.run(probes.postgres(server.url())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @contextmanager
 def serving(server: Postgres, log: Path, stop: signal.Signals = signal.SIGINT) -> Iterator[int]:
     """Serves until the block is left; yields the pid."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(server.command(), stdout=output, stderr=output, cwd="/")
+    process = start(server, log)
     try:
-        deadline = time.monotonic() + SECONDS
-        while not asyncio.run(probes.postgres(server.url())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_serving(server, process, log)
         yield process.pid
     finally:
         process.send_signal(stop)
@@ -114,6 +123,24 @@ def test_what_a_killed_server_left_does_not_keep_the_next_one_waiting(server: Po
         assert asyncio.run(fetch(server.url(), "SELECT 7")) == 7
 
 
+def test_a_killed_server_whose_exit_nobody_collected_locks_nothing(server: Postgres, folder: Path) -> None:
+    server.prepare()
+    killed = start(server, folder / "log")
+    try:
+        wait_serving(server, killed, folder / "log")
+        killed.kill()
+        deadline = time.monotonic() + SECONDS
+        while stat_fields(killed.pid)[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        # As where its supervisor is gone, too, and the first process of a container collects nothing.
+        server.prepare()
+        with serving(server, folder / "again"):
+            assert asyncio.run(fetch(server.url(), "SELECT 7")) == 7
+    finally:
+        killed.wait(timeout=SECONDS)
+
+
 def test_what_never_was_complete_is_made_again(server: Postgres, folder: Path) -> None:
     server.data.mkdir(parents=True)
     (server.data / "PG_VERSION").write_text("18\n")
@@ -162,8 +189,7 @@ def test_damage_that_only_clients_meet_is_named(server: Postgres, folder: Path) 
     server.prepare()
     shutil.rmtree(server.data / "base")
     log = folder / "log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(server.command(), stdout=output, stderr=output, cwd="/")
+    process = start(server, log)
     try:
         deadline = time.monotonic() + SECONDS
         while not server.explain(log.read_text()):

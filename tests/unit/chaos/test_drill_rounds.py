@@ -63,6 +63,7 @@ def test_a_series_beyond_its_bounds_breaks_the_drill() -> None:
 def test_what_drills_found_goes_into_the_page(tmp_path: Path, longest: float, status: int) -> None:
     report = Report("x", "something is broken")
     report.series(Series("silence after it", [[0.1, 0.2, 0.3], [0.4, 0.5, longest]]), p50=1.5, longest=3.0)
+    report.series(Series("how long it took", [[5.0], [6.0]]))
     report.save(tmp_path)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- drills -->\nold\n<!-- /drills -->\nafter\n")
@@ -71,6 +72,7 @@ def test_what_drills_found_goes_into_the_page(tmp_path: Path, longest: float, st
     assert "old" not in text
     assert "- `x`: something is broken." in text
     assert "| `x` | silence after it | 2 | 6 | 0.40 s (<= 1.5) |" in text
+    assert "| `x` | how long it took | 2 | 2 | 6.00 s | 6.00 s | 5.00 to 6.00 s |" in text
     assert ("**4.00 s (<= 3)**" in text) == bool(status)
 
 

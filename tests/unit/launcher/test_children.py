@@ -31,11 +31,11 @@ async def true(probe: Callable[[], bool]) -> None:
 class Kept:
     """Children of a folder of their own, and what they said."""
 
-    def __init__(self, folder: Folder, group: asyncio.TaskGroup) -> None:
+    def __init__(self, folder: Folder, group: asyncio.TaskGroup, **more: int) -> None:
         self.folder = folder
         self.published = 0
         self.saved = 0
-        self.children = Children(folder, group, self.publish, self.save)
+        self.children = Children(folder, group, self.publish, self.save, **more)
 
     def publish(self) -> None:
         self.published += 1
@@ -49,7 +49,7 @@ class Kept:
         record = '{\\"pid\\": $$, \\"address\\": \\"127.0.0.1:1\\"}'
         told = f'echo "{record}" > {ready}.tmp; mv {ready}.tmp {ready}'
         command = ["sh", "-c", script.replace("READY", told)]
-        return Spec("tool", replica, command, dict(os.environ), ready_file=ready, **more)  # type: ignore[arg-type]
+        return Spec(replica.partition("-")[0], replica, command, dict(os.environ), ready_file=ready, **more)  # type: ignore[arg-type]
 
     async def start(self, script: str, left: Remembered | None = None, **more: object) -> Child:
         child = self.children.start(self.spec(script, **more), left)  # type: ignore[arg-type]
@@ -65,9 +65,9 @@ def folder(tmp_path: Path) -> Folder:
 
 
 @asynccontextmanager
-async def keeping(folder: Folder) -> AsyncIterator[Kept]:
+async def keeping(folder: Folder, **more: int) -> AsyncIterator[Kept]:
     async with asyncio.TaskGroup() as group:
-        kept = Kept(folder, group)
+        kept = Kept(folder, group, **more)
         yield kept
         await asyncio.gather(*(kept.children.end(child, 1) for child in kept.children.all.values()))
 
@@ -103,6 +103,33 @@ async def test_a_killed_child_is_started_again_and_it_is_told(folder: Folder) ->
         await true(lambda: child.restarts == 1 and child.ready.is_set())
         assert child.last_exit == "killed by SIGKILL"
         assert living(child) != first
+
+
+async def test_the_first_replica_of_each_service_starts_before_the_second_of_any(folder: Folder) -> None:
+    order = folder.root / "order"
+    names = ("agent-1", "agent-2", "gateway-1", "gateway-2", "session-1", "session-2", "tool-1")
+    async with keeping(folder, at_once=1) as kept:
+        specs = [kept.spec(f"echo {name} >> {order}; READY; exec sleep 60", replica=name) for name in names]
+        children = [kept.children.start(spec, None) for spec in specs]
+        await kept.children.wait_ready(children)
+        for child in children:
+            living(child).send(signal.SIGKILL)
+        await true(lambda: all(child.restarts == 1 and child.ready.is_set() for child in children))
+    started = order.read_text().split()
+    for lives in (started[: len(names)], started[len(names) :]):
+        assert sorted(lives) == sorted(names)
+        assert {name.partition("-")[0] for name in lives[:4]} == {"agent", "gateway", "session", "tool"}
+
+
+async def test_a_start_that_takes_long_keeps_no_other_from_starting(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.children.TURN_SECONDS", 0.2)
+    async with keeping(folder, at_once=1) as kept:
+        slow = kept.children.start(kept.spec("exec sleep 60", replica="agent-1"), None)
+        await true(lambda: slow.identity is not None)
+        await kept.start("READY; exec sleep 60", replica="tool-1")
+        assert not slow.ready.is_set()
 
 
 async def test_a_child_that_keeps_failing_is_named_with_its_last_words(folder: Folder) -> None:
