@@ -394,7 +394,7 @@ def profile_of(options: argparse.Namespace) -> Profile:
         return Profile(least=20, peak=160, rise=90, high=120, fall=60, tail=480)
     # What is left after the fall: the window, and one agent a minute.
     tail = 300 + 60 * (options.peak / 50 + 2)
-    return Profile(least=40, peak=options.peak, rise=180, high=300, fall=120, tail=tail)
+    return Profile(least=40, peak=options.peak, rise=180, high=480, fall=120, tail=tail)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
