@@ -251,34 +251,43 @@ def secured(tmp_path: Path) -> Iterator[tuple[Server, Authority]]:
         yield server, authority
 
 
-async def test_tls_is_proved_or_refused_in_one_line(
-    start: Start, secured: tuple[Server, Authority], tmp_path: Path
-) -> None:
-    server, authority = secured
-    url = f"rediss://:{PASSWORD}@{server.address}/0?ssl_ca_certs={authority.file}"
-    async with two(start, url) as (first, second, replicas):
+def trusting(server: Server, authority: Authority) -> str:
+    """The URL of a server, for a client that trusts an authority."""
+    return f"rediss://:{PASSWORD}@{server.address}/0?ssl_ca_certs={authority.file}"
+
+
+async def test_tls_carries_events(start: Start, secured: tuple[Server, Authority]) -> None:
+    async with two(start, trusting(*secured)) as (first, second, replicas):
         await carried(replicas)
         delays = await shows(first, second)
         assert delays[len(delays) // 2] < 0.5
-    stranger = Authority(tmp_path / "stranger")
-    for wrong, says in (
-        (url.partition("?")[0], "certificate is not accepted"),
-        (url.replace(str(authority.file), str(stranger.file)), "certificate is not accepted"),
-        (url.replace("rediss", "redis").partition("?")[0], "if it wants TLS"),
-    ):
-        replica = start(wrong)
-        await asyncio.to_thread(replica.wait_ready)
-        await problem(replica, says)
-        assert PASSWORD not in replica.log.read_text()
-        replica.kill()
 
 
-async def test_a_certificate_that_has_run_out_is_named(
-    start: Start, secured: tuple[Server, Authority]
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("nobody is trusted", "certificate is not accepted"),
+        ("a stranger is trusted", "certificate is not accepted"),
+        ("no TLS", "if it wants TLS"),
+        ("it has run out", "certificate has expired"),
+    ],
+)
+async def test_tls_that_cannot_be_is_told_in_one_line(
+    start: Start, secured: tuple[Server, Authority], tmp_path: Path, fault: str, says: str
 ) -> None:
     server, authority = secured
-    certificate, key = authority.issue("127.0.0.1", days=-1)
-    server.ask("CONFIG", "SET", "tls-cert-file", certificate, "tls-key-file", key)
-    replica = start(f"rediss://:{PASSWORD}@{server.address}/0?ssl_ca_certs={authority.file}")
+    url = trusting(server, authority)
+    match fault:
+        case "nobody is trusted":
+            url = url.partition("?")[0]
+        case "a stranger is trusted":
+            url = trusting(server, Authority(tmp_path / "stranger"))
+        case "no TLS":
+            url = server.url
+        case "it has run out":
+            certificate, key = map(str, authority.issue("127.0.0.1", days=-1))
+            server.ask("CONFIG", "SET", "tls-cert-file", certificate, "tls-key-file", key)
+    replica = start(url)
     await asyncio.to_thread(replica.wait_ready)
-    await problem(replica, "certificate has expired")
+    await problem(replica, says)
+    assert PASSWORD not in replica.log.read_text()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import NAMESPACE_URL, uuid5
 
+import structlog
+
 from meshkit.errors import StartupError
 from meshkit.redis import Breaker
 from meshkit.redis_servers import RedisServers, open_redis
@@ -18,6 +20,8 @@ from services.session.shards import Shards
 from services.session.store.redis_calls import Caller
 from services.session.store.redis_conversations import RedisConversations
 from services.session.store.redis_live import READ_TIMEOUT, RedisReader, RedisStreams
+
+_log = structlog.get_logger("session.redis")
 
 _PROBE_S = 1.0
 _INSTEAD = "reads and live tails use PostgreSQL"
@@ -95,13 +99,20 @@ class LiveRedis:
     async def keep_looking(self, shard: Shard) -> None:
         """Looks again and again, until cancelled: what is wrong is known, and over, within about a second."""
         while True:
-            position, trouble = await shard.streams.probe(self._probe_run)
-            if trouble is None:
-                await shard.reader.probe(self._probe_run, position)
-                if shard.keeper.trouble is not None:
-                    # Perhaps no conversation is written that would find out that it works again.
-                    await self.conversations.probe(shard.keeper)
+            try:
+                await self._look(shard)
+            except Exception as error:
+                _log.error("looking at Redis failed by a bug", exc_info=error)
             await asyncio.sleep(_PROBE_S * self._random.uniform(0.8, 1.2))
+
+    async def _look(self, shard: Shard) -> None:
+        position, trouble = await shard.streams.probe(self._probe_run)
+        if trouble is not None:
+            return
+        await shard.reader.probe(self._probe_run, position)
+        if shard.keeper.trouble is not None:
+            # Perhaps no conversation is written that would find out that it works again.
+            await self.conversations.probe(shard.keeper)
 
 
 def open_live(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from opentelemetry.semconv._incubating.attributes import (
     db_attributes,
@@ -15,11 +17,13 @@ from opentelemetry.semconv._incubating.attributes import (
 )
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
 
+from hermesh.session.v1.resources_pb2 import RunOptions
 from meshkit import tracing
 from services.agent.domain.loop import Call, CallModel, CallState, Turn
 from services.agent.domain.prompt import RunSpec
-from services.agent.model.port import Usage
+from services.agent.model.port import Finished, TextDelta, Usage
 from services.agent.runs import spans
+from tests.unit.agent.fakes import FakeModel
 
 ROOT = Path(__file__).resolve().parents[3]
 SPEC = RunSpec("run-1", "session-1", "tenant-1", "small", temperature=0.5, seed=7, attempt=2)
@@ -75,6 +79,35 @@ def test_an_attempt_has_its_turns_and_calls_below_it(tmp_path: Path) -> None:
     for one in (chat, search, agent):
         assert one["attributes"]["hermesh.run_id"] == "run-1"
         assert one["attributes"]["hermesh.tenant_id"] == "tenant-1"
+
+
+async def test_a_takeover_goes_on_in_the_trace_of_the_input_and_links_to_the_attempt_before(
+    make_bench: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "spans.jsonl"
+    end = tracing.configure("agent", "agent-1", path)
+    try:
+        bench = make_bench(
+            FakeModel([[TextDelta("Hal")], asyncio.Event()], [[TextDelta("Hello")], [Finished("stop")]])
+        )
+        # As the store keeps it: nobody who dispatches the run knows of a trace.
+        options = RunOptions(traceparent=FORMER)
+        claim = bench.store.new_claim("hi", options)
+        bench.supervisor.begin(claim)
+        run = bench.store.runs[claim.run.run_id]
+        await bench.store.until(lambda: "text.delta" in run.types())
+        await bench.finish(bench.store.take_over(run.run_id, options))
+    finally:
+        end()
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    attempts = {one["attributes"]["hermesh.attempt"]: one for one in written if one["name"] == "invoke_agent"}
+    assert {one["trace_id"] for one in written} == {"a" * 32}
+    assert {one["parent_span_id"] for one in attempts.values()} == {"b" * 16}
+    assert attempts[1]["links"] == []
+    assert attempts[2]["links"] == [f"{'a' * 32}-{attempts[1]['span_id']}"]
+    assert (attempts[1]["status"], attempts[2]["status"]) == ("ERROR", "UNSET")
+    # What is committed says below which attempt it hangs.
+    assert run.data("step.started")[0]["traceparent"].split("-")[2] == attempts[1]["span_id"]
 
 
 def test_what_was_said_is_in_no_span() -> None:
