@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -21,6 +22,8 @@ from bench.mesh import Mesh
 from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1 import session_service_pb2 as pb
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
+from tests.deploy.chart import ROOT
+from tests.deploy.debian import debian
 from tests.deploy.edges import BEHIND, PROGRAMS, connect, connect_grpc, servers, serving
 from tests.e2e.client import (
     TERMINAL,
@@ -331,3 +334,12 @@ async def test_a_client_can_be_kept_on_one_gateway_and_needs_it_not(program: Pro
                 signal.SIGKILL,
             )
             await ask(client, 5)
+
+
+def test_haproxy_reads_what_compose_gives_it() -> None:
+    folder = ROOT / "deploy/haproxy"
+    command = [str(debian("haproxy", "haproxy")), "-c", "-f", str(folder / "haproxy.cfg")]
+    done = subprocess.run(
+        [*command, "-f", str(folder / "compose.cfg")], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
