@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.clients import call
 from gateway.streams import ABORT_EXTENSION
+from hermesh.session.v1 import resources_pb2
 from hermesh.tool.v1 import tool_service_pb2 as tool_pb
 from meshkit.channel import stream_call
 from meshkit.errors import InternalError
@@ -38,18 +39,20 @@ class Download:
 
     Args:
         tools: the tool service's stub.
-        content_ref: as the journal has it.
+        tool_call: as the journal has it.
         write_timeout: seconds that the client may take nothing.
     """
 
-    def __init__(self, tools: Any, content_ref: str, write_timeout: float) -> None:
+    def __init__(self, tools: Any, tool_call: resources_pb2.ToolCall, write_timeout: float) -> None:
         self._tools = tools
-        self._ref = content_ref
+        self._call = tool_call
         self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves it."""
-        request = tool_pb.ReadResultRequest(content_ref=self._ref)
+        request = tool_pb.ReadResultRequest(
+            content_ref=self._call.content_ref, session_id=self._call.session_id
+        )
         async with AsyncExitStack() as stack:
             stream = await stack.enter_async_context(
                 stream_call(self._tools.ReadResult(request, timeout=DOWNLOAD_SECONDS))

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from launcher.folder import Folder, write_private
+from meshkit.s3 import S3_VARIABLES
 from meshkit.secret_files import secret
 from meshkit.settings import PREFIX
 from meshkit.variables import known, secret_files
@@ -33,6 +34,7 @@ _NOT_KEPT = frozenset(
         "HERMESH_REPLICA",
     }
 )
+_OF_S3 = S3_VARIABLES | {"SSL_CERT_FILE"}
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 # To the last @ before the path, as all who read a URL take it: a password may have one.
 _CREDENTIALS = re.compile(r"//[^/\s]*@")
@@ -76,11 +78,19 @@ class Kept:
 def told(environment: Mapping[str, str]) -> dict[str, str]:
     """The settings that an environment holds and that are to be kept."""
     names = known() - _NOT_KEPT
-    return {
+    found = {
         name.upper(): value
         for name, value in sorted(environment.items())
         if value and name.upper().startswith(PREFIX) and name.upper() in names
     }
+    if _on_s3(found):
+        # Without its keys the store that is kept could not be used. What else may need them is not ours.
+        found |= {name: environment[name] for name in sorted(_OF_S3) if environment.get(name)}
+    return found
+
+
+def _on_s3(variables: Mapping[str, str]) -> bool:
+    return variables.get("HERMESH_OBJECT_STORE_URL", "").startswith("s3:")
 
 
 def fill(environment: MutableMapping[str, str], kept: Kept) -> list[str]:
@@ -97,7 +107,8 @@ def fill(environment: MutableMapping[str, str], kept: Kept) -> list[str]:
 
 def replace(environment: MutableMapping[str, str], kept: Kept) -> None:
     """Has the environment say what is kept and nothing else, whatever the shell says."""
-    for name in [name for name in environment if name.upper() in known() - _NOT_KEPT]:
+    names = (known() - _NOT_KEPT) | (_OF_S3 if _on_s3(kept.variables) else frozenset())
+    for name in [name for name in environment if name.upper() in names]:
         del environment[name]
     environment.update(kept.variables)
 

@@ -19,6 +19,7 @@ from launcher.errors import LaunchError
 from launcher.folder import Folder, write_private
 from launcher.model_pool import ModelPool
 from launcher.settings import CHECKOUT, LauncherSettings
+from meshkit.s3 import S3_VARIABLES, place
 from meshkit.secret_files import secret
 from meshkit.settings import words
 from meshkit.variables import secret_files
@@ -263,6 +264,9 @@ class Plan:
             key = self.llm_api_key
             for base_url in words(self.llm_base_url):
                 rows.append(("model", _place(base_url), partial(probes.model_problem, base_url, key)))
+        objects = self.object_store_url
+        if objects.startswith("s3:"):
+            rows.append(("objects", place(objects), partial(probes.objects_problem, objects)))
         return rows
 
     def service(self, service: str, number: int) -> Spec:
@@ -326,6 +330,7 @@ class Plan:
             environment["HERMESH_REDIS_URL"] = self.redis_url
         if service == "tool":
             environment["HERMESH_OBJECT_STORE_URL"] = self.object_store_url
+            environment |= {name: os.environ[name] for name in S3_VARIABLES if name in os.environ}
         if service == "agent":
             environment |= {
                 "HERMESH_LLM_BASE_URL": self.pool.url if self.pool else self.llm_base_url,
@@ -345,7 +350,7 @@ class Plan:
 def _base_environment() -> dict[str, str]:
     # Without bytecode every start would compile each module anew: three times the work, for every process.
     # Each gets its secrets as they are, whether they came from a file or not.
-    hidden = _GUARDED | secret_files().keys() | {"PYTHONDONTWRITEBYTECODE"}
+    hidden = _GUARDED | S3_VARIABLES | secret_files().keys() | {"PYTHONDONTWRITEBYTECODE"}
     environment = {name: value for name, value in os.environ.items() if name.upper() not in hidden}
     # A proxy is for what is outside: what the mesh has to say to itself stays on this machine.
     for name in ("NO_PROXY", "no_proxy"):

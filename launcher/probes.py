@@ -81,6 +81,25 @@ async def valkey_problem(url: str) -> str:
     return ""
 
 
+async def objects_problem(url: str) -> str:
+    """Why nothing can be written to an object store."""
+    import obstore
+
+    from meshkit.errors import StartupError
+    from meshkit.objects import FAILURES, open_store, predicate
+
+    try:
+        async with asyncio.timeout(2 * SECONDS):
+            await obstore.put_async(open_store(url), "tool-results/probe", b"")
+    except TimeoutError:
+        return NO_ANSWER
+    except FAILURES as error:
+        return predicate(error)
+    except StartupError as error:
+        return f"cannot be used: {error}"
+    return ""
+
+
 async def degraded(metrics_address: str) -> str:
     """Why a service is degraded or not ready, as its own /ready says; empty when it is neither."""
     import httpx

@@ -301,7 +301,7 @@ class Supervisor:
                 | {"health": "unhealthy" if wrong else "healthy", "reason": wrong}
                 | {"restarts": 0, "last_exit": "", "external": True}
             )
-        order = (*PARTS, *SERVICES)
+        order = (*PARTS, "objects", *SERVICES)
         return sorted(
             rows, key=lambda row: (order.index(row["service"]), len(row["replica"]), row["replica"])
         )
@@ -403,7 +403,12 @@ class Supervisor:
 
     async def check_external(self) -> None:
         """Raises LaunchError naming a part that a URL names and that does not work."""
-        names = {"postgresql": "DATABASE_URL", "valkey": "REDIS_URL", "model": "LLM_BASE_URL"}
+        names = {
+            "postgresql": "DATABASE_URL",
+            "valkey": "REDIS_URL",
+            "model": "LLM_BASE_URL",
+            "objects": "OBJECT_STORE_URL",
+        }
         working: set[str] = set()
         complaints: dict[str, str] = {}
         for service, address, problem in self.plan.external():

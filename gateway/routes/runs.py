@@ -133,7 +133,7 @@ async def tool_content(gateway: Gateway, request: Request) -> ASGIApp:
     order = pb.GetRunToolCallRequest(run_id=run_id_of(request), call_id=_call_id_of(request))
     found = (await call(gateway.mesh.sessions.GetRunToolCall(order))).tool_call
     if found.content_ref:
-        return Download(gateway.mesh.tools, found.content_ref, gateway.settings.write_timeout_seconds)
+        return Download(gateway.mesh.tools, found, gateway.settings.write_timeout_seconds)
     headers = {name.decode(): value.decode() for name, value in DOWNLOAD_HEADERS}
     return Response(found.content, headers=headers)
 

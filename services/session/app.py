@@ -15,7 +15,7 @@ from hermesh.agent.v1 import agent_service_pb2_grpc as agent_grpc
 from hermesh.memory.v1 import memory_service_pb2
 from hermesh.session.v1 import session_internal_service_pb2_grpc as internal_grpc
 from hermesh.session.v1 import session_service_pb2_grpc as public_grpc
-from hermesh.tool.v1 import tool_service_pb2
+from hermesh.tool.v1 import tool_service_pb2, tool_service_pb2_grpc
 from meshkit.auth import CachingAuthenticator
 from meshkit.channel import mesh_check, open_channel
 from meshkit.envoys import Envoys
@@ -29,6 +29,7 @@ from services.session.append_hub import AppendHub
 from services.session.backlog import Backlog
 from services.session.commits import Commits
 from services.session.flusher import Flusher
+from services.session.leftovers import Collector
 from services.session.operations.authenticate import StoreAuthenticator
 from services.session.operations.bootstrap import bootstrap as ensure_tenant
 from services.session.operations.tenant import change_of, configure, describe
@@ -159,6 +160,11 @@ async def assemble(
             max_appends=settings.max_flush_appends,
             max_steps=settings.max_step_commits,
         )
+        collector = Collector(
+            store,
+            tool_service_pb2_grpc.ToolServiceStub(channel),
+            grace_seconds=settings.result_grace_seconds,
+        )
         link = MeshLink(channel)
         hub = AppendHub(
             store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up, dispatch=sweeper.wake
@@ -228,6 +234,7 @@ async def assemble(
             envoys = Envoys(tail, settings.envoy_status_port, settings.drain_delay_seconds)
             loops.start(envoys.watch(), name="envoys")
         loops.start(hub.watch_leases(), name="leases")
+        loops.start(collector.run(), name="leftovers")
         loops.start(keep_up(store, settings.maintain_seconds), name="upkeep")
         if live is not None:
             metrics.tail_degraded.set_function(lambda: float(tail.degraded))

@@ -472,3 +472,11 @@ class Cut:
 
     cut: int = 0
     locked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GoneSession:
+    """A session that was deleted, and may have left results in the object store."""
+
+    tenant_id: UUID
+    session_id: UUID

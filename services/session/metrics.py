@@ -60,3 +60,12 @@ ended_orphans = Counter(
     "hermesh_session_ended_orphans_total", "Cancelled or late runs that were ended because nobody held them."
 )
 leases_shortened = Counter("hermesh_session_leases_shortened_total", "Leases cut after a stream broke.")
+gone_sessions = Gauge(
+    "hermesh_session_gone_sessions",
+    "Deleted sessions that may still have large results in the object store, counted up to 10,000.",
+)
+collections = Counter(
+    "hermesh_session_collections_total",
+    "Times the results of a deleted session were deleted, by what came of it: done, more, failed.",
+    ["result"],
+)

@@ -57,6 +57,15 @@ class SessionSettings(MeshSettings):
     maintain_seconds: float = Field(
         600.0, ge=1, description="Seconds between two rounds of upkeep: partitions, expired keys."
     )
+    result_grace_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=90 * 86_400,
+        description=(
+            "Seconds that large results outlive the deletion of their session. A database that is restored "
+            "to a point in time finds its results as far back as this."
+        ),
+    )
     watch_poll_seconds: float = Field(
         1.0, gt=0, le=60, description="Seconds between two looks in PostgreSQL for what the live tail missed."
     )

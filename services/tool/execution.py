@@ -25,6 +25,7 @@ from meshkit.errors import (
     FailedPreconditionError,
     HermeshError,
     InternalError,
+    NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
 )
@@ -362,7 +363,7 @@ class Executor:
             return outcome
         request = execution.request
         storing = self._owner.start(
-            shrink(self._results, request.tenant_id, outcome, self._complete_seconds),
+            shrink(self._results, request, outcome, self._complete_seconds),
             name=f"store-{request.call_id}",
         )
         execution.act = storing
@@ -391,6 +392,8 @@ class Executor:
                             state=outcome.state.name,
                             reason=error.reason,
                         )
+                        if isinstance(error, NotFoundError):
+                            await self._discard(request, outcome)
                         raise
                     metrics.COMPLETE_RETRIES.inc()
                     if backoff.attempts == 1:
@@ -402,6 +405,15 @@ class Executor:
                         raise AbortedError("FENCE_STALE", "another try of this call has replaced this one")
                     # Somebody else may have settled the call before: the journal's word is the outcome.
                     return outcome if entry.state is outcome.state else _stored(entry)
+
+    async def _discard(self, request: CallRequest, outcome: Outcome) -> None:
+        """Deletes what was stored for a session that was deleted before: nobody will look there again."""
+        if self._results is None or not outcome.content_ref:
+            return
+        try:
+            await self._results.delete(request.tenant_id, request.session_id)
+        except UnavailableError:
+            _log.warning("a result of a deleted session is left in the object store", call_id=request.call_id)
 
     @contextmanager
     def _telling(self, execution: Execution, text: str) -> Iterator[None]:

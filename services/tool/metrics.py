@@ -21,6 +21,8 @@ CUT = begin_at_zero(
     Counter("hermesh_tool_results_cut", "Large results of which only the beginning was kept.", ["reason"]),
     *("store_down", "no_store", "stopped", "error"),
 )
+DELETED = Counter("hermesh_tool_results_deleted", "Large results of deleted sessions that were deleted.")
+DELETED_BYTES = Counter("hermesh_tool_results_deleted_bytes", "The bytes of these.")
 COMPLETE_RETRIES = Counter("hermesh_tool_complete_retries", "Outcomes that had to be recorded again.")
 RECONCILES = Counter(
     "hermesh_tool_reconciles", "Looks at what became of an unknown call, by finding.", ["tool", "finding"]

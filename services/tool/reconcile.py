@@ -129,7 +129,7 @@ class Reconciler:
                 return Look(Finding.ASK_AGAIN, after=quiet_in)
             return _standing(await self._journal.reconcile(request, None, entry.tries))
         assert isinstance(answer, Outcome)
-        outcome = await shrink(self._results, request.tenant_id, answer, found.reconcile_timeout)
+        outcome = await shrink(self._results, request, answer, found.reconcile_timeout)
         return _standing(await self._journal.reconcile(request, outcome, entry.tries))
 
 

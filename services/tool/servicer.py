@@ -112,10 +112,19 @@ class ToolServicer(ToolServiceServicer):
         require_mesh()
         if self._results is None:
             raise NotFoundError("TOOL_CALL_NOT_FOUND", "there is no such result")
-        size, pieces = await self._results.get(require_tenant(), request.content_ref)
+        session_id = UUID(request.session_id) if request.session_id else None
+        size, pieces = await self._results.get(require_tenant(), session_id, request.content_ref)
         yield pb.ReadResultResponse(size=size)
         async for piece in pieces:
             yield pb.ReadResultResponse(data=piece)
+
+    async def DeleteResults(self, request: pb.DeleteResultsRequest, context: Any) -> pb.DeleteResultsResponse:
+        """Deletes large results of a session of the tenant's that is gone."""
+        require_mesh()
+        if self._results is None:
+            return pb.DeleteResultsResponse()
+        deleted, more = await self._results.delete(require_tenant(), UUID(request.session_id))
+        return pb.DeleteResultsResponse(deleted=deleted, more=more)
 
 
 def _tool(tool: Tool) -> pb.Tool:

@@ -279,7 +279,7 @@ async def test_without_the_object_store_large_results_wait_and_then_are_cut_in_t
         [result] = data_of(frames, "tool.result")
         assert "all of it is stored" in result["content"]
         assert frames[-1].event == "run.completed"
-    stored = [file.read_text() for file in (mesh.data_dir / "objects").glob("tool-results/*/*")]
+    stored = [file.read_text() for file in (mesh.data_dir / "objects").glob("tool-results/*/*/*")]
     assert stored == [LINE * LINES]
 
 

@@ -16,6 +16,7 @@ from services.session.domain import (
     Cut,
     Decision,
     Event,
+    GoneSession,
     Grant,
     LeaseRef,
     Message,
@@ -344,7 +345,23 @@ class Durable(Protocol):
         ...
 
 
-class Store(Tenants, Conversations, Runs, Log, Journal, Durable, Protocol):
+class Gone(Protocol):
+    """Deleted sessions whose large results are still in the object store."""
+
+    async def take_gone(self, limit: int, *, grace_seconds: float, retry_seconds: float) -> list[GoneSession]:
+        """Takes some that were deleted so long ago; nobody else is given them before `retry_seconds`."""
+        ...
+
+    async def forget_gone(self, session_id: UUID) -> None:
+        """Forgets one that has left nothing any more."""
+        ...
+
+    async def count_gone(self) -> int:
+        """Returns how many there are, counted up to 10,000."""
+        ...
+
+
+class Store(Tenants, Conversations, Runs, Log, Journal, Durable, Gone, Protocol):
     """All of it."""
 
     @property

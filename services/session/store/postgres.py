@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import UUID
 
 from meshkit.postgres import load_sql
+from services.session.domain import GoneSession
 from services.session.store.postgres_base import Pool
 from services.session.store.postgres_journal import PostgresJournal
 from services.session.store.postgres_log import PostgresLog
@@ -28,6 +30,7 @@ PARTITIONS_AHEAD_DAYS = 7
 POOL_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
 
 _EXPIRE_BATCH = 10_000
+_COUNTED = 10_000
 _MAINTAIN_TIMEOUT = 30.0
 
 
@@ -82,3 +85,17 @@ class PostgresStore(PostgresTenants, PostgresSessions, PostgresRuns, PostgresLog
             status: str = await connection.execute(_SQL["expire_requests"], REQUEST_RETENTION, _EXPIRE_BATCH)
         assert row is not None
         return Upkeep(row["made"], row["dropped"], int(status.rpartition(" ")[2]))
+
+    async def take_gone(self, limit: int, *, grace_seconds: float, retry_seconds: float) -> list[GoneSession]:
+        """See the port."""
+        grace, retry = timedelta(seconds=grace_seconds), timedelta(seconds=retry_seconds)
+        rows = await self._fetch(_SQL["take_gone"], grace, limit, retry)
+        return [GoneSession(row["tenant_id"], row["session_id"]) for row in rows]
+
+    async def forget_gone(self, session_id: UUID) -> None:
+        """See the port."""
+        await self._fetch(_SQL["forget_gone"], session_id)
+
+    async def count_gone(self) -> int:
+        """See the port."""
+        return int((await self._one(_SQL["count_gone"], _COUNTED))["number"])

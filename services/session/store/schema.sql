@@ -786,6 +786,17 @@ CREATE FUNCTION session.next_seq(p_run uuid) RETURNS integer
     LANGUAGE sql STABLE
     RETURN (SELECT (1 + GREATEST(v.last_seq, (SELECT max(e.seq) AS max FROM session.event e WHERE (e.run_id = next_seq.p_run)))) FROM session.run_view v WHERE (v.run_id = next_seq.p_run));
 
+CREATE FUNCTION session.note_gone_session() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF EXISTS (SELECT FROM session.tool_call c WHERE c.session_id = OLD.session_id) THEN
+        INSERT INTO session.gone_session (session_id, tenant_id) VALUES (OLD.session_id, OLD.tenant_id)
+        ON CONFLICT (session_id) DO NOTHING;
+    END IF;
+    RETURN OLD;
+END $$;
+
 CREATE FUNCTION session.now_ms() RETURNS bigint
     LANGUAGE sql PARALLEL SAFE
     RETURN ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint;
@@ -1136,6 +1147,17 @@ CREATE TABLE session.event_default (
     data text CONSTRAINT event_data_not_null NOT NULL
 );
 
+CREATE TABLE session.gone_session (
+    session_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    gone_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    try_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+COMMENT ON TABLE session.gone_session IS 'deleted sessions that may have left results in the object store';
+
+COMMENT ON COLUMN session.gone_session.try_at IS 'not before then; ahead while somebody sees to it';
+
 CREATE TABLE session.hermesh_migration (
     version integer NOT NULL,
     name text NOT NULL,
@@ -1233,6 +1255,9 @@ ALTER TABLE ONLY session.event
 ALTER TABLE ONLY session.event_default
     ADD CONSTRAINT event_default_pkey PRIMARY KEY (run_id, seq);
 
+ALTER TABLE ONLY session.gone_session
+    ADD CONSTRAINT gone_session_pkey PRIMARY KEY (session_id);
+
 ALTER TABLE ONLY session.hermesh_migration
     ADD CONSTRAINT hermesh_migration_pkey PRIMARY KEY (version);
 
@@ -1263,6 +1288,8 @@ ALTER TABLE ONLY session.tenant
 ALTER TABLE ONLY session.tool_call
     ADD CONSTRAINT tool_call_pkey PRIMARY KEY (call_id);
 
+CREATE INDEX gone_session_by_age ON session.gone_session USING btree (gone_at);
+
 CREATE INDEX idempotency_by_age ON session.idempotency USING btree (created_at);
 
 CREATE UNIQUE INDEX message_by_ordinal ON session.message USING btree (session_id, ordinal) WHERE (NOT rolled_back);
@@ -1286,6 +1313,8 @@ CREATE INDEX tool_call_by_run ON session.tool_call USING btree (run_id);
 CREATE INDEX tool_call_by_session ON session.tool_call USING btree (session_id);
 
 ALTER INDEX session.event_pkey ATTACH PARTITION session.event_default_pkey;
+
+CREATE TRIGGER note_gone_session BEFORE DELETE ON session.session FOR EACH ROW EXECUTE FUNCTION session.note_gone_session();
 
 ALTER TABLE ONLY session.api_key
     ADD CONSTRAINT api_key_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES session.tenant(tenant_id) ON DELETE CASCADE;

@@ -1,6 +1,7 @@
 """The tool service behind a real gRPC server, with a journal behind another."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -216,17 +217,19 @@ async def test_an_old_fence_is_an_error_and_no_act(service: Service) -> None:
     assert service.lever.calls == []
 
 
-async def test_a_large_result_is_in_the_object_store_below_its_tenant(service: Service) -> None:
+async def test_a_large_result_is_in_the_object_store_below_its_tenant_and_session(service: Service) -> None:
     service.lever.result = "0123456789" * 10_000
     *_, last = await service.execute("lever")
     digest = last.result.content_ref.removeprefix("sha256:")
-    stored = service.folder / "tool-results" / str(TENANT) / digest
+    stored = service.folder / "tool-results" / str(TENANT) / str(SESSION) / digest
     assert stored.read_text() == service.lever.result
     assert len(last.result.content) < 2200
 
 
-async def read(service: Service, ref: str, tenant: UUID = TENANT) -> bytes:
-    request = pb.ReadResultRequest(content_ref=ref)
+async def read(
+    service: Service, ref: str, tenant: UUID = TENANT, session: str | None = str(SESSION)
+) -> bytes:
+    request = pb.ReadResultRequest(content_ref=ref, session_id=session)
     try:
         stream = service.stub.ReadResult(request, metadata=metadata(tenant), timeout=DEADLINE)
         first, *rest = [message async for message in stream]
@@ -245,7 +248,34 @@ async def test_a_large_result_is_read_by_its_tenant_only(service: Service) -> No
     assert (await read(service, ref)).decode() == service.lever.result
     assert await reason(read(service, ref, UUID(int=9))) == "TOOL_CALL_NOT_FOUND"
     assert await reason(read(service, "sha256:" + "0" * 64)) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, ref, session=str(UUID(int=8)))) == "TOOL_CALL_NOT_FOUND"
+    assert await reason(read(service, ref, session=None)) == "TOOL_CALL_NOT_FOUND"
     assert await reason(read(service, "sha256:../../x")) == "INVALID_ARGUMENT"
+    assert await reason(read(service, ref, session="../x")) == "INVALID_ARGUMENT"
+
+
+async def test_a_result_that_an_earlier_version_stored_below_its_tenant_is_read(service: Service) -> None:
+    data, digest = b"earlier", hashlib.sha256(b"earlier").hexdigest()
+    folder = service.folder / "tool-results" / str(TENANT)
+    folder.mkdir(parents=True)
+    (folder / digest).write_bytes(data)
+    for session in (None, str(SESSION)):
+        assert await read(service, f"sha256:{digest}", session=session) == data
+
+
+async def test_the_results_of_a_deleted_session_are_deleted(service: Service) -> None:
+    service.lever.result = "0123456789" * 10_000
+    *_, last = await service.execute("lever")
+    other = pb.DeleteResultsRequest(session_id=str(UUID(int=8)))
+    assert (await service.stub.DeleteResults(other, metadata=metadata())).deleted == 0
+    order = pb.DeleteResultsRequest(session_id=str(SESSION))
+    assert (await service.stub.DeleteResults(order, metadata=metadata(UUID(int=9)))).deleted == 0
+    assert await read(service, last.result.content_ref)
+    answer = await service.stub.DeleteResults(order, metadata=metadata())
+    assert (answer.deleted, answer.more) == (1, False)
+    assert not (await service.stub.DeleteResults(order, metadata=metadata())).deleted
+    assert await reason(read(service, last.result.content_ref)) == "TOOL_CALL_NOT_FOUND"
+    assert list((service.folder / "tool-results").glob("*/*")) == []
 
 
 async def test_cancel_ends_a_call(service: Service) -> None:
@@ -293,6 +323,8 @@ async def test_execute_and_cancel_are_for_the_mesh(service: Service) -> None:
     assert from_rpc_error(caught.value).reason == "MESH_ONLY"
     look = pb.ReconcileRequest(call_id=CALL, session_id=str(SESSION), run_id=str(RUN), name="lever")
     assert await reason(service.outside.Reconcile(look, metadata=key)) == "MESH_ONLY"
+    gone = pb.DeleteResultsRequest(session_id=str(SESSION))
+    assert await reason(service.outside.DeleteResults(gone, metadata=key)) == "MESH_ONLY"
     assert service.lever.calls == []
 
 

@@ -27,7 +27,11 @@ SETTINGS: dict[str, type[MeshSettings]] = {
     "gateway": GatewaySettings,
 }
 # The first tenant's key reaches `bootstrap` by the variable that its option names.
-ALSO = {"migrate": {"HERMESH_API_KEY"}, "model": {"HERMESH_LLM_API_KEY"}}
+ALSO = {
+    "migrate": {"HERMESH_API_KEY"},
+    "model": {"HERMESH_LLM_API_KEY"},
+    "tool": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,8 @@ def compose() -> dict[str, Any]:
 
 
 def variables(service: dict[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in (service.get("environment") or {}).items()}
+    # One without a value is passed on as it is outside, or not at all.
+    return {name: str(value or "") for name, value in (service.get("environment") or {}).items()}
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "migrate", "model"])

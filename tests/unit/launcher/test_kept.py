@@ -26,6 +26,18 @@ def test_settings_are_kept_for_their_owner_only(folder: Folder) -> None:
     assert stat.S_IMODE(folder.settings_file.stat().st_mode) == 0o600
 
 
+def test_the_keys_of_an_object_store_are_kept_with_it_and_no_others() -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_ENDPOINT_URL": "http://s3"}
+    store = {"HERMESH_OBJECT_STORE_URL": "s3://bucket"}
+    assert told(keys | {"AWS_PROFILE": "p"} | store) == keys | store
+    assert told(keys | {"HERMESH_OBJECT_STORE_URL": "file:///objects"}).keys() == store.keys()
+    assert told(keys) == {}
+    assert shown("AWS_SECRET_ACCESS_KEY", "s") == "(a secret)"
+    shell = {"AWS_REGION": "here"} | keys
+    replace(shell, Kept(keys | store))
+    assert shell == keys | store
+
+
 def test_what_is_of_one_process_or_of_a_test_is_not_kept() -> None:
     names = ("DATA_DIR", "FAILPOINTS", "REPLICA", "LISTEN", "READY_FILE", "MESH_TOKEN", "XYZZY")
     assert told({f"HERMESH_{name}": "x" for name in names} | {"HERMESH_LLM_MODEL": ""}) == {}

@@ -140,7 +140,7 @@ def test_a_proxy_is_for_what_is_outside(supervisor: Supervisor, monkeypatch: pyt
         ("gateway", set()),
         ("agent", {"HERMESH_LLM_API_KEY"}),
         ("session", {"HERMESH_DATABASE_URL", "HERMESH_REDIS_URL"}),
-        ("tool", {"HERMESH_OBJECT_STORE_URL"}),
+        ("tool", {"HERMESH_OBJECT_STORE_URL", "AWS_SECRET_ACCESS_KEY"}),
         ("memory", {"HERMESH_DATABASE_URL"}),
     ],
 )
@@ -153,6 +153,7 @@ def test_a_process_gets_only_the_secrets_it_needs(
         "HERMESH_OBJECT_STORE_URL",
         "HERMESH_LLM_API_KEY",
         "HERMESH_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
     }
     for name in secrets:
         monkeypatch.setenv(name, "from outside")

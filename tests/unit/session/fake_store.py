@@ -24,6 +24,7 @@ from services.session.domain import (
     ClaimOutcome,
     Cut,
     Event,
+    GoneSession,
     Grant,
     LeaseRef,
     Message,
@@ -407,6 +408,12 @@ class FakeStore:
 
     async def maintain(self) -> None:
         pass
+
+    async def take_gone(self, limit: int, *, grace_seconds: float, retry_seconds: float) -> list[GoneSession]:
+        return []
+
+    async def count_gone(self) -> int:
+        return 0
 
 
 def text(word: str) -> NewEvent:

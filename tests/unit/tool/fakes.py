@@ -106,11 +106,16 @@ class FakeResults:
         self.errors = errors or []
         self.objects: list[bytes] = []
 
-    async def put(self, tenant_id: UUID, data: bytes) -> str:
+    async def put(self, tenant_id: UUID, session_id: UUID, data: bytes) -> str:
         if self.errors:
             raise self.errors.pop(0)
         self.objects.append(data)
         return f"sha256:{len(self.objects)}"
+
+    async def delete(self, tenant_id: UUID, session_id: UUID) -> tuple[int, bool]:
+        number = len(self.objects)
+        self.objects.clear()
+        return number, False
 
     async def problem(self) -> str | None:
         return "away" if self.errors else None

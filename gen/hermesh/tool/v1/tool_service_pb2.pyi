@@ -404,16 +404,20 @@ class ReadResultRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     CONTENT_REF_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
     content_ref: builtins.str
     """As the journal has it, `sha256:<hex>`; it is looked for among the tenant's own."""
+    session_id: builtins.str
+    """The session of the call. Without it only results of versions that did not keep them by session are found."""
     def __init__(
         self,
         *,
         content_ref: builtins.str = ...,
+        session_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["content_ref", b"content_ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["content_ref", b"content_ref", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -438,5 +442,49 @@ class ReadResultResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["data", b"data", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeleteResultsRequest(message.Message):
+    """The request of DeleteResults."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """A session that was deleted. Nothing asks whether it was."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeleteResultsResponse(message.Message):
+    """The response of DeleteResults."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DELETED_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    deleted: builtins.int
+    """How many objects were deleted."""
+    more: builtins.bool
+    """Whether there may be others: ask again."""
+    def __init__(
+        self,
+        *,
+        deleted: builtins.int = ...,
+        more: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["deleted", b"deleted", "more", b"more"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -60,6 +60,11 @@ class ToolServiceStub:
                 request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
                 response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
                 _registered_method=True)
+        self.DeleteResults = channel.unary_unary(
+                '/hermesh.tool.v1.ToolService/DeleteResults',
+                request_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsRequest.SerializeToString,
+                response_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsResponse.FromString,
+                _registered_method=True)
 
 
 class ToolServiceServicer:
@@ -105,6 +110,14 @@ class ToolServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteResults(self, request, context):
+        """For the mesh only: deletes the large results of a session that is gone, as many as fit into one call. May
+        be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ToolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +145,11 @@ def add_ToolServiceServicer_to_server(servicer, server):
                     servicer.ReadResult,
                     request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.FromString,
                     response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.SerializeToString,
+            ),
+            'DeleteResults': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteResults,
+                    request_deserializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsRequest.FromString,
+                    response_serializer=hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +288,33 @@ class ToolService:
             '/hermesh.tool.v1.ToolService/ReadResult',
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultRequest.SerializeToString,
             hermesh_dot_tool_dot_v1_dot_tool__service__pb2.ReadResultResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hermesh.tool.v1.ToolService/DeleteResults',
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsRequest.SerializeToString,
+            hermesh_dot_tool_dot_v1_dot_tool__service__pb2.DeleteResultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class ToolServiceStub:
     """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
     if the tenant has no such result.
     """
+    DeleteResults: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.DeleteResultsRequest, _tool_service_pb2.DeleteResultsResponse]
+    """For the mesh only: deletes the large results of a session that is gone, as many as fit into one call. May
+    be repeated.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -74,6 +78,10 @@ class ToolServiceAsyncStub(ToolServiceStub):
     ReadResult: _aio.UnaryStreamMultiCallable[_tool_service_pb2.ReadResultRequest, _tool_service_pb2.ReadResultResponse]  # type: ignore[assignment]
     """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
     if the tenant has no such result.
+    """
+    DeleteResults: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.DeleteResultsRequest, _tool_service_pb2.DeleteResultsResponse]  # type: ignore[assignment]
+    """For the mesh only: deletes the large results of a session that is gone, as many as fit into one call. May
+    be repeated.
     """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -125,6 +133,16 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_tool_service_pb2.ReadResultResponse], _abc.AsyncIterator[_tool_service_pb2.ReadResultResponse]]:
         """For the mesh only: streams a result that is too large for the journal. Errors: TOOL_CALL_NOT_FOUND
         if the tenant has no such result.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteResults(
+        self,
+        request: _tool_service_pb2.DeleteResultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tool_service_pb2.DeleteResultsResponse, _abc.Awaitable[_tool_service_pb2.DeleteResultsResponse]]:
+        """For the mesh only: deletes the large results of a session that is gone, as many as fit into one call. May
+        be repeated.
         """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,3 +28,23 @@ SELECT current_setting('synchronous_standby_names') <> ''
 -- name: confirm
 -- See session.confirm.
 SELECT session.confirm();
+
+-- name: take_gone
+-- Deleted sessions whose results are to be deleted, the oldest first; others are not given them for a while.
+-- $1 how long ago they were deleted at least, $2 how many, $3 for how long
+UPDATE session.gone_session g SET try_at = clock_timestamp() + $3::interval * (0.8 + 0.4 * random())
+FROM (SELECT session_id FROM session.gone_session
+      WHERE gone_at <= clock_timestamp() - $1::interval AND try_at <= clock_timestamp()
+      ORDER BY gone_at LIMIT $2 FOR UPDATE SKIP LOCKED) due
+WHERE g.session_id = due.session_id
+RETURNING g.session_id, g.tenant_id;
+
+-- name: forget_gone
+-- Forgets a deleted session that has left nothing.
+-- $1 session_id
+DELETE FROM session.gone_session WHERE session_id = $1;
+
+-- name: count_gone
+-- How many there are, counted up to a limit.
+-- $1 limit
+SELECT count(*) AS number FROM (SELECT FROM session.gone_session LIMIT $1) g;
