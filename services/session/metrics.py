@@ -38,6 +38,14 @@ refusals = Counter(
     "Statements that PostgreSQL refused for want of room, memory or connections, by SQLSTATE.",
     ["sqlstate"],
 )
+standby_lag = Gauge(
+    "hermesh_session_standby_lag_seconds", "By how much the standby for reads may be behind the primary."
+)
+standby_reads = Counter(
+    "hermesh_session_standby_reads_total",
+    "Pages of old events looked for on a standby: read, not_there, or failed; the last two ask the primary.",
+    ["result"],
+)
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 queued_runs = Gauge("hermesh_session_queued_runs", "Runs that wait in the whole mesh, as last counted.")
 refused_input = Counter("hermesh_session_refused_input_total", "Input refused because too many runs wait.")
