@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import resource
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import envoy, model
+from launcher import doctor_postgres, envoy, model
 from launcher.control import supervisor_of
 from launcher.embedded import package_folder
 from launcher.embedded.postgres import BIN, USER, namespace_works
@@ -92,6 +93,16 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
     if os.geteuid() == 0:
         how = "a user namespace" if namespace_works() else f"the system user {USER}"
         yield Finding("PostgreSQL beside root", how)
+    if url := settings.database_url.get_secret_value():
+        for row in asyncio.run(
+            doctor_postgres.rows(
+                url,
+                direct_url=os.environ.get("HERMESH_DATABASE_DIRECT_URL", ""),
+                standby_url=os.environ.get("HERMESH_DATABASE_STANDBY_URL", ""),
+                prefix=os.environ.get("HERMESH_DATABASE_SCHEMA_PREFIX", ""),
+            )
+        ):
+            yield Finding(*row)
     running = supervisor_of(folder) is not None
     for name, port in (("HERMESH_HTTP_PORT", settings.http_port), ("HERMESH_GRPC_PORT", settings.grpc_port)):
         problem = "" if running else port_problem(port)
