@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import envoy, examine, model
+from launcher import doctor_postgres, envoy, examine, model
 from launcher.control import supervisor_of
 from launcher.embedded import package_folder
 from launcher.embedded.postgres import BIN, USER, namespace_works
@@ -94,6 +94,16 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
     if os.geteuid() == 0:
         how = "a user namespace" if namespace_works() else f"the system user {USER}"
         yield Finding("PostgreSQL beside root", how)
+    if url := settings.database_url.get_secret_value():
+        for row in asyncio.run(
+            doctor_postgres.rows(
+                url,
+                direct_url=os.environ.get("HERMESH_DATABASE_DIRECT_URL", ""),
+                standby_url=os.environ.get("HERMESH_DATABASE_STANDBY_URL", ""),
+                prefix=os.environ.get("HERMESH_DATABASE_SCHEMA_PREFIX", ""),
+            )
+        ):
+            yield Finding(*row)
     running = supervisor_of(folder) is not None
     for name, port in settings.fixed_ports.items():
         problem = "" if running else port_problem(port)
@@ -105,11 +115,14 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
 
 async def _examined(settings: LauncherSettings, folder: Folder, *, running: bool) -> list[examine.Row]:
     """Looks at the parts: those that a URL names, whether a mesh runs or not, and of a running one all."""
-    database, redis = settings.database_url.get_secret_value(), settings.redis_url.get_secret_value()
+    # Of a PostgreSQL that a URL names the clock is looked at with the rest of it.
+    database, redis = "", settings.redis_url.get_secret_value()
     admin: envoy.Admin | None = None
     if running:
         plan = Plan(settings, folder, State.load(folder.state_file).ports)
-        database, redis, admin = plan.database_url, plan.redis_url, plan.admin
+        redis, admin = plan.redis_url, plan.admin
+        if plan.postgres:
+            database = plan.database_url
     rows: list[examine.Row] = []
     if database:
         rows += await examine.database_clock(database)

@@ -32,8 +32,10 @@ DEFAULT_REPLICAS = {"gateway": 1, "agent": 2, "session": 2, "tool": 1, "memory":
 MAX_REPLICAS = 64
 
 # What only some processes may see; everything else named HERMESH_* is passed on as it is.
+_DATABASE_WAYS = ("HERMESH_DATABASE_DIRECT_URL", "HERMESH_DATABASE_STANDBY_URL")
 _GUARDED = {
     "HERMESH_DATABASE_URL",
+    *_DATABASE_WAYS,
     "HERMESH_REDIS_URL",
     "HERMESH_OBJECT_STORE_URL",
     "HERMESH_LLM_API_KEY",
@@ -326,6 +328,9 @@ class Plan:
         }
         if service in ("session", "memory"):
             environment["HERMESH_DATABASE_URL"] = self.database_url
+            # They belong to a database that a URL names, too.
+            if not self.postgres:
+                environment |= {name: os.environ[name] for name in _DATABASE_WAYS if name in os.environ}
         if service == "session":
             environment["HERMESH_REDIS_URL"] = self.redis_url
         if service == "tool":

@@ -31,9 +31,11 @@ async def postgres_problem(url: str) -> str:
     """Why PostgreSQL does not take connections with these credentials."""
     import asyncpg
 
+    from meshkit.hosts import Hosts, NoPrimaryError
+
     try:
         async with asyncio.timeout(SECONDS):
-            connection = await asyncpg.connect(url)
+            connection = await Hosts(url).connect(statement_cache_size=0)
             try:
                 await connection.fetchval("SELECT 1")
             finally:
@@ -42,6 +44,8 @@ async def postgres_problem(url: str) -> str:
         return "refuses the user or the password"
     except asyncpg.InvalidCatalogNameError:
         return "has no such database"
+    except NoPrimaryError:
+        return "has no primary"
     except (OSError, TimeoutError, asyncpg.PostgresError):
         return NO_ANSWER
     except (asyncpg.InterfaceError, ValueError):

@@ -74,7 +74,11 @@ class LauncherSettings(EnvironmentSettings):
         ),
     )
     database_url: SecretStr = Field(
-        SecretStr(""), description="PostgreSQL with pgvector; empty starts the embedded one."
+        SecretStr(""),
+        description=(
+            "PostgreSQL with pgvector, postgresql://user:password@host:port/database; of several hosts "
+            "(host:port,host:port) the primary is used. Empty starts the embedded one."
+        ),
     )
     redis_url: SecretStr = Field(
         SecretStr(""), description="Redis or Valkey; empty starts the embedded Valkey."

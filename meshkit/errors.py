@@ -48,6 +48,10 @@ class StartupError(Exception):
     """A process cannot start. Its text is one line that says what is wrong and what to do."""
 
 
+class StoreAwayError(StartupError):
+    """What a process needs is not there, and may come: whoever can wait tries again."""
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """One wrong field of a request: its path, and what is wrong with it."""

@@ -2,7 +2,8 @@
 
 Files are `NNNN_pre_name.sql` (safe while the old version still runs) or `NNNN_post_name.sql` (only once it
 is gone). Each runs in one transaction together with its row in `hermesh_migration`, so it is there fully or
-not at all. Two migrators at once are safe: each transaction first locks that table and looks again.
+not at all. Two migrators at once are safe: each transaction first locks that table and looks again. What a
+migration needs of its connection it sets for its transaction, so that it may come through a pooler.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import structlog
 
 from meshkit.errors import StartupError
-from meshkit.postgres import CONNECT_TIMEOUT, connect_failure
+from meshkit.hosts import CONNECT_TIMEOUT, Connection, Hosts
+from meshkit.postgres import FAILURES, Pool, cannot_connect, open_pool
+from meshkit.schemas import in_schema
 
 _log = structlog.get_logger("meshkit.migrate")
 
@@ -27,6 +31,10 @@ _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _LOCK_TIMEOUT_MS = 60_000
 _MIGRATION_TIMEOUT_S = 600.0
 _CREATE_TRIES = 5
+_EXTENSION_REMEDY = (
+    "; have the extension's package installed on PostgreSQL's server (pgvector: postgresql-NN-pgvector), and "
+    "let a superuser make it once in this database: CREATE EXTENSION vector"
+)
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS hermesh_migration (
@@ -35,6 +43,24 @@ CREATE TABLE IF NOT EXISTS hermesh_migration (
     checksum text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 )
+"""
+# A role's own limit of time is for the services' statements.
+_SET_UP = """
+SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', '0', true),
+       set_config('idle_in_transaction_session_timeout', '0', true),
+       set_config('client_min_messages', 'warning', true),
+       CASE WHEN $2 <> '' THEN set_config('search_path', $2, true) END
+"""
+_EXTENSIONS = """
+SELECT DISTINCT quote_ident(n.nspname) AS schema FROM pg_catalog.pg_extension e
+JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE n.nspname NOT IN ('pg_catalog', 'public')
+"""
+# Somebody else's tables; a service's own have its list of migrations beside them. Not by to_regclass, which
+# raises where the schema may not be looked into.
+_STRANGERS = """
+SELECT count(*) > 0 AND NOT coalesce(bool_or(c.relname = 'hermesh_migration'), false)
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v')
 """
 _LOCK = "LOCK TABLE hermesh_migration IN SHARE ROW EXCLUSIVE MODE"
 _LIST = "SELECT version, name, checksum FROM hermesh_migration ORDER BY version"
@@ -83,7 +109,7 @@ def read_migrations(directory: Path) -> list[Migration]:
     return migrations
 
 
-async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[str]:
+async def migrate(url: str, directory: Path | str, *, schema: str = "", name: str = "") -> list[str]:
     """Applies what is missing.
 
     Args:
@@ -91,6 +117,7 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[
         directory: The folder of migrations.
         schema: The schema of a service that shares its database with others: made if it is not there, holds
             this folder's `hermesh_migration`, and is where unqualified names go. Empty: the role's own.
+        name: What the schema is called in this database, if not as in the migrations.
 
     Returns:
         The names of the files applied now, in order.
@@ -100,38 +127,90 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "") -> list[
             migration that failed (those before it stay applied).
     """
     migrations = read_migrations(Path(directory))
-    search_path = _search_path(schema)
-    try:
-        connection = await asyncpg.connect(
-            url,
-            timeout=CONNECT_TIMEOUT,
-            command_timeout=_MIGRATION_TIMEOUT_S,
-            server_settings={
-                "application_name": "hermesh-migrate",
-                "lock_timeout": str(_LOCK_TIMEOUT_MS),
-                "client_min_messages": "warning",
-                **search_path,
-            },
-        )
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
-        raise StartupError(connect_failure(url, error)) from error
+    name = name or schema
+    connection = await _connect(url, _MIGRATION_TIMEOUT_S)
     try:
         try:
-            await _create_table(connection, schema)
-            _check_known(migrations, await connection.fetch(_LIST))
+            await _create_table(connection, name)
+            _check_known(migrations, await connection.fetch(_list(name)))
+            search_path = await _search_path(connection, name)
         except asyncpg.InsufficientPrivilegeError as error:
             raise StartupError(
                 f"the database's user may not make tables: {_one_line(error)}; grant it CREATE on the "
-                "database and its schema public, or make it the database's owner"
+                f"database, or make its schema: CREATE SCHEMA {name or 'hermesh'} AUTHORIZATION its_name"
             ) from error
         applied = []
         for migration in migrations:
-            if await _apply(connection, migration):
+            if await _apply(connection, migration, _text(migration, schema, name), search_path):
                 _log.info("migration applied", migration=migration.name)
                 applied.append(migration.name)
         return applied
     finally:
         await connection.close(timeout=CONNECT_TIMEOUT)
+
+
+def _text(migration: Migration, schema: str, name: str) -> str:
+    # The schema is there by now, and who may not make one is refused even where it need not be made.
+    sql = re.sub(r"CREATE SCHEMA IF NOT EXISTS \w+;", "", migration.sql)
+    return in_schema(sql, schema, name) if schema else sql
+
+
+async def open_migrated(
+    url: str, directory: Path | str, *, service: str, schema: str, **options: Any
+) -> Pool:
+    """Opens a pool on a database whose tables are there as this version needs them; the caller closes it.
+
+    What a newer version added before its replicas start (`pre`) is as good: old and new ones serve side by
+    side while an upgrade is under way.
+
+    Args:
+        url: The database.
+        directory: The folder of migrations.
+        service: Whose they are, for the remedy.
+        schema: Where they are in this database.
+        options: As `open_pool` takes them.
+
+    Raises:
+        StoreAwayError: The database cannot be reached, which may pass.
+        StartupError: One line that says what is missing or too new, and what to do.
+    """
+    migrations = read_migrations(Path(directory))
+    pool = await open_pool(url, **options)
+    try:
+        await _require(pool, migrations, service, schema)
+    except FAILURES as error:
+        await pool.shut()
+        raise cannot_connect(url, error) from error
+    except BaseException:
+        await pool.shut()
+        raise
+    return pool
+
+
+async def _require(pool: Pool, migrations: list[Migration], service: str, schema: str) -> None:
+    remedy = f"run: python -m services.{service} migrate"
+    if await pool.fetchval("SELECT to_regclass($1) IS NULL", _table(schema)):
+        raise StartupError(f"the database has no tables of the {service} service; {remedy}")
+    rows = await pool.fetch(_list(schema))
+    _check_known(migrations, rows)
+    done = {row["version"] for row in rows}
+    missing = [migration.name for migration in migrations if migration.version not in done]
+    if missing:
+        raise StartupError(
+            f"the database's schema is older than this version: {', '.join(missing)} not applied; {remedy}"
+        )
+
+
+async def _connect(url: str, command_timeout: float) -> Connection:
+    try:
+        # No statement has a name, and no setting is asked for at the start: a pooler may be between.
+        return await Hosts(url).connect(
+            command_timeout=command_timeout,
+            statement_cache_size=0,
+            server_settings={"application_name": "hermesh-migrate"},
+        )
+    except FAILURES as error:
+        raise cannot_connect(url, error) from error
 
 
 async def pending(url: str, directory: Path | str, *, schema: str = "") -> list[str]:
@@ -141,20 +220,11 @@ async def pending(url: str, directory: Path | str, *, schema: str = "") -> list[
         StartupError: As `migrate`.
     """
     migrations = read_migrations(Path(directory))
-    search_path = _search_path(schema)
-    try:
-        connection = await asyncpg.connect(
-            url,
-            timeout=CONNECT_TIMEOUT,
-            command_timeout=CONNECT_TIMEOUT,
-            server_settings=search_path,
-        )
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
-        raise StartupError(connect_failure(url, error)) from error
+    connection = await _connect(url, CONNECT_TIMEOUT)
     try:
         if await connection.fetchval("SELECT to_regclass($1) IS NULL", _table(schema)):
             return [migration.name for migration in migrations]
-        rows = await connection.fetch(_LIST)
+        rows = await connection.fetch(_list(schema))
         _check_known(migrations, rows)
         done = {row["version"] for row in rows}
         return [migration.name for migration in migrations if migration.version not in done]
@@ -162,24 +232,41 @@ async def pending(url: str, directory: Path | str, *, schema: str = "") -> list[
         await connection.close(timeout=CONNECT_TIMEOUT)
 
 
-def _search_path(schema: str) -> dict[str, str]:
+async def _search_path(connection: Connection, schema: str) -> str:
+    """Where unqualified names are: in the schema, and where extensions are, which need not be public."""
     if not schema:
-        return {}
-    if not _SCHEMA.fullmatch(schema):
-        raise ValueError(f"{schema!r} is not a schema's name")
-    return {"search_path": f"{schema}, public"}
+        return ""
+    others = [row["schema"] for row in await connection.fetch(_EXTENSIONS)]
+    return ", ".join([_checked(schema), "public", *others])
 
 
 def _table(schema: str) -> str:
     # Qualified: without its own schema's table another service's must not be taken for it.
-    return f"{schema}.hermesh_migration" if schema else "hermesh_migration"
+    return f"{_checked(schema)}.hermesh_migration" if schema else "hermesh_migration"
 
 
-async def _create_table(connection: asyncpg.Connection[asyncpg.Record], schema: str) -> None:
+def _checked(schema: str) -> str:
+    if not _SCHEMA.fullmatch(schema):
+        raise ValueError(f"{schema!r} is not a schema's name")
+    return schema
+
+
+def _list(schema: str) -> str:
+    return _LIST.replace("hermesh_migration", _table(schema))
+
+
+async def _create_table(connection: Connection, schema: str) -> None:
     for attempt in range(1, _CREATE_TRIES + 1):
         try:
             if schema:
-                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+                if await connection.fetchval(_STRANGERS, schema):
+                    raise StartupError(
+                        f"the schema {schema} of this database holds tables that are not Hermesh's; set "
+                        "HERMESH_DATABASE_SCHEMA_PREFIX, or name a database of its own"
+                    )
+                # Who may not make schemas may have been given this one.
+                if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema):
+                    await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
             # Into the first schema of the search path that is there, which is `schema` by now.
             await connection.execute(_CREATE.replace("hermesh_migration", _table(schema), 1))
             return
@@ -194,12 +281,13 @@ def _check_known(migrations: list[Migration], rows: list[asyncpg.Record]) -> Non
     known = {migration.version: migration for migration in migrations}
     for row in rows:
         migration = known.get(row["version"])
-        if migration is None:
+        if migration is not None:
+            _check_same(migration, row["checksum"])
+        elif "_post_" in row["name"]:
             raise StartupError(
-                f"the database has migration {row['name']}, which this version does not know: run a newer "
-                "version, or another database"
+                f"the database's schema is newer: it has migration {row['name']}, which this version does "
+                "not know; run a newer version, or another database"
             )
-        _check_same(migration, row["checksum"])
 
 
 def _check_same(migration: Migration, checksum: str) -> None:
@@ -210,21 +298,25 @@ def _check_same(migration: Migration, checksum: str) -> None:
         )
 
 
-async def _apply(connection: asyncpg.Connection[asyncpg.Record], migration: Migration) -> bool:
+async def _apply(connection: Connection, migration: Migration, sql: str, search_path: str) -> bool:
     try:
         async with connection.transaction():
+            await connection.execute(_SET_UP, str(_LOCK_TIMEOUT_MS), search_path)
             await connection.execute(_LOCK)
             checksum = await connection.fetchval(_FIND, migration.version)
             if checksum is not None:
                 _check_same(migration, checksum)
                 return False
-            await connection.execute(migration.sql)
+            await connection.execute(sql)
             await connection.execute(_INSERT, migration.version, migration.name, migration.checksum)
             return True
     except asyncpg.LockNotAvailableError as error:
         raise StartupError("another migration is running and did not finish; try again later") from error
     except asyncpg.PostgresError as error:
-        raise StartupError(f"migration {migration.name} failed and was undone: {_one_line(error)}") from error
+        remedy = _EXTENSION_REMEDY if "extension" in str(error) else ""
+        raise StartupError(
+            f"migration {migration.name} failed and was undone: {_one_line(error)}{remedy}"
+        ) from error
     except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
         raise StartupError(f"migration {migration.name} lost its connection to PostgreSQL") from error
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.resources
 import re
+import socket
+import ssl
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -20,13 +23,15 @@ from meshkit.errors import (
     InternalError,
     InvalidArgumentError,
     StartupError,
+    StoreAwayError,
     UnavailableError,
 )
-
-CONNECT_TIMEOUT = 5.0
+from meshkit.hosts import CONNECT_TIMEOUT, Hosts
+from meshkit.pooler import find_way
+from meshkit.tasks import TaskOwner
 
 # Bounds on the server's side, so that a lost client or a stuck lock cannot hold a row for long.
-_SERVER_SETTINGS: Mapping[str, str] = {
+LIMITS: Mapping[str, str] = {
     "statement_timeout": "5000",
     "lock_timeout": "2000",
     "idle_in_transaction_session_timeout": "5000",
@@ -36,10 +41,57 @@ _SERVER_SETTINGS: Mapping[str, str] = {
 # The client gives up a little after the server did, so that the server's clearer error wins.
 _COMMAND_TIMEOUT = 7.0
 
+_CLOSE_SECONDS = 3.0
+
 _RETRY_DOWN_MS = 500
 _RETRY_BUSY_MS = 100
 # A full disk is not mended in a moment, and those who wait for it come back all the same.
 _RETRY_REFUSED_MS = 2_000
+
+
+class Pool(asyncpg.Pool):  # type: ignore[misc]
+    """Connections to the primary among a URL's hosts; see `open_pool`.
+
+    Attributes:
+        pooled: Whether a pooler such as PgBouncer is between.
+    """
+
+    __slots__ = ("_hosts", "_tasks", "pooled")
+
+    def __init__(self, hosts: Hosts, *, pooled: bool, **options: Any) -> None:
+        """Makes a closed pool; `options` as `asyncpg.create_pool` takes them."""
+        defaults: dict[str, Any] = {
+            "max_queries": 50_000,
+            "max_inactive_connection_lifetime": 300.0,
+            "setup": None,
+            "init": None,
+            "loop": None,
+            "connection_class": asyncpg.Connection,
+            "record_class": asyncpg.Record,
+        }
+        super().__init__(connect=hosts.connect, reset=_reset, **defaults, **options)
+        self._hosts = hosts
+        self._tasks = TaskOwner("postgres-hosts")
+        self.pooled = pooled
+
+    async def open(self, watch: Mapping[str, Any]) -> None:
+        """Connects; with several hosts, looks from now on whether another one is the primary."""
+        await self
+        if self._hosts.several:
+            self._tasks.start(self._hosts.watch(**watch), name="hosts")
+
+    async def close(self) -> None:
+        """Closes all connections once they are given back."""
+        await self._tasks.close()
+        await super().close()
+
+    async def shut(self) -> None:
+        """Closes it within a bound, whatever the server does."""
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self.close()
+        except TimeoutError:
+            self.terminate()
 
 
 async def open_pool(
@@ -49,40 +101,41 @@ async def open_pool(
     max_size: int = 8,
     name: str = "hermesh",
     server_settings: Mapping[str, str] | None = None,
-) -> asyncpg.Pool[asyncpg.Record]:
+) -> Pool:
     """Opens a pool; the caller closes it.
 
     Connections are not reset between uses (that would cost a round trip each): use `SET LOCAL`, and a
     connection of your own for LISTEN.
 
     Args:
-        url: `postgresql://user:password@host:port/database`, or with `?host=/socket/folder`.
-        min_size: Connections opened at once; 0 defers the first.
+        url: `postgresql://user:password@host:port/database`, or with `?host=/socket/folder`. Of several hosts
+            (`host:port,host:port`) the primary is taken, and the next one after a failover.
+        min_size: Connections opened at once; 0 defers all but one that finds out whether a pooler is between.
         max_size: Most connections.
         name: `application_name`, as pg_stat_activity shows it.
         server_settings: More of PostgreSQL's settings for these connections.
 
     Raises:
-        StartupError: The database cannot be reached or refuses us.
+        StoreAwayError: The database cannot be reached, which may pass.
+        StartupError: It refuses us.
     """
     if not url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
     try:
-        pool: asyncpg.Pool[asyncpg.Record] = await asyncpg.create_pool(
-            url,
+        hosts = Hosts(url)
+        way = await find_way(hosts.connect, name[:63], {**LIMITS, **(server_settings or {})})
+        pool = Pool(
+            hosts,
+            pooled=way.pooled,
             min_size=min_size,
             max_size=max_size,
             timeout=CONNECT_TIMEOUT,
             command_timeout=_COMMAND_TIMEOUT,
-            reset=_reset,
-            server_settings={
-                **_SERVER_SETTINGS,
-                **(server_settings or {}),
-                "application_name": name[:63],
-            },
+            **way.options,
         )
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
-        raise StartupError(connect_failure(url, error)) from error
+        await pool.open({"statement_cache_size": 0, "server_settings": {"application_name": name[:63]}})
+    except FAILURES as error:
+        raise cannot_connect(url, error) from error
     return pool
 
 
@@ -100,8 +153,32 @@ async def _reset(connection: Any) -> None:
         await connection.reset()
 
 
+# What connecting raises; a URL that is none raises a ValueError.
+FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError)
+_NAME_AUTHORITY = "name its authority's file in the URL: ?sslmode=verify-full&sslrootcert=/path/ca.pem"
+# What a later try may not meet: the server starts, restarts, fails over, or is full.
+_PASSING = (
+    asyncpg.CannotConnectNowError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.PostgresConnectionError,
+    TimeoutError,
+    OSError,
+)
+
+
+def cannot_connect(url: str, error: BaseException) -> StartupError:
+    """Returns the error for a connection that failed; of the kind that passes where waiting may help."""
+    # A certificate that is not trusted, or whose file is not there, stays so.
+    lasting = isinstance(error, ssl.SSLError) or _missing_file(url, error)
+    kind = StoreAwayError if isinstance(error, _PASSING) and not lasting else StartupError
+    return kind(connect_failure(url, error))
+
+
 def connect_failure(url: str, error: BaseException) -> str:
     """Returns one line about a connection that failed, with the place but without the password."""
+    remedy = "check HERMESH_DATABASE_URL and that it runs"
     if isinstance(error, TimeoutError):
         cause = f"no answer within {CONNECT_TIMEOUT:.0f} s"
     elif isinstance(error, asyncpg.InvalidPasswordError | asyncpg.InvalidAuthorizationSpecificationError):
@@ -110,21 +187,44 @@ def connect_failure(url: str, error: BaseException) -> str:
         cause = "the database does not exist"
     elif isinstance(error, asyncpg.PostgresError):
         cause = str(error).splitlines()[0]
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        cause = f"its certificate is not trusted ({error.verify_message})"
+        remedy = _NAME_AUTHORITY
+    elif isinstance(error, ssl.SSLError):
+        cause = f"TLS fails ({error.reason or 'no reason given'})"
+    elif missing := _missing_file(url, error):
+        cause = f"there is no file {missing}"
+    elif isinstance(error, asyncpg.exceptions.ClientConfigurationError) and "certificate" in str(error):
+        cause = "its certificate is to be checked, and no authority is named"
+        remedy = _NAME_AUTHORITY
+    elif isinstance(error, socket.gaierror):
+        cause = "its name is not known"
     elif isinstance(error, OSError):
         cause = error.strerror or type(error).__name__
     else:
         cause = "the URL is not valid"
-    return f"cannot use PostgreSQL at {_place(url)}: {cause}; check HERMESH_DATABASE_URL and that it runs"
+    return f"cannot use PostgreSQL at {place(url)}: {cause}; {remedy}"
 
 
-def _place(url: str) -> str:
+def _missing_file(url: str, error: BaseException) -> str:
+    """The first file for TLS that a URL names and that is not there; Python's error names none."""
+    if not isinstance(error, FileNotFoundError):
+        return ""
+    query = parse_qs(urlsplit(url).query)
+    named = [query[name][-1] for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl") if name in query]
+    return next((file for file in named if not Path(file).exists()), "")
+
+
+def place(url: str) -> str:
+    """Returns the hosts and the database of a URL, without its credentials."""
     try:
         parts = urlsplit(url)
-        host = parts.hostname or "the local socket"
-        port = f":{parts.port}" if parts.port else ""
     except ValueError:
         return "the configured address"
-    return f"{host}{port}{parts.path}"
+    if parts.scheme not in ("postgresql", "postgres"):
+        # Anything may be anywhere in it, a password too.
+        return "the configured address"
+    return f"{parts.netloc.rpartition('@')[2] or 'the local socket'}{parts.path}"
 
 
 # Broken or refused connections, restarts, failovers, and a server out of disk, memory or connections.

@@ -8,10 +8,11 @@ from hermesh.memory.v1.memory_service_pb2_grpc import add_MemoryServiceServicer_
 from meshkit.auth import MeshAuthenticator
 from meshkit.channel import mesh_check, open_channel
 from meshkit.errors import HermeshError, StartupError
-from meshkit.migrate import migrate
-from meshkit.postgres import open_pool
+from meshkit.migrate import migrate, open_migrated
+from meshkit.postgres import Pool
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
+from meshkit.waiting import once_there
 from services.memory.embedding.wordllama import WordLlamaEmbedder
 from services.memory.operations.recall import Ranking
 from services.memory.operations.reembed import reembed
@@ -31,10 +32,10 @@ async def apply_migrations(settings: MemorySettings) -> list[str]:
     Raises:
         StartupError: It cannot.
     """
-    url = settings.database_url.get_secret_value()
+    url = settings.database_direct_url.get_secret_value() or settings.database_url.get_secret_value()
     if not url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
-    return await migrate(url, MIGRATIONS, schema=SCHEMA)
+    return await migrate(url, MIGRATIONS, schema=SCHEMA, name=settings.database_schema_prefix + SCHEMA)
 
 
 async def apply_reembed(settings: MemorySettings) -> int:
@@ -43,10 +44,10 @@ async def apply_reembed(settings: MemorySettings) -> int:
     Raises:
         StartupError: The database or the embedder cannot be used.
     """
-    url = settings.database_url.get_secret_value()
-    async with await open_pool(url, max_size=1, name=settings.replica) as pool:
-        store = PostgresStore(pool, max_per_scope=settings.memory_max_per_scope)
-        await _require(store)
+    async with await _open_pool(settings, max_size=1) as pool:
+        store = await PostgresStore.over(
+            pool, max_per_scope=settings.memory_max_per_scope, schema=settings.database_schema_prefix + SCHEMA
+        )
         embedder = await WordLlamaEmbedder.load()
         try:
             return await reembed(store, embedder)
@@ -61,17 +62,13 @@ async def serve(settings: MemorySettings) -> None:
         StartupError: Something that is needed is not there.
     """
     async with AsyncExitStack() as stack:
-        # The application's name in pg_stat_activity; two connections make the first calls quick.
-        pool = await stack.enter_async_context(
-            await open_pool(
-                settings.database_url.get_secret_value(),
-                min_size=2,
-                max_size=settings.memory_pool_size,
-                name=settings.replica,
-            )
+        # Two connections make the first calls quick.
+        sizes = {"min_size": 2, "max_size": settings.memory_pool_size}
+        pool = await once_there(settings, "memory", lambda: _open_pool(settings, **sizes))
+        await stack.enter_async_context(pool)
+        store = await PostgresStore.over(
+            pool, max_per_scope=settings.memory_max_per_scope, schema=settings.database_schema_prefix + SCHEMA
         )
-        store = PostgresStore(pool, max_per_scope=settings.memory_max_per_scope)
-        await _require(store)
         embedder = await WordLlamaEmbedder.load()
         channel = await stack.enter_async_context(open_channel(settings))
         owner = await stack.enter_async_context(TaskOwner("memory"))
@@ -99,10 +96,12 @@ async def serve(settings: MemorySettings) -> None:
         await server.serve()
 
 
-async def _require(store: PostgresStore) -> None:
-    try:
-        problem = await store.ping()
-    except HermeshError as error:
-        raise StartupError(f"the database does not answer: {error.message}") from error
-    if problem is not None:
-        raise StartupError(problem)
+async def _open_pool(settings: MemorySettings, **sizes: int) -> Pool:
+    return await open_migrated(
+        settings.database_url.get_secret_value(),
+        MIGRATIONS,
+        service="memory",
+        schema=settings.database_schema_prefix + SCHEMA,
+        name=settings.replica,
+        **sizes,
+    )

@@ -14,6 +14,19 @@ class MemorySettings(MeshSettings):
         SecretStr(""),
         description="The PostgreSQL database, with the extension pgvector: postgresql://user:password@host/db",
     )
+    database_direct_url: SecretStr = Field(
+        SecretStr(""),
+        description="PostgreSQL itself where HERMESH_DATABASE_URL names a pooler, for migrations.",
+    )
+    database_schema_prefix: str = Field(
+        "",
+        max_length=40,
+        pattern=r"^([a-z_][a-z0-9_]*)?$",
+        description=(
+            "What the names of the mesh's schemas, session and memory, begin with, in a database shared with "
+            "others: acme_ makes acme_session."
+        ),
+    )
     memory_pool_size: int = Field(8, ge=1, le=100, description="Most database connections of one replica.")
     memory_min_score: float = Field(
         0.15,

@@ -21,9 +21,11 @@ from meshkit.channel import mesh_check, open_channel
 from meshkit.envoys import Envoys
 from meshkit.errors import HermeshError, StartupError
 from meshkit.migrate import migrate as apply_migrations
-from meshkit.postgres import open_pool
+from meshkit.migrate import open_migrated
+from meshkit.postgres import Pool
 from meshkit.server import Server
 from meshkit.tasks import TaskOwner
+from meshkit.waiting import once_there
 from services.session import metrics
 from services.session.append_hub import AppendHub
 from services.session.backlog import Backlog
@@ -40,7 +42,9 @@ from services.session.store.cached import CachedContexts, Contexts
 from services.session.store.notifications import CANCEL, LOG, Notifications
 from services.session.store.port import Store
 from services.session.store.postgres import POOL_SETTINGS, PostgresStore
+from services.session.store.postgres_base import SCHEMA
 from services.session.store.redis_shard import open_live
+from services.session.store.standby_reads import StandbyReads
 from services.session.storm import MeshLink, StormGuard
 from services.session.sweeper import Sweeper
 from services.session.tail import Tail
@@ -61,9 +65,7 @@ ELSEWHERE = tuple(
         (memory_service_pb2, "MemoryService"),
     )
 )
-SCHEMA = "session"
 MIGRATIONS = Path(__file__).parent / "store" / "migrations"
-_CLOSE_SECONDS = 3.0
 _STANDBY_SECONDS = 1.5
 _NO_STANDBY = "no synchronous standby of PostgreSQL answers: nothing can be stored"
 
@@ -247,31 +249,49 @@ async def assemble(
         yield Replica(server, hub, tail, watches, sweeper)
 
 
-@asynccontextmanager
-async def _open_store(settings: SessionSettings) -> AsyncIterator[PostgresStore]:
-    """Opens the store on a database whose schema is there."""
-    pool = await open_pool(
+async def _open_pool(settings: SessionSettings) -> Pool:
+    return await open_migrated(
         settings.database_url.get_secret_value(),
+        MIGRATIONS,
+        service="session",
+        schema=settings.database_schema_prefix + SCHEMA,
         min_size=2,
         max_size=settings.database_pool_size,
         name=settings.replica,
         server_settings=POOL_SETTINGS,
     )
+
+
+@asynccontextmanager
+async def _standby(settings: SessionSettings) -> AsyncIterator[StandbyReads | None]:
+    """The standby that old events are read from, if there is one."""
+    url = settings.database_standby_url.get_secret_value()
+    if not url:
+        yield None
+        return
+    async with StandbyReads(
+        url,
+        name=settings.replica,
+        max_lag=settings.database_standby_max_lag_seconds,
+        schema=settings.database_schema_prefix + SCHEMA,
+    ) as standby:
+        yield standby
+
+
+@asynccontextmanager
+async def _store_on(
+    pool: Pool, settings: SessionSettings, standby: StandbyReads | None = None
+) -> AsyncIterator[PostgresStore]:
+    """Makes the store over a pool, and closes that."""
     try:
-        store = PostgresStore(pool, run_timeout_ms=round(settings.run_timeout * 1000))
-        try:
-            await store.tenant_of_key("")
-        except HermeshError as error:
-            raise StartupError(
-                "the database has no tables of the session service; run: python -m services.session migrate"
-            ) from error
-        yield store
+        yield PostgresStore(
+            pool,
+            run_timeout_ms=round(settings.run_timeout * 1000),
+            standby=standby,
+            schema=settings.database_schema_prefix + SCHEMA,
+        )
     finally:
-        try:
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                await pool.close()
-        except TimeoutError:
-            pool.terminate()
+        await pool.shut()
 
 
 async def serve(settings: SessionSettings) -> None:
@@ -280,14 +300,19 @@ async def serve(settings: SessionSettings) -> None:
     Raises:
         StartupError: The database or an address cannot be used.
     """
-    url = settings.database_url.get_secret_value()
+    pool = await once_there(settings, "session", lambda: _open_pool(settings))
     async with (
-        _open_store(settings) as store,
+        _standby(settings) as standby,
+        _store_on(pool, settings, standby) as store,
         assemble(settings, store) as replica,
-        Notifications(url, name=f"{settings.replica}-listen") as notices,
+        Notifications(settings.direct_url, name=f"{settings.replica}-listen") as notices,
         TaskOwner("notices", on_failure=lambda _task, _error: replica.server.signals.trigger()) as owner,
     ):
+        replica.server.add_readiness("notices", notices.problem)
         owner.start(replica.listen(notices), name="listen")
+        if standby is not None:
+            replica.server.add_readiness("standby_reads", standby.problem)
+            owner.start(standby.watch(store.position), name="standby")
         await replica.server.serve()
 
 
@@ -297,10 +322,11 @@ async def migrate(settings: SessionSettings, out: TextIO) -> None:
     Raises:
         StartupError: It cannot be done; one line says why.
     """
-    url = settings.database_url.get_secret_value()
-    if not url:
+    if not settings.direct_url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
-    applied = await apply_migrations(url, MIGRATIONS, schema=SCHEMA)
+    applied = await apply_migrations(
+        settings.direct_url, MIGRATIONS, schema=SCHEMA, name=settings.database_schema_prefix + SCHEMA
+    )
     for name in applied:
         out.write(f"applied {name}\n")
     if not applied:
@@ -313,7 +339,7 @@ async def bootstrap(settings: SessionSettings, tenant: str, variable: str, out: 
     Raises:
         StartupError: The variable holds no usable key, or the database cannot be used.
     """
-    async with _open_store(settings) as store:
+    async with _store_on(await _open_pool(settings), settings) as store:
         try:
             tenant_id = await ensure_tenant(store, tenant, variable)
         except HermeshError as error:
@@ -336,7 +362,7 @@ async def tenant(
         StartupError: A setting is not valid, there is no such tenant, or the database cannot be used.
     """
     change = change_of(*words)
-    async with _open_store(settings) as store:
+    async with _store_on(await _open_pool(settings), settings) as store:
         try:
             found = await configure(store, name, change)
         except HermeshError as error:

@@ -44,6 +44,14 @@ refusals = begin_at_zero(
     # No room, no memory, no connection, read-only.
     *("53100", "53200", "53300", "25006"),
 )
+standby_lag = Gauge(
+    "hermesh_session_standby_lag_seconds", "By how much the standby for reads may be behind the primary."
+)
+standby_reads = Counter(
+    "hermesh_session_standby_reads_total",
+    "Pages of old events looked for on a standby: read, not_there, or failed; the last two ask the primary.",
+    ["result"],
+)
 publishes = Counter("hermesh_session_publishes_total", "Appends offered to Redis by reply.", ["reply"])
 redis_failures = Counter(
     "hermesh_session_redis_failures_total", "Calls of Redis that failed, by what was wrong.", ["cause"]

@@ -9,7 +9,35 @@ class SessionSettings(MeshSettings):
     """Settings of the session service; each is an environment variable HERMESH_<NAME>."""
 
     database_url: SecretStr = Field(
-        SecretStr(""), description="PostgreSQL, postgresql://user:password@host:port/database."
+        SecretStr(""),
+        description=(
+            "PostgreSQL, postgresql://user:password@host:port/database; of several, host:port,host:port, the "
+            "primary is used."
+        ),
+    )
+    database_direct_url: SecretStr = Field(
+        SecretStr(""),
+        description=(
+            "PostgreSQL itself where HERMESH_DATABASE_URL names a pooler: for notices (LISTEN) and "
+            "migrations; empty takes that URL."
+        ),
+    )
+    database_schema_prefix: str = Field(
+        "",
+        max_length=40,
+        pattern=r"^([a-z_][a-z0-9_]*)?$",
+        description=(
+            "What the names of the mesh's schemas, session and memory, begin with, in a database shared with "
+            "others: acme_ makes acme_session."
+        ),
+    )
+    database_standby_url: SecretStr = Field(
+        SecretStr(""),
+        description="A standby of PostgreSQL, one host, from which old events are read; empty reads all from "
+        "the primary.",
+    )
+    database_standby_max_lag_seconds: float = Field(
+        5.0, gt=0, le=3600, description="A standby that is further behind is not read from."
     )
     redis_url: SecretStr = Field(
         SecretStr(""),
@@ -81,3 +109,8 @@ class SessionSettings(MeshSettings):
     conversation_ttl_seconds: int = Field(
         86_400, ge=1, description="How long Redis keeps a conversation after its last use."
     )
+
+    @property
+    def direct_url(self) -> str:
+        """The way to PostgreSQL itself."""
+        return self.database_direct_url.get_secret_value() or self.database_url.get_secret_value()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import asyncpg
@@ -15,8 +15,15 @@ import orjson
 import structlog
 
 from meshkit.context import remaining
-from meshkit.errors import AlreadyExistsError, DeadlineError, ResourceExhaustedError
+from meshkit.errors import (
+    AlreadyExistsError,
+    DeadlineError,
+    HermeshError,
+    ResourceExhaustedError,
+    StartupError,
+)
 from meshkit.postgres import load_sql, map_pg_error
+from meshkit.schemas import in_schema
 from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope, ScopeKind, Vector
 
 _log = structlog.get_logger("memory.store")
@@ -34,15 +41,55 @@ _PREFERENCES = load_sql("services.memory.store.sql", "preferences.sql")
 class PostgresStore:
     """Memories and preferences in the schema `memory`."""
 
-    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], *, max_per_scope: int) -> None:
-        """Uses a pool that stays the caller's."""
+    def __init__(
+        self,
+        pool: asyncpg.Pool[asyncpg.Record],
+        *,
+        max_per_scope: int,
+        schema: str = SCHEMA,
+        vector_schema: str = "public",
+    ) -> None:
+        """Uses a pool that stays the caller's.
+
+        Args:
+            pool: The database.
+            max_per_scope: Most memories of one scope.
+            schema: What the schema is called in this database.
+            vector_schema: Where the extension pgvector is.
+        """
         self._pool = pool
         self._max_per_scope = max_per_scope
+        # Said with its schema, so that no search_path has to lead there.
+        self._memory = {
+            name: in_schema(sql, SCHEMA, schema)
+            .replace("::vector", f"::{vector_schema}.vector")
+            .replace("<#>", f"OPERATOR({vector_schema}.<#>)")
+            for name, sql in _MEMORY.items()
+        }
+        self._preferences = {name: in_schema(sql, SCHEMA, schema) for name, sql in _PREFERENCES.items()}
+
+    @classmethod
+    async def over(cls, pool: asyncpg.Pool[asyncpg.Record], *, max_per_scope: int, schema: str) -> Self:
+        """Makes a store for wherever this database has pgvector.
+
+        Raises:
+            StartupError: It has none, or does not answer.
+        """
+        try:
+            async with _bounded():
+                where = await pool.fetchval(_MEMORY["vector_schema"])
+        except HermeshError as error:
+            raise StartupError(f"the database does not answer: {error.message}") from error
+        if where is None:
+            raise StartupError(
+                "the database lacks the extension pgvector; have a superuser run: CREATE EXTENSION vector"
+            )
+        return cls(pool, max_per_scope=max_per_scope, schema=schema, vector_schema=where)
 
     async def ping(self) -> str | None:
         """Returns None if the database answers and has the tables."""
         async with _bounded():
-            there = await self._pool.fetchval(_MEMORY["ready"])
+            there = await self._pool.fetchval(self._memory["ready"])
         return None if there else "the tables are not there: run python -m services.memory migrate"
 
     async def remember(self, tenant_id: UUID, new: NewMemory) -> Memory:
@@ -50,7 +97,7 @@ class PostgresStore:
         fingerprint = new.fingerprint()
         async with _bounded(writes=True):
             row = await self._pool.fetchrow(
-                _MEMORY["remember"],
+                self._memory["remember"],
                 new.memory_id,
                 tenant_id,
                 int(new.scope.kind),
@@ -66,7 +113,7 @@ class PostgresStore:
                 self._max_per_scope,
             )
             if row is None and new.request_id:
-                row = await self._pool.fetchrow(_MEMORY["find_request"], tenant_id, new.request_id)
+                row = await self._pool.fetchrow(self._memory["find_request"], tenant_id, new.request_id)
                 if row is not None and row["request_hash"] != fingerprint:
                     raise AlreadyExistsError(
                         "REQUEST_ID_REUSED",
@@ -85,7 +132,7 @@ class PostgresStore:
         """Searches one scope exactly."""
         async with _bounded():
             rows = await self._pool.fetch(
-                _MEMORY["recall"],
+                self._memory["recall"],
                 tenant_id,
                 int(scope.kind),
                 scope.owner,
@@ -101,13 +148,15 @@ class PostgresStore:
     async def forget(self, tenant_id: UUID, memory_id: UUID) -> int:
         """Deletes one."""
         async with _bounded():
-            return int(await self._pool.fetchval(_MEMORY["forget"], tenant_id, memory_id))
+            return int(await self._pool.fetchval(self._memory["forget"], tenant_id, memory_id))
 
     async def forget_scope(self, tenant_id: UUID, scope: Scope) -> int:
         """Deletes a scope's."""
         async with _bounded():
             return int(
-                await self._pool.fetchval(_MEMORY["forget_scope"], tenant_id, int(scope.kind), scope.owner)
+                await self._pool.fetchval(
+                    self._memory["forget_scope"], tenant_id, int(scope.kind), scope.owner
+                )
             )
 
     async def list_memories(
@@ -116,31 +165,35 @@ class PostgresStore:
         """Lists a scope's."""
         async with _bounded():
             rows = await self._pool.fetch(
-                _MEMORY["list_memories"], tenant_id, int(scope.kind), scope.owner, before, size
+                self._memory["list_memories"], tenant_id, int(scope.kind), scope.owner, before, size
             )
         return [_memory(row) for row in rows]
 
     async def sweep(self, limit: int) -> int:
         """Removes what has expired."""
         async with _bounded():
-            return int(await self._pool.fetchval(_MEMORY["sweep"], limit))
+            return int(await self._pool.fetchval(self._memory["sweep"], limit))
 
     async def other_models(self, model: str, after: UUID | None, size: int) -> Sequence[tuple[UUID, str]]:
         """Reads a batch of all tenants' memories."""
         async with _bounded():
-            rows = await self._pool.fetch(_MEMORY["other_models"], model, after, size)
+            rows = await self._pool.fetch(self._memory["other_models"], model, after, size)
         return [(UUID(int=row["memory_id"].int), row["text"]) for row in rows]
 
     async def set_vector(self, memory_id: UUID, text: str, model: str, vector: Vector) -> bool:
         """Changes one row."""
         async with _bounded():
-            found = await self._pool.fetchval(_MEMORY["set_vector"], memory_id, text, model, list(vector))
+            found = await self._pool.fetchval(
+                self._memory["set_vector"], memory_id, text, model, list(vector)
+            )
         return found is not None
 
     async def get_preferences(self, tenant_id: UUID, user: str) -> Mapping[str, str]:
         """Reads one row."""
         async with _bounded():
-            return _preferences(await self._pool.fetchval(_PREFERENCES["get_preferences"], tenant_id, user))
+            return _preferences(
+                await self._pool.fetchval(self._preferences["get_preferences"], tenant_id, user)
+            )
 
     async def set_preferences(
         self, tenant_id: UUID, user: str, changes: Mapping[str, str]
@@ -149,7 +202,7 @@ class PostgresStore:
         document = orjson.dumps({key: value or None for key, value in changes.items()}).decode()
         async with _bounded(writes=True):
             text = await self._pool.fetchval(
-                _PREFERENCES["set_preferences"], tenant_id, user, document, MAX_PREFERENCES
+                self._preferences["set_preferences"], tenant_id, user, document, MAX_PREFERENCES
             )
         if text is None:
             raise ResourceExhaustedError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
 import asyncpg
 import structlog
 
-from meshkit.postgres import CONNECT_TIMEOUT
+from meshkit.hosts import CONNECT_TIMEOUT, Connection, Hosts
+from meshkit.ids import uuid7
+from meshkit.pooler import is_pooled
 from meshkit.tasks import Backoff
 
 _log = structlog.get_logger("session.notifications")
@@ -26,8 +28,13 @@ CHANNELS = (DUE, CANCEL, LOG)
 _MAX_QUEUED = 4096
 # A peer that went away without a word is noticed after this.
 _PROBE_SECONDS = 10.0
-
-Driver: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+# A notice that is sent to see whether any arrives gets this long; after one that did not, the next try waits.
+_ECHO_SECONDS = 2.0
+_DEAF_SECONDS = 60.0
+DEAF = (
+    "no notice of PostgreSQL comes through the pooler, so that cancelling and starting runs takes longer; "
+    "name a way past it in HERMESH_DATABASE_DIRECT_URL"
+)
 
 
 class Notifications:
@@ -51,13 +58,18 @@ class Notifications:
             channels: What to listen to.
             name: `application_name`, as pg_stat_activity shows it.
         """
-        self._url = url
+        self._hosts = Hosts(url)
         self._channels = tuple(channels)
         self._name = name
         self._queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(_MAX_QUEUED)
         self._overflow = False
         self._task: asyncio.Task[None] | None = None
         self._listening = asyncio.Event()
+        self._deaf = False
+
+    async def problem(self) -> str | None:
+        """Returns why notices never arrive; None while they do, or while a connection is looked for."""
+        return DEAF if self._deaf else None
 
     @property
     def listening(self) -> bool:
@@ -99,12 +111,7 @@ class Notifications:
         backoff = Backoff(first=0.1, limit=5.0)
         while True:
             try:
-                connection = await asyncpg.connect(
-                    self._url,
-                    timeout=CONNECT_TIMEOUT,
-                    command_timeout=CONNECT_TIMEOUT,
-                    server_settings={"application_name": self._name},
-                )
+                connection = await self._connect()
                 try:
                     await self._listen(connection, backoff)
                 finally:
@@ -116,10 +123,42 @@ class Notifications:
             except Exception as error:
                 # A bug must not end the listening for good: without it every run waits for the next sweep.
                 _log.error("listening to PostgreSQL failed by a bug; trying again", exc_info=error)
-            await backoff.sleep()
+            if self._deaf:
+                await asyncio.sleep(_DEAF_SECONDS)
+            else:
+                await backoff.sleep()
 
-    async def _listen(self, connection: Driver, backoff: Backoff) -> None:
-        """Listens until the connection breaks."""
+    async def _connect(self) -> Connection:
+        return await self._hosts.connect(
+            command_timeout=CONNECT_TIMEOUT,
+            # A pooler may be between: no statement has a name.
+            statement_cache_size=0,
+            server_settings={"application_name": self._name},
+        )
+
+    async def _hears(self, connection: Connection) -> bool:
+        """Whether this connection is told what another one notifies; one that is lent out is not."""
+        heard = asyncio.Event()
+        channel = f"hermesh_echo_{uuid7().hex}"
+        await connection.add_listener(channel, lambda *_: heard.set())
+        other = await self._connect()
+        try:
+            await other.execute("SELECT pg_notify($1, '')", channel)
+            async with asyncio.timeout(_ECHO_SECONDS):
+                await heard.wait()
+        except TimeoutError:
+            return False
+        finally:
+            other.terminate()
+        return True
+
+    async def _listen(self, connection: Connection, backoff: Backoff) -> None:
+        """Listens until the connection breaks, or turns out to hear nothing."""
+        pooled = await is_pooled(connection)
+        self._deaf = pooled and not await self._hears(connection)
+        if self._deaf:
+            _log.warning(DEAF)
+            return
         closed = asyncio.Event()
         connection.add_termination_listener(lambda _: closed.set())
         for channel in self._channels:

@@ -11,12 +11,13 @@ from uuid import UUID
 
 from meshkit.postgres import load_sql
 from services.session.domain import GoneSession
-from services.session.store.postgres_base import Pool
+from services.session.store.postgres_base import SCHEMA, Pool
 from services.session.store.postgres_journal import PostgresJournal
 from services.session.store.postgres_log import PostgresLog
 from services.session.store.postgres_runs import PostgresRuns
 from services.session.store.postgres_sessions import PostgresSessions
 from services.session.store.postgres_tenants import PostgresTenants
+from services.session.store.standby_reads import StandbyReads
 
 _SQL = load_sql("services.session.store.sql", "upkeep.sql")
 
@@ -53,6 +54,8 @@ class PostgresStore(PostgresTenants, PostgresSessions, PostgresRuns, PostgresLog
         ttl_ms: int = 10_000,
         run_timeout_ms: int = 600_000,
         event_retention: timedelta = EVENT_RETENTION,
+        standby: StandbyReads | None = None,
+        schema: str = SCHEMA,
     ) -> None:
         """Makes a store over a pool that its caller opens and closes.
 
@@ -61,8 +64,10 @@ class PostgresStore(PostgresTenants, PostgresSessions, PostgresRuns, PostgresLog
             ttl_ms: How long a lease lasts.
             run_timeout_ms: The time limit of a run for which neither it nor its tenant sets one.
             event_retention: How long events are kept.
+            standby: Where old events are read first.
+            schema: What the schema is called in this database.
         """
-        super().__init__(pool, ttl_ms=ttl_ms, run_timeout_ms=run_timeout_ms)
+        super().__init__(pool, ttl_ms=ttl_ms, run_timeout_ms=run_timeout_ms, standby=standby, schema=schema)
         self._event_retention = event_retention
 
     async def maintain(self) -> Upkeep:
@@ -77,12 +82,14 @@ class PostgresStore(PostgresTenants, PostgresSessions, PostgresRuns, PostgresLog
             async with connection.transaction():
                 await connection.fetchval(_SQL["set_lock_timeout"])
                 row = await connection.fetchrow(
-                    _SQL["maintain_partitions"],
+                    self._here(_SQL["maintain_partitions"]),
                     PARTITIONS_AHEAD_DAYS,
                     self._event_retention,
                     timeout=_MAINTAIN_TIMEOUT,
                 )
-            status: str = await connection.execute(_SQL["expire_requests"], REQUEST_RETENTION, _EXPIRE_BATCH)
+            status: str = await connection.execute(
+                self._here(_SQL["expire_requests"]), REQUEST_RETENTION, _EXPIRE_BATCH
+            )
         assert row is not None
         return Upkeep(row["made"], row["dropped"], int(status.rpartition(" ")[2]))
 

@@ -20,7 +20,9 @@ from meshkit.errors import (
     NotFoundError,
 )
 from meshkit.postgres import changes, load_sql, map_pg_error, outcome_unknown, refusal
+from meshkit.schemas import in_schema
 from services.session import metrics
+from services.session.store.standby_reads import StandbyReads
 
 _log = structlog.get_logger("session.store")
 
@@ -33,6 +35,7 @@ _SQL = load_sql("services.session.store.sql", "upkeep.sql")
 # A warning; there is but one that our statements give.
 _WAIT_CANCELLED = "01000"
 
+SCHEMA = "session"
 ACQUIRE_TIMEOUT = 5.0
 CONFIRM_TIMEOUT = 5.0
 # What PostgreSQL refused is held to be so still for this long: reads may work all the while, and whoever
@@ -82,15 +85,27 @@ def not_found(kind: str, identifier: UUID | str) -> NotFoundError:
 class PostgresPart:
     """A part of the store over a pool that the store's owner opens and closes."""
 
-    def __init__(self, pool: Pool, *, ttl_ms: int, run_timeout_ms: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        ttl_ms: int,
+        run_timeout_ms: int,
+        standby: StandbyReads | None = None,
+        schema: str = SCHEMA,
+    ) -> None:
         """Makes a part.
 
         Args:
             pool: Connections as `meshkit.postgres.open_pool` makes them.
             ttl_ms: How long a lease lasts.
             run_timeout_ms: The time limit of a run for which neither it nor its tenant sets one.
+            standby: Where old events are read first.
+            schema: What the schema is called in this database.
         """
         self._pool = pool
+        self._standby = standby
+        self._schema = schema
         self._ttl_ms = ttl_ms
         self._run_timeout_ms = run_timeout_ms
         self._refused = ""
@@ -109,6 +124,11 @@ class PostgresPart:
         """Returns whether commits wait for a standby, by the server's settings as they are now."""
         self._synchronous = (await self._one(_SQL["synchronous"]))["synchronous"]
         return self._synchronous
+
+    async def position(self) -> int:
+        """Returns how far this server's log is, in bytes; of a primary only."""
+        position: int = (await self._one(_SQL["position"]))["position"]
+        return position
 
     async def confirm(self) -> None:
         """Returns once all that could be read until now is where a failover keeps it.
@@ -173,6 +193,10 @@ class PostgresPart:
         except Exception as error:
             raise self._failed(error, ids, sent=sent) from error
 
+    def _here(self, statement: str) -> str:
+        """A statement as this database's schema is called."""
+        return statement if self._schema == SCHEMA else in_schema(statement, SCHEMA, self._schema)
+
     async def _acquire(self) -> Connection:
         """Takes a connection of the pool; the caller gives it back. Raises what the driver does."""
         # The pool's own limit on this wait makes a task of each.
@@ -192,7 +216,7 @@ class PostgresPart:
         """Runs one statement and returns its rows; `ids` go to an error's metadata."""
         if self._synchronous:
             async with self._connection(ids, writes=changes(statement)) as connection:
-                found: list[Record] = await connection.fetch(statement, *args)
+                found: list[Record] = await connection.fetch(self._here(statement), *args)
                 return found
         # Not by `_connection`: this carries every flush, and a context manager is a third of its own cost.
         sent = False
@@ -200,7 +224,7 @@ class PostgresPart:
             connection = await self._acquire()
             try:
                 sent = True
-                rows: list[Record] = await connection.fetch(statement, *args)
+                rows: list[Record] = await connection.fetch(self._here(statement), *args)
             finally:
                 await self._pool.release(connection)
         except Exception as error:
@@ -210,7 +234,7 @@ class PostgresPart:
     async def _fetchrow(self, statement: str, *args: Any, **ids: UUID | str) -> Record | None:
         """Runs one statement and returns its first row."""
         async with self._connection(ids, writes=changes(statement)) as connection:
-            return await connection.fetchrow(statement, *args)
+            return await connection.fetchrow(self._here(statement), *args)
 
     async def _one(self, statement: str, *args: Any, **ids: UUID | str) -> Record:
         """Runs one statement that always gives a row."""

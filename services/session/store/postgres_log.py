@@ -224,7 +224,11 @@ class PostgresLog(PostgresPart):
         Raises:
             NotFoundError: RUN_NOT_FOUND.
         """
-        rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
+        rows: list[Record] | None = None
+        if self._standby is not None:
+            rows = await self._standby.events_after(tenant_id, run_id, seq, limit)
+        if rows is None:
+            rows = await self._fetch(_SQL["events_after"], tenant_id, run_id, seq, limit, PAGE_BYTES)
         if rows:
             # Readers are shown nothing that a failover could take back.
             await self.confirm()

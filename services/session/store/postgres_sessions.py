@@ -131,14 +131,18 @@ class PostgresSessions(PostgresPart):
         async with self._connection({"session_id": session_id}) as connection, connection.transaction():
             await connection.fetchval(_UPKEEP["set_long_statement"])
             # Appends under way end first; those that come later find no lease and are fenced.
-            there = await connection.fetchval(_SQL["lock_lease"], tenant_id, session_id) is not None
+            there = (
+                await connection.fetchval(self._here(_SQL["lock_lease"]), tenant_id, session_id) is not None
+            )
             if there:
-                rows = await connection.fetch(_SQL["calls_under_way"], tenant_id, session_id)
+                rows = await connection.fetch(self._here(_SQL["calls_under_way"]), tenant_id, session_id)
                 if rows:
                     return [tool_call_of(row) for row in rows]
                 # Its request ids stay until they expire: a late repeat must not make anything anew.
                 for name in ("delete_events", "delete_session"):
-                    await connection.execute(_SQL[name], tenant_id, session_id, timeout=_DELETE_TIMEOUT)
+                    await connection.execute(
+                        self._here(_SQL[name]), tenant_id, session_id, timeout=_DELETE_TIMEOUT
+                    )
         if not there:
             # A delete before this one may be in this server alone.
             await self.confirm()

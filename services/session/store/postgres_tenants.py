@@ -29,8 +29,10 @@ class PostgresTenants(PostgresPart):
             StartupError: The key is another tenant's, or was revoked.
         """
         async with self._connection({}) as connection, connection.transaction():
-            tenant_id: UUID = await connection.fetchval(_SQL["ensure_tenant"], uuid7(), tenant_name)
-            row = await connection.fetchrow(_SQL["ensure_key"], key_hash, tenant_id, key_name)
+            tenant_id: UUID = await connection.fetchval(
+                self._here(_SQL["ensure_tenant"]), uuid7(), tenant_name
+            )
+            row = await connection.fetchrow(self._here(_SQL["ensure_key"]), key_hash, tenant_id, key_name)
         if row is not None and row["tenant_id"] != tenant_id:
             raise StartupError(
                 f"the API key belongs to another tenant than {tenant_name}: choose another key"

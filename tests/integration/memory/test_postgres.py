@@ -10,9 +10,10 @@ import pytest
 
 from meshkit.context import deadline_var
 from meshkit.errors import DeadlineError, StartupError, UnavailableError
+from meshkit.hosts import Hosts
 from meshkit.ids import uuid7
 from meshkit.migrate import migrate, pending
-from meshkit.postgres import open_pool
+from meshkit.postgres import Pool, open_pool
 from services.memory.domain import NewMemory, Query, Scope, ScopeKind
 from services.memory.embedding.port import DIMENSIONS
 from services.memory.store.postgres import _MEMORY, MIGRATIONS, SCHEMA, PostgresStore
@@ -132,7 +133,8 @@ async def test_a_pool_without_a_free_connection_does_not_wait_for_ever(
 
 
 async def test_a_database_that_is_away_is_a_typed_error() -> None:
-    async with await open_pool("postgresql://u:secret@127.0.0.1:1/d", min_size=0, max_size=1) as pool:
+    hosts = Hosts("postgresql://u:secret@127.0.0.1:1/d")
+    async with Pool(hosts, pooled=False, min_size=0, max_size=1) as pool:
         with pytest.raises(UnavailableError) as caught:
             await PostgresStore(pool, max_per_scope=1).remember(uuid7(), new())
     assert caught.value.reason == "DATABASE_UNAVAILABLE"

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
 
@@ -62,6 +63,12 @@ class Replicated:
         """Where the primary is."""
         return self.primary.url
 
+    @property
+    def both(self) -> str:
+        """Where both are, in an order that does not change: whichever is the primary."""
+        folders = sorted(quote(str(store.socket.parent), safe="") for store in (self.primary, self.standby))
+        return f"postgresql://postgres:{PASSWORD}@/postgres?host={','.join(folders)}&port=5432"
+
     async def ask(self, statement: str, *, of: Store | None = None) -> Any:
         """One value, from the primary if not said otherwise."""
         connection = await asyncpg.connect((of or self.primary).url, timeout=SECONDS)
@@ -84,6 +91,29 @@ class Replicated:
         """It goes on."""
         send(self.standby, signal.SIGCONT)
 
+    async def lose_primary(self) -> None:
+        """Kills every process of the primary."""
+        send(self.primary, signal.SIGKILL)
+        await self.primary.stop(signal.SIGKILL)
+
+    async def promote(self) -> None:
+        """Makes the standby the primary; it has none of its own until `rebuild`."""
+        await self.ask("SELECT pg_promote(true, 30)", of=self.standby)
+        self.primary, self.standby = self.standby, self.primary
+
+    async def rebuild(self) -> None:
+        """Makes a new standby where the lost primary was; commits wait for it from here on."""
+        shutil.rmtree(self.standby.socket.parent / "data")
+        await base_backup(self.primary.socket.parent, self.standby.socket.parent)
+        await self.standby.start()
+        await self.wait_for_standby()
+
+    async def wait_for_standby(self) -> None:
+        """Has commits wait for the standby from here on."""
+        await self.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        await self.ask("SELECT pg_reload_conf()")
+        await self.until("SELECT sync_state FROM pg_stat_replication", "sync")
+
     async def fail_over(self) -> str:
         """Loses the primary and what is on its way, and promotes the standby; returns where that is."""
         for store in (self.primary, self.standby):
@@ -98,9 +128,29 @@ class Replicated:
         return self.standby.url
 
 
+async def base_backup(source: Path, target: Path) -> None:
+    """Copies a running server's data, as its standby's; both are the folders of their sockets."""
+    command = [
+        *as_ordinary_user(),
+        *(str(BIN / "pg_basebackup"), "-D", str(target / "data"), "-h", str(source), "-U", "postgres"),
+        *("-R", "-c", "fast", "-X", "stream", "--no-sync"),
+    ]
+    environment = {"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD}
+    done = await asyncio.to_thread(
+        subprocess.run,
+        command,
+        env=environment,
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @asynccontextmanager
-async def replicated() -> AsyncIterator[Replicated]:
-    """Both of them, with every service's schema; commits wait for the standby from here on."""
+async def replicated(*, synchronous: bool = True) -> AsyncIterator[Replicated]:
+    """Both of them, with every service's schema; commits wait for the standby unless told otherwise."""
     folder = Path(tempfile.mkdtemp(prefix="hm-sr-"))
     homes = [folder / "a", folder / "b"]
     for home in homes:
@@ -111,37 +161,13 @@ async def replicated() -> AsyncIterator[Replicated]:
         await primary.start()
         for schema, directory in MIGRATIONS.items():
             await migrate(primary.url, directory, schema=schema)
-        backup = [
-            *as_ordinary_user(),
-            *(
-                str(BIN / "pg_basebackup"),
-                "-D",
-                str(homes[1] / "data"),
-                "-h",
-                str(homes[0]),
-                "-U",
-                "postgres",
-            ),
-            *("-R", "-c", "fast", "-X", "stream", "--no-sync"),
-        ]
-        environment = {"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD}
-        done = await asyncio.to_thread(
-            subprocess.run,
-            backup,
-            env=environment,
-            capture_output=True,
-            timeout=SECONDS,
-            check=False,
-            cwd="/",
-        )
-        assert done.returncode == 0, done.stderr
+        await base_backup(homes[0], homes[1])
         standby = own_postgres(homes[1], homes[1] / "data", homes[1] / "log", "-c", "fsync=off")
         stores.append(standby)
         await standby.start()
         pair = Replicated(primary, standby)
-        await pair.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        await pair.ask("SELECT pg_reload_conf()")
-        await pair.until("SELECT sync_state FROM pg_stat_replication", "sync")
+        if synchronous:
+            await pair.wait_for_standby()
         yield pair
     finally:
         for store in stores:

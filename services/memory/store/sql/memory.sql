@@ -111,6 +111,11 @@ SET model = $3, embedding = $4::real[]::vector
 WHERE memory_id = $1 AND text = $2
 RETURNING true;
 
+-- name: vector_schema
+-- The schema that pgvector is in; no row where the database lacks it.
+SELECT quote_ident(n.nspname) FROM pg_catalog.pg_extension e
+JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector';
+
 -- name: ready
 -- Whether the tables are there.
 SELECT to_regclass('memory.item') IS NOT NULL;

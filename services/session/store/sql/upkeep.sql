@@ -25,6 +25,14 @@ WHERE ctid = ANY(ARRAY(SELECT ctid FROM session.idempotency WHERE created_at < n
 SELECT current_setting('synchronous_standby_names') <> ''
        AND current_setting('synchronous_commit') NOT IN ('off', 'local') AS synchronous;
 
+-- name: position
+-- How far the primary's log is, in bytes.
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS position;
+
+-- name: replayed
+-- How far a standby has replayed that log; NULL on a server that is none.
+SELECT CASE WHEN pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_last_wal_replay_lsn(), '0/0')::bigint END;
+
 -- name: confirm
 -- See session.confirm.
 SELECT session.confirm();
