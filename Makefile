@@ -31,7 +31,7 @@ status: $(VENV)/.run-ready ## Show what runs and how it is
 	@$(BIN)/hermesh status || $(MOVED)
 
 ##@ Test it
-.PHONY: test test-unit test-integration test-e2e
+.PHONY: test test-unit test-integration test-e2e test-deploy
 test: $(VENV)/.dev-ready ## Every test, on real parts; starts what it needs by itself
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -43,6 +43,9 @@ test-integration: $(VENV)/.dev-ready ## The tests of one service on real Postgre
 
 test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among them
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+test-deploy: $(VENV)/.dev-ready ## Balancers, Redis, PostgreSQL, Prometheus and the chart around the mesh, the long forms, too
+	@$(BIN)/python -m pytest tests/deploy -m "" $(ARGS)
 
 ##@ Measure it
 .PHONY: bench bench-peers bench-lb bench-scale bench-hpa lock-peers lock-checkov bench-smoke bench-overload bench-model-pool
