@@ -37,6 +37,8 @@ NOT_BY_TENANT = {
         "expire_requests",
         "synchronous",
         "confirm",
+        "position",
+        "replayed",
     },
 }
 BLOCKS = [
