@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher import control, conversation, kept
+from launcher.backup.command import app as backups
 from launcher.common import (
     Json,
     api_of,
@@ -387,7 +388,7 @@ def doctor() -> None:
         raise SystemExit(1)
 
 
-app.registered_commands += conversation.app.registered_commands
+app.registered_commands += conversation.app.registered_commands + backups.registered_commands
 
 
 def main() -> None:

@@ -1,0 +1,202 @@
+"""Taking a backup of a mesh that works meanwhile: nothing stops and nothing waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import obstore
+from obstore.store import ObjectStore
+
+from launcher.backup.archive import SCHEMAS, Archive, Manifest, Ref, sha256_of
+from launcher.backup.programs import dump
+from launcher.errors import LaunchError, explain_os_error
+from meshkit.objects import CALL_SECONDS, FAILURES, NOT_FOUND, bucket_missing, explain, open_store
+from services.tool.results import object_path, paths
+
+# Copies at once: each holds one result in memory.
+_COPIES = 4
+_ROWS = 1000
+_CONNECT_SECONDS = 10.0
+_NAMED = 20
+
+_SNAPSHOT = "SELECT pg_export_snapshot() AS snapshot, clock_timestamp() AS taken_at"
+_MIGRATED = "SELECT name FROM {schema}.hermesh_migration ORDER BY version"
+_COUNT = "SELECT count(*) FROM {schema}.{table}"
+_REFS = (
+    "SELECT DISTINCT tenant_id, session_id, content_ref FROM session.tool_call WHERE content_ref <> ''"
+    " ORDER BY tenant_id, session_id, content_ref"
+)
+
+Say = Callable[[str], None]
+
+
+async def take(database_url: str, object_url: str, target: Path, say: Say) -> Manifest:
+    """Writes a backup.
+
+    The database is read in one snapshot. The objects follow: each was stored before the database said so, and
+    outlives the deletion of its session by HERMESH_RESULT_GRACE_SECONDS, so those of the snapshot are there.
+
+    Args:
+        database_url: PostgreSQL.
+        object_url: The object store; empty where there is none.
+        target: The folder to make; it has all of the backup, or is not there.
+        say: Told of each step.
+
+    Raises:
+        LaunchError: It cannot be taken; nothing is left at `target`.
+    """
+    partial = _partial(target)
+    archive = Archive(partial)
+    try:
+        partial.mkdir(mode=0o700, parents=True)
+        try:
+            manifest = await _write(archive, database_url, object_url, say)
+            archive.write(manifest)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise explain_os_error(error, f"write the backup to {target}") from error
+    return manifest
+
+
+def _partial(target: Path) -> Path:
+    """Where the backup is until it is whole."""
+    if target.exists():
+        raise LaunchError(f"{target} is there already; nothing is overwritten: name another folder")
+    partial = target.with_name(f"{target.name}.partial")
+    if partial.exists():
+        raise LaunchError(f"{partial} is there already, of a backup that did not end: remove it first")
+    return partial
+
+
+async def _write(archive: Archive, database_url: str, object_url: str, say: Say) -> Manifest:
+    say("reading the database")
+    try:
+        connection = await asyncpg.connect(database_url, timeout=_CONNECT_SECONDS)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
+        raise LaunchError(
+            f"PostgreSQL cannot be reached ({type(error).__name__}); does the mesh run? See hermesh status"
+        ) from error
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            head = await connection.fetchrow(_SNAPSHOT)
+            assert head is not None
+            migrations, rows = await _described(connection)
+            await dump(database_url, head["snapshot"], tuple(SCHEMAS), archive.dump)
+            with archive.refs.open("w") as file:
+                async for row in connection.cursor(_REFS, prefetch=_ROWS):
+                    file.write(Ref(row["tenant_id"], row["session_id"], row["content_ref"]).line())
+        server = connection.get_server_version()
+    except asyncpg.PostgresError as error:
+        raise LaunchError(f"the database cannot be read: {' '.join(str(error).split())}") from error
+    finally:
+        connection.terminate()
+    say("copying large results")
+    copied, size, missing = await _copy_all(archive, object_url)
+    return Manifest(
+        taken_at=head["taken_at"].isoformat(),
+        hermesh=version("hermesh"),
+        postgresql=f"{server.major}.{server.minor}",
+        migrations=migrations,
+        rows=rows,
+        dump_sha256=await asyncio.to_thread(sha256_of, archive.dump),
+        objects=copied,
+        object_bytes=size,
+        missing=missing,
+    )
+
+
+async def _described(
+    connection: asyncpg.Connection[asyncpg.Record],
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    migrations, rows = {}, {}
+    for schema, tables in SCHEMAS.items():
+        try:
+            found = await connection.fetch(_MIGRATED.format(schema=schema))
+        except asyncpg.UndefinedTableError as error:
+            raise LaunchError(
+                f"the database has no tables of the {schema} service: is it the mesh's? See hermesh status"
+            ) from error
+        migrations[schema] = [row["name"] for row in found]
+        for table in tables:
+            count = await connection.fetchval(_COUNT.format(schema=schema, table=table), timeout=None)
+            rows[f"{schema}.{table}"] = count
+    return migrations, rows
+
+
+async def _copy_all(archive: Archive, url: str) -> tuple[int, int, list[str]]:
+    """Copies what is listed; returns how many objects, their bytes, and the paths of missing ones."""
+    archive.objects.mkdir()
+    refs = archive.listed()
+    copied, size, missing = 0, 0, list[str]()
+    store = open_store(url) if url else None
+
+    async def work(refs: Iterator[Ref]) -> None:
+        nonlocal copied, size
+        for ref in refs:
+            path = object_path(ref.tenant_id, ref.session_id, ref.ref)
+            data = None if store is None else await _read(store, url, ref)
+            if data is None:
+                missing.append(path)
+                continue
+            await asyncio.to_thread(_keep, archive.objects / path, data)
+            copied += 1
+            size += len(data)
+
+    # One list for all: an iterator gives each of its items to one of them.
+    await in_parallel([work(refs) for _ in range(_COPIES)])
+    return copied, size, sorted(missing)
+
+
+async def in_parallel(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Does all of it side by side; the first failure ends the rest, and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+
+
+async def _read(store: ObjectStore, url: str, ref: Ref) -> bytes | None:
+    """An object's bytes; None where it is not there, or is not what it should be."""
+    for path in paths(ref.tenant_id, ref.session_id, ref.ref):
+        try:
+            async with asyncio.timeout(3 * CALL_SECONDS):
+                data = bytes(await (await obstore.get_async(store, path)).bytes_async())
+        except FAILURES as error:
+            if isinstance(error, NOT_FOUND) and not bucket_missing(error):
+                continue
+            raise LaunchError(f"a large result cannot be read: {explain(error, url)}") from error
+        if hashlib.sha256(data).hexdigest() == ref.sha256:
+            return data
+    return None
+
+
+def _keep(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """What a person is told of a backup."""
+    rows = manifest.rows
+    size = f"{manifest.objects} large results ({manifest.object_bytes} bytes)"
+    kept = (
+        f"{rows['session.session']} sessions, {rows['session.run']} runs, {rows['session.event']} events, "
+        f"{rows['memory.item']} memories, {size}, as of {manifest.taken_at}"
+    )
+    if not manifest.missing:
+        return [kept]
+    named = ", ".join(manifest.missing[:_NAMED])
+    number = len(manifest.missing)
+    return [kept, f"{number} large results are missing in the object store, or damaged there: {named}"]
