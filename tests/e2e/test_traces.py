@@ -37,6 +37,19 @@ async def until_ended(path: Path, trace_id: str, name: str, count: int) -> list[
     return found
 
 
+async def whole(path: Path, trace_id: str) -> list[dict[str, Any]]:
+    """The trace's spans once every parent is among them: a span is written when it ends, children before."""
+    end = time.monotonic() + 30
+    while True:
+        found = spans(path, trace_id)
+        known = {span["span_id"] for span in found} | {CALLER}
+        missing = [span["name"] for span in found if span["parent_span_id"] not in known]
+        if found and not missing:
+            return found
+        assert time.monotonic() < end, missing
+        await asyncio.sleep(0.1)
+
+
 def named(found: list[dict[str, Any]], name: str, kind: str = "") -> list[dict[str, Any]]:
     return [span for span in found if span["name"] == name and kind in ("", span["kind"])]
 
@@ -69,7 +82,8 @@ async def test_a_run_with_a_tool_call_is_one_trace(mesh: Mesh, trace_file: Path)
             frames = [frame async for frame in stream]
     assert frames[-1].event == "run.completed"
     run_id = frames[0].run_id
-    found = await until_ended(trace_file, trace_id, "POST /v1/sessions/{session_id}/runs", 1)
+    await until_ended(trace_file, trace_id, "POST /v1/sessions/{session_id}/runs", 1)
+    found = await whole(trace_file, trace_id)
     by_id = {span["span_id"]: span for span in found}
 
     [request] = named(found, "POST /v1/sessions/{session_id}/runs")
