@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -17,6 +16,8 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import NoReturn
+
+from tools import kubectl
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy/kubernetes/hermesh"
@@ -118,7 +119,7 @@ def _build_image(target: Path, version: str) -> list[str]:
 
 def _helm() -> str:
     # Where the system has none, the package with which the chart is tested does.
-    return shutil.which("helm") or str(importlib.import_module("tests.deploy.chart").helm())
+    return shutil.which("helm") or str(kubectl.binary("helm"))
 
 
 def _git(*words: str) -> str:

@@ -22,7 +22,6 @@ from bench.mesh import Mesh
 from hermesh.common.v1.event_pb2 import InputMessage
 from hermesh.session.v1 import session_service_pb2 as pb
 from hermesh.session.v1.session_service_pb2_grpc import SessionServiceStub
-from tests.deploy.chart import ROOT
 from tests.deploy.debian import debian
 from tests.deploy.edges import BEHIND, PROGRAMS, connect, connect_grpc, servers, serving
 from tests.e2e.client import (
@@ -36,6 +35,7 @@ from tests.e2e.client import (
     watch,
     watch_to_end,
 )
+from tools.kubectl import ROOT
 
 pytestmark = pytest.mark.timeout(180)
 # The short form has each program and each place once.

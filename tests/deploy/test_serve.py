@@ -17,7 +17,7 @@ import pytest
 from launcher import envoy
 from launcher.ports import free_port
 from meshkit.probes import status_of
-from tests.deploy.chart import ROOT
+from tools.kubectl import ROOT
 
 SERVE = ROOT / "deploy/envoy/serve.sh"
 SECONDS = 30.0
@@ -86,22 +86,17 @@ async def serving(folder: Path, upstream: str, **settings: str) -> AsyncIterator
         envoy.write_endpoints(eds, cluster, [upstream] if cluster == "gateway" else ())
     admin, status = free_port(), free_port()
     ports = {name: free_port() for name in ("http_port", "grpc_port", "mesh_port")}
-    templates = {
-        name: (envoy.TEMPLATES / f"{name}.yaml").read_text() for name in ("status_listener", "status_cluster")
-    }
+    address = f"{{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}"
     text = envoy.render_local(
         eds=eds,
         admin_socket=folder / "admin.sock",
-        pool=(
-            templates["status_listener"].replace("9902", str(status)),
-            templates["status_cluster"].replace("9901", str(admin)),
-        ),
+        pool=envoy._status("127.0.0.1", status, address),
         **ports,
     )
     pipe = f"{{pipe: {{path: {envoy._quoted(folder / 'admin.sock')}, mode: 384}}}}"
     assert pipe in text
     config = folder / "envoy.yaml"
-    config.write_text(text.replace(pipe, f"{{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}"))
+    config.write_text(text.replace(pipe, address))
     environment = os.environ | {
         "PATH": f"{envoy.BINARY.parent}:{os.environ['PATH']}",
         "HERMESH_ENVOY_ADMIN": f"127.0.0.1/{admin}",
