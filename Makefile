@@ -86,7 +86,7 @@ bench-model-pool: $(VENV)/.dev-ready ## What keeping a session on its model serv
 SEEDS ?= 20
 MINUTES ?= 20
 .PHONY: drill drill-report chaos chaos-mutations soak chaos-report
-drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover, and with ARGS="--rounds 10" frozen|locked|pairs|lost|scale_zero|large|redis_cluster
+drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover, and with ARGS="--rounds 10" failover|frozen|locked|pairs|lost|scale_zero|large|redis_cluster
 	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
 
 drill-report: $(VENV)/.dev-ready ## Write what the last drills of many rounds found into docs/reliability.md

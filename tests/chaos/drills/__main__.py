@@ -10,6 +10,7 @@ import time
 from tests.chaos.drills import (
     drain,
     envoy,
+    failover,
     frozen,
     large,
     locked,
@@ -38,6 +39,7 @@ STREAMS = {
     "postgres": postgres.drill,
 }
 ROUNDS = {
+    "failover": failover.drill,
     "frozen": frozen.drill,
     "large": large.drill,
     "locked": locked.drill,
