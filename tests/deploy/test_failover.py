@@ -9,6 +9,7 @@ import pytest
 from tests.chaos.drills import failover
 
 
+@pytest.mark.deploy_long
 @pytest.mark.timeout(400)
 def test_a_failover_loses_and_doubles_no_acknowledged_input() -> None:
     report = asyncio.run(failover.drill(streams=10, count=1))

@@ -60,6 +60,10 @@ def empty_mesh(folder: Path, model_of: Mesh) -> Iterator[EmptyMesh]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# It starts and fills meshes.
+pytestmark = pytest.mark.deploy_long
+
+
 @pytest.fixture(scope="module")
 def source() -> Iterator[Mesh]:
     with Mesh(replicas=REPLICAS, settings=SETTINGS) as mesh:

@@ -66,16 +66,17 @@ async def senders(mesh: Mesh, count: int) -> AsyncIterator[Sent]:
     """Has `count` clients send input inside the block."""
     found, stopping = Sent(), asyncio.Event()
 
-    async def one(client: httpx.AsyncClient) -> None:
-        session_id = (await client.post("/v1/sessions", json={})).json()["session_id"]
+    async def one(client: httpx.AsyncClient, session_id: str) -> None:
         while not stopping.is_set():
             await found.send(client, session_id)
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async with httpx.AsyncClient(base_url=mesh.url, headers=mesh.headers, timeout=30) as client:
+        # Before anything is broken: only input is sent again here.
+        answers = [(await client.post("/v1/sessions", json={})).raise_for_status() for _ in range(count)]
         async with asyncio.TaskGroup() as group:
-            for _ in range(count):
-                group.create_task(one(client))
+            for answer in answers:
+                group.create_task(one(client, answer.json()["session_id"]))
             try:
                 yield found
             finally:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs Envoy so that it can be stopped without a client noticing: serve.sh ARGUMENTS-OF-ENVOY...
+# Runs Envoy so that it can be stopped without cutting streams: serve.sh ARGUMENTS-OF-ENVOY...
 #
 # By itself Envoy cuts every stream at SIGTERM. Here SIGTERM begins a drain instead:
 #   1. Health fails: GET /health and /ready say 503, and whoever balances over Envoys sends new connections elsewhere.
