@@ -138,7 +138,8 @@ def explain(error: BaseException) -> Trouble | None:
     for one in chain:
         if isinstance(one, ssl.SSLError):
             return _tls(one)
-    reply = _reply(error)
+    # A refusal while a connection is made is told as an error of the connection, which the reply caused.
+    reply = next((found for one in chain if (found := _reply(one)) is not None), None)
     if reply is not None or isinstance(error, redis.exceptions.ResponseError):
         return reply
     if isinstance(error, redis.exceptions.MaxConnectionsError):

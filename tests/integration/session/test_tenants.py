@@ -213,7 +213,7 @@ async def test_a_tenants_defaults_hold_on_every_replica_at_once(
 @pytest.mark.parametrize(
     ("arguments", "values", "words"),
     [
-        (["bootstrap"], {}, "HERMESH_API_KEY is not set"),
+        (["bootstrap"], {}, "HERMESH_API_KEY_FILE is set; it holds the API key"),
         (["bootstrap", "--api-key-env", "MY_KEY"], {"MY_KEY": "short"}, "MY_KEY must be 16 to 500"),
         (["bootstrap", "--tenant", ""], {}, "a tenant's name"),
         (["tenant", "--name", "nobody"], {}, "there is no tenant 'nobody'"),
@@ -224,7 +224,8 @@ async def test_a_tenants_defaults_hold_on_every_replica_at_once(
         (["tenant"], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         (["migrate"], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
         ([], {"HERMESH_DATABASE_URL": ""}, "HERMESH_DATABASE_URL"),
-        (["serve"], {"HERMESH_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, "HERMESH_DATABASE_URL"),
+        # A service waits for its database; a command says that it is away.
+        (["tenant"], {"HERMESH_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, "HERMESH_DATABASE_URL"),
         ([], {"HERMESH_REDIS_URL": "http://x"}, "HERMESH_REDIS_URL"),
         ([], {"HERMESH_SWEEP_SECONDS": "soon"}, "HERMESH_SWEEP_SECONDS"),
         ([], {"HERMESH_LISTEN": "127.0.0.1:99999"}, "HERMESH_LISTEN"),
