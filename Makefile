@@ -45,7 +45,7 @@ test-e2e: $(VENV)/.dev-ready ## The tests of the whole mesh, a browser among the
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 test-deploy: $(VENV)/.dev-ready ## Balancers, Redis, PostgreSQL, Prometheus and the chart around the mesh, the long forms, too
-	@$(BIN)/python -m pytest tests/deploy tests/e2e/test_backup.py -m "" $(ARGS)
+	@$(BIN)/python -m pytest tests/deploy tests/e2e/test_backup.py tests/integration/session/test_redis_trouble.py -m "" $(ARGS)
 
 ##@ Measure it
 .PHONY: bench bench-peers bench-lb bench-scale bench-hpa lock-peers lock-checkov bench-smoke bench-overload bench-model-pool

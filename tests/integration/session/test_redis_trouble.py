@@ -131,6 +131,8 @@ async def test_an_acl_user_needs_what_the_page_lists_and_no_more(start: Start, s
         assert [metric(process, refused) for process in processes] == before
 
 
+# Not yet of CI: in a whole run beside other work it has missed its minute once.
+@pytest.mark.deploy_long
 async def test_a_read_replica_carries_tails_and_one_that_is_cut_off_is_noticed(start: Start) -> None:
     with primary_and_replica() as (primary, replica):
         async with two(start, primary.url, HERMESH_REDIS_READ_FROM=replica.url) as (first, second, processes):

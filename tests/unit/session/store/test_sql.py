@@ -39,6 +39,9 @@ NOT_BY_TENANT = {
         "confirm",
         "position",
         "replayed",
+        "take_gone",
+        "forget_gone",
+        "count_gone",
     },
 }
 BLOCKS = [
