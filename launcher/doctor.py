@@ -25,6 +25,7 @@ from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from meshkit import variables
+from meshkit.secret_files import secret
 
 IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
 NEEDED_FILES = 4096
@@ -98,8 +99,8 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
         for row in asyncio.run(
             doctor_postgres.rows(
                 url,
-                direct_url=os.environ.get("HERMESH_DATABASE_DIRECT_URL", ""),
-                standby_url=os.environ.get("HERMESH_DATABASE_STANDBY_URL", ""),
+                direct_url=secret(os.environ, "HERMESH_DATABASE_DIRECT_URL"),
+                standby_url=secret(os.environ, "HERMESH_DATABASE_STANDBY_URL"),
                 prefix=os.environ.get("HERMESH_DATABASE_SCHEMA_PREFIX", ""),
             )
         ):

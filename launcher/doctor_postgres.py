@@ -7,14 +7,12 @@ from collections.abc import Callable
 
 import asyncpg
 
+from launcher.examine import Row
 from meshkit.errors import StartupError
 from meshkit.hosts import Connection, Hosts
 from meshkit.pooler import find_way
 from meshkit.postgres import FAILURES, LIMITS, connect_failure
 from meshkit.schemas import in_schema
-
-# What was looked at, what was found, and the remedy, which is empty where it is well.
-Row = tuple[str, str, str]
 
 # Functions whose body is SQL of the standard came with it.
 _OLDEST = 14

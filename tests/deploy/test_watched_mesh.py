@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -38,13 +37,8 @@ PATIENCE = 90.0
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    with tempfile.TemporaryDirectory(prefix="hm-models-") as folder:
-        models = Models(Path(folder))
-        try:
-            yield models
-        finally:
-            models.stop(0)
-            models.stop(1)
+    with Models.serving() as models:
+        yield models
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,18 @@ class Models:
         self.servers: list[ModelServer | None] = [None, None]
         for number in (0, 1):
             self.start(number)
+
+    @classmethod
+    @contextmanager
+    def serving(cls) -> Iterator[Models]:
+        """Two of them, in a folder of their own, until the block is left."""
+        with tempfile.TemporaryDirectory(prefix="hm-models-") as folder:
+            models = cls(Path(folder))
+            try:
+                yield models
+            finally:
+                models.stop(0)
+                models.stop(1)
 
     @property
     def urls(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -40,13 +39,8 @@ LINES = 3000
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    with tempfile.TemporaryDirectory(prefix="hm-models-") as folder:
-        models = Models(Path(folder))
-        try:
-            yield models
-        finally:
-            models.stop(0)
-            models.stop(1)
+    with Models.serving() as models:
+        yield models
 
 
 @pytest.fixture(scope="module")

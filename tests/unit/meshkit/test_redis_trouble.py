@@ -106,3 +106,11 @@ def test_tls_is_told_from_the_error_behind() -> None:
 def test_an_error_that_knows_why_says_so() -> None:
     why = Trouble("topology", "nobody knows")
     assert explain(caused(TroubledError(why))) is why
+
+
+def test_a_password_refused_while_connecting_is_told_as_such() -> None:
+    error = redis.exceptions.ConnectionError()
+    error.__cause__ = redis.exceptions.AuthenticationError()
+    found = explain(error)
+    assert found is not None
+    assert found.cause == "password"
