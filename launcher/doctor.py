@@ -25,7 +25,7 @@ from launcher.ports import port_problem
 from launcher.settings import LauncherSettings
 from launcher.state import State
 from meshkit import variables
-from meshkit.secret_files import secret
+from meshkit.secret_files import SecretFileError, secret
 
 IMPORTS = ("grpc", "asyncpg", "redis", "starlette", "uvicorn", "uvloop", "xllamacpp", "wordllama")
 NEEDED_FILES = 4096
@@ -96,14 +96,7 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
         how = "a user namespace" if namespace_works() else f"the system user {USER}"
         yield Finding("PostgreSQL beside root", how)
     if url := settings.database_url.get_secret_value():
-        for row in asyncio.run(
-            doctor_postgres.rows(
-                url,
-                direct_url=secret(os.environ, "HERMESH_DATABASE_DIRECT_URL"),
-                standby_url=secret(os.environ, "HERMESH_DATABASE_STANDBY_URL"),
-                prefix=os.environ.get("HERMESH_DATABASE_SCHEMA_PREFIX", ""),
-            )
-        ):
+        for row in asyncio.run(_database(url)):
             yield Finding(*row)
     running = supervisor_of(folder) is not None
     for name, port in settings.fixed_ports.items():
@@ -112,6 +105,16 @@ def findings(settings: LauncherSettings) -> Iterator[Finding]:
     for row in asyncio.run(_examined(settings, folder, running=running)):
         yield Finding(*row)
     yield Finding("the mesh", "runs" if running else f"does not run; {', '.join(PARTS)} come with hermesh up")
+
+
+async def _database(url: str) -> list[examine.Row]:
+    """Looks at a PostgreSQL that a URL names, and at the other ways to it."""
+    try:
+        direct, standby = (secret(os.environ, f"HERMESH_DATABASE_{way}_URL") for way in ("DIRECT", "STANDBY"))
+    except SecretFileError as error:
+        return [("PostgreSQL", "was not looked at", str(error))]
+    prefix = os.environ.get("HERMESH_DATABASE_SCHEMA_PREFIX", "")
+    return await doctor_postgres.rows(url, direct_url=direct, standby_url=standby, prefix=prefix)
 
 
 async def _examined(settings: LauncherSettings, folder: Folder, *, running: bool) -> list[examine.Row]:
