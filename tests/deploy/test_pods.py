@@ -192,6 +192,22 @@ async def one_session(transport: httpx.AsyncBaseTransport) -> str:
         return await new_session(client)
 
 
+async def ask(transport: httpx.AsyncBaseTransport, over: asyncio.Event) -> int:
+    """Sends small requests, one after the other; returns how many."""
+    asked = 0
+    async with httpx.AsyncClient(
+        transport=transport,
+        base_url="http://mesh:8080",
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=30,
+    ) as client:
+        while not over.is_set():
+            await new_session(client)
+            asked += 1
+            await asyncio.sleep(0.02)
+    return asked
+
+
 async def watch(node: Node, address: str, session: str) -> str:
     """Watches a session over gRPC by one Envoy until the watch ends; returns what came."""
     process = await asyncio.create_subprocess_exec(
@@ -247,10 +263,13 @@ async def test_it_migrates_serves_rolls_and_ends(chart: Chart) -> None:
             assert took < 25, component
         assert await stream == 1
 
-        # Envoys are replaced under streams, whose clients come back by the other one.
+        # Envoys are replaced under streams and requests, whose clients come back by the other one.
         events.clear()
         over.clear()
-        clients = [talk(chart.service(), events, "[[tokens=100 rate=10]]", over) for _ in range(3)]
+        clients = [
+            *(talk(chart.service(), events, "[[tokens=100 rate=10]]", over) for _ in range(3)),
+            ask(chart.service(), over),
+        ]
         tasks = [asyncio.create_task(node.within(client)) for client in clients]
         session = await node.within(one_session(chart.service()))
         watches = [asyncio.create_task(watch(node, pod.address, session)) for pod in node.of("envoy")]

@@ -141,10 +141,10 @@ async def test_it_takes_nothing_new_lets_streams_end_and_ends(tmp_path: Path) ->
             assert await served.health() == 503
             answer = await client.get("/more")
             assert (answer.text, answer.headers["connection"]) == ("ok", "close")
-            # Then nobody gets in any more, but the mesh itself.
+            # Then nobody gets in any more, the mesh's own services neither: they find the next Envoy.
             await until(lambda: _is(served.health, None))
-            _, writer = await asyncio.open_connection("127.0.0.1", served.mesh_port)
-            writer.close()
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", served.mesh_port)
             assert served.process.returncode is None
             gone.set()
             assert await anext(body) == "last"

@@ -177,6 +177,8 @@ async def test_another_tab_sees_what_this_one_does(
     await send(page, "first")
     steps.text("one")
     steps.end()
+    # Its text first: before the run has begun there is no button either, and no session in the address.
+    await expect(page.locator(".message.assistant .text")).to_have_text("one")
     await expect(page.locator("#stop")).to_be_hidden()
     other = await context.new_page()
     await other.goto(page.url)

@@ -84,6 +84,7 @@ DRAWN = "document.querySelector('#log').innerHTML.replaceAll(' open=\"\"', '')"
 async def test_calls_read_the_same_live_after_a_reload_and_in_another_tab(page: Page, mesh: Mesh) -> None:
     big = 2**64 + 1
     await send(page, '[[tool=calculator {"expression":"2+2"}]]')
+    await expect(page.locator(".usage")).to_have_count(1, timeout=30_000)
     await expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
     await send(page, f'[[tool=calculator {{"expression":{big}}}]]')
     await expect(page.locator(".tool")).to_have_count(2, timeout=30_000)
