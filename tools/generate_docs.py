@@ -21,7 +21,7 @@ from tools import kustomize
 ROOT = Path(__file__).resolve().parent.parent
 REASON = re.compile(r"((?:^  // .*\n)+)^  ERROR_REASON_(\w+) = \d+;", re.MULTILINE)
 
-CHARTS_ENVOY = "deploy/kubernetes/hermesh/files/envoy.yaml"
+CHARTS_FILES = "deploy/kubernetes/hermesh/files"
 SETTINGS = (
     LauncherSettings,
     SessionSettings,
@@ -102,13 +102,16 @@ def main() -> None:
         "docs/errors.md": errors_page(),
         "meshkit/variables.txt": variables(),
         "deploy/envoy/compose.yaml": render_compose(),
-        CHARTS_ENVOY: render_chart(),
+        f"{CHARTS_FILES}/envoy.yaml": render_chart(),
         # A chart reads no file outside of its folder.
-        "deploy/kubernetes/hermesh/files/serve.sh": (ROOT / "deploy/envoy/serve.sh").read_text(),
+        f"{CHARTS_FILES}/serve.sh": (ROOT / "deploy/envoy/serve.sh").read_text(),
+        f"{CHARTS_FILES}/hermesh.rules.yml": (ROOT / "deploy/prometheus/hermesh.rules.yml").read_text(),
     }
     # The chart is rendered as its files are: before what comes from it, what goes into it.
     if "--check" not in sys.argv:
-        (ROOT / CHARTS_ENVOY).write_text(files[CHARTS_ENVOY])
+        for name in files:
+            if name.startswith(CHARTS_FILES):
+                (ROOT / name).write_text(files[name])
     files |= {f"deploy/kubernetes/kustomize/{name}": text for name, text in kustomize.render().items()}
     for name, text in files.items():
         path = ROOT / name

@@ -17,12 +17,13 @@ VALUES = {
     "model": {"baseUrl": "http://model.hermesh.svc.cluster.local:8000/v1"},
     "autoscaling": {name: {"enabled": True} for name in ("agent", "gateway", "session")},
     "podMonitor": {"enabled": True},
+    "prometheusRule": {"enabled": True},
     "gatewayApi": {"enabled": True, "parentRefs": [{"name": "edge"}]},
 }
 # What is not for everybody is a component of its own; all that is left is the mesh.
 _COMPONENTS = {
     "autoscaling": ("HorizontalPodAutoscaler",),
-    "monitoring": ("PodMonitor",),
+    "monitoring": ("PodMonitor", "PrometheusRule"),
     "gateway-api": ("HTTPRoute", "GRPCRoute"),
 }
 

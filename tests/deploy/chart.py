@@ -28,6 +28,7 @@ ALL = {
     "defaults": {"envFrom": [{"secretRef": {"name": "aws"}}], "env": {"HERMESH_MAX_STREAMS": 1048576}},
     "autoscaling": {name: {"enabled": True} for name in ("agent", "gateway", "session")},
     "podMonitor": {"enabled": True},
+    "prometheusRule": {"enabled": True},
     "gatewayApi": {"enabled": True, "parentRefs": [{"name": "edge"}], "hostnames": ["agents.example.com"]},
     "networkPolicy": {
         "clients": [{"namespaceSelector": {"matchLabels": {"edge": "true"}}}],

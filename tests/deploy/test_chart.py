@@ -31,7 +31,7 @@ SERVICES: dict[str, type[MeshSettings]] = {
     "gateway": GatewaySettings,
 }
 # Kinds that Kubernetes itself does not know.
-FOREIGN = ("PodMonitor", "HTTPRoute", "GRPCRoute")
+FOREIGN = ("PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute")
 VALUES = {"least": LEAST, "all": ALL}
 
 
@@ -222,6 +222,30 @@ def test_redis_and_a_models_key_may_be_left_out() -> None:
     for component, named_there in (("session", "REDIS_URL_FILE"), ("agent", "LLM_API_KEY_FILE")):
         given = template_of(named(one, "Deployment", component))["spec"]["containers"][0]["env"]
         assert any(named_there in each["name"] for each in given) == (component == "agent")
+
+
+def test_addresses_beside_the_stores_own_go_to_who_reads_them() -> None:
+    keys = {"databaseDirectUrl": "direct", "databaseStandbyUrl": "standby", "redisReadFrom": "read-from"}
+    rendered = render({**LEAST, "secrets": {"existingSecret": SECRET, "keys": keys}})
+    seen: dict[str, set[str]] = {}
+    for component, template in pods(rendered):
+        for one in template["spec"]["containers"][0].get("env", ()):
+            key = str(one.get("value", "")).rpartition("/")[2]
+            if key in keys.values():
+                seen.setdefault(secret_files()[one["name"]], set()).add(component)
+    assert seen == {
+        "HERMESH_DATABASE_DIRECT_URL": {"session", "memory", "migrate"},
+        "HERMESH_DATABASE_STANDBY_URL": {"session"},
+        "HERMESH_REDIS_READ_FROM": {"session"},
+    }
+
+
+def test_the_alerts_are_those_that_prometheus_is_given_elsewhere() -> None:
+    (rule,) = of_kind(render(ALL), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/hermesh.rules.yml").read_text())
+    # Its rules ask for this name in the job, which is namespace/name of the PodMonitor.
+    (monitor,) = of_kind(render(ALL), "PodMonitor")
+    assert "hermesh" in monitor["metadata"]["name"]
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -16,7 +16,7 @@ from tools.kubectl import ROOT
 
 FOLDER = ROOT / "deploy/kubernetes/kustomize"
 EXAMPLE = ROOT / "deploy/kubernetes/examples/vllm"
-FOREIGN = {"PodMonitor", "HTTPRoute", "GRPCRoute", "Gateway", "InferencePool"}
+FOREIGN = {"PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute", "Gateway", "InferencePool"}
 
 
 @cache
@@ -73,7 +73,7 @@ def test_the_mesh_of_an_overlay_is_its_own() -> None:
     assert scaled == {"hermesh-agent", "hermesh-gateway", "hermesh-session"}
     for one in of_kind(objects, "Deployment"):
         assert ("replicas" in one["spec"]) == (one["metadata"]["name"] not in scaled)
-    assert of_kind(objects, "PodMonitor")
+    assert of_kind(objects, "PodMonitor", "PrometheusRule")
     assert not of_kind(objects, "Job")
 
 

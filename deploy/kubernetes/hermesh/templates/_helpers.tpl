@@ -44,9 +44,20 @@ HERMESH_MESH_TOKEN: {{ $keys.meshToken }}
 {{- end }}
 {{- if has .name (list "session" "memory" "migrate") }}
 HERMESH_DATABASE_URL: {{ $keys.databaseUrl }}
+{{- with $keys.databaseDirectUrl }}
+HERMESH_DATABASE_DIRECT_URL: {{ . }}
 {{- end }}
-{{- if and (eq .name "session") $keys.redisUrl }}
-HERMESH_REDIS_URL: {{ $keys.redisUrl }}
+{{- end }}
+{{- if eq .name "session" }}
+{{- with $keys.databaseStandbyUrl }}
+HERMESH_DATABASE_STANDBY_URL: {{ . }}
+{{- end }}
+{{- with $keys.redisUrl }}
+HERMESH_REDIS_URL: {{ . }}
+{{- end }}
+{{- with $keys.redisReadFrom }}
+HERMESH_REDIS_READ_FROM: {{ . }}
+{{- end }}
 {{- end }}
 {{- if and (eq .name "agent") $keys.llmApiKey }}
 HERMESH_LLM_API_KEY: {{ $keys.llmApiKey }}
