@@ -156,6 +156,8 @@ async def _reset(connection: Any) -> None:
 # What connecting raises; a URL that is none raises a ValueError.
 FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError)
 _NAME_AUTHORITY = "name its authority's file in the URL: ?sslmode=verify-full&sslrootcert=/path/ca.pem"
+# OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED.
+_EXPIRED = 10
 # What a later try may not meet: the server starts, restarts, fails over, or is full.
 _PASSING = (
     asyncpg.CannotConnectNowError,
@@ -170,8 +172,8 @@ _PASSING = (
 
 def cannot_connect(url: str, error: BaseException) -> StartupError:
     """Returns the error for a connection that failed; of the kind that passes where waiting may help."""
-    # A certificate that is not trusted, or whose file is not there, stays so.
-    lasting = isinstance(error, ssl.SSLError) or _missing_file(url, error)
+    # A certificate that is not trusted, or whose file is not there, stays so; one that has run out is replaced.
+    lasting = (isinstance(error, ssl.SSLError) and not _has_expired(error)) or _missing_file(url, error)
     kind = StoreAwayError if isinstance(error, _PASSING) and not lasting else StartupError
     return kind(connect_failure(url, error))
 
@@ -187,6 +189,9 @@ def connect_failure(url: str, error: BaseException) -> str:
         cause = "the database does not exist"
     elif isinstance(error, asyncpg.PostgresError):
         cause = str(error).splitlines()[0]
+    elif _has_expired(error):
+        cause = "its certificate has expired"
+        remedy = "give the server a new one, nothing has to be restarted here"
     elif isinstance(error, ssl.SSLCertVerificationError):
         cause = f"its certificate is not trusted ({error.verify_message})"
         remedy = _NAME_AUTHORITY
@@ -204,6 +209,10 @@ def connect_failure(url: str, error: BaseException) -> str:
     else:
         cause = "the URL is not valid"
     return f"cannot use PostgreSQL at {place(url)}: {cause}; {remedy}"
+
+
+def _has_expired(error: BaseException) -> bool:
+    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == _EXPIRED
 
 
 def _missing_file(url: str, error: BaseException) -> str:
