@@ -172,7 +172,7 @@ _PASSING = (
 
 def cannot_connect(url: str, error: BaseException) -> StartupError:
     """Returns the error for a connection that failed; of the kind that passes where waiting may help."""
-    # A certificate that is not trusted, or whose file is not there, stays so; one that has run out is replaced.
+    # One that is not trusted, or whose file is not there, stays so; one that has run out is replaced.
     lasting = (isinstance(error, ssl.SSLError) and not _has_expired(error)) or _missing_file(url, error)
     kind = StoreAwayError if isinstance(error, _PASSING) and not lasting else StartupError
     return kind(connect_failure(url, error))
