@@ -35,6 +35,8 @@ ODD = [
     (INT32, INT32),
     (INT32 + 1, INT32),
     (1e300, INT32),
+    (10**400, INT32),
+    (-(10**400), 0),
     (float("nan"), 0),
 ]
 
@@ -78,3 +80,34 @@ def test_a_finished_reply_is_not_lost_to_its_counts(sent: object) -> None:
     assert parser.finish_reason == "stop"
     counted = whole(sent)
     assert events[-1] == Usage(counted, counted, 0)
+
+
+def huge(digits: int, *, apart: bool) -> bytes:
+    """A finished reply with a count of so many digits, in the chunk of its finish or in the next."""
+    usage = b'{"prompt_tokens":3,"completion_tokens":%s}' % (b"9" * digits)
+    text = b'data: {"choices":[{"index":0,"delta":{"content":"Paris"}}]}\n\n'
+    end = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]%s}\n\n'
+    more = b',"usage":' + usage
+    tail = b'data: {"choices":[]%s}\n\n' % more if apart else b""
+    return text + end % (b"" if apart else more) + tail + b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("digits", [30, 308, 309, 400, 4300, 4301, 100_000])
+def test_a_finished_reply_is_not_lost_to_a_count_of_many_digits(digits: int, *, apart: bool) -> None:
+    parser = StreamParser()
+    events = parser.feed(huge(digits, apart=apart))
+    assert parser.failed is None
+    assert parser.finish_reason == "stop"
+    assert events[-1] == Usage(3, INT32, 0)
+
+
+@pytest.mark.parametrize("digits", [309, 4301])
+def test_a_number_that_nobody_reads_fails_no_reply(digits: int) -> None:
+    parser = StreamParser()
+    number = b"9" * digits
+    parser.feed(
+        b'data: {"created":%s,"choices":[{"index":0,"delta":{"content":"Par"}}]}\n\n' % number
+        + b'data: {"created":%s,"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n' % number
+    )
+    assert (parser.failed, parser.finish_reason) == (None, "stop")

@@ -227,3 +227,36 @@ async def test_an_agent_does_not_start_with_a_profile_that_is_not_there():
     with pytest.raises(StartupError, match="mstral"):
         async with assemble(settings, configure_logging=False):
             pass
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "answer"),
+    [
+        (
+            {"temperature": 1.9},
+            {"temperature": 0.2},
+            {
+                "detail": [
+                    {"loc": ["body", "temperature"], "msg": "Input should be less than or equal to 1.5"}
+                ]
+            },
+        ),
+        (
+            {"max_tokens": 10**6},
+            {"max_tokens": 20},
+            {
+                "error": {
+                    "message": "max_tokens is too large: 1000000. This model supports at most 16384",
+                    "param": "max_tokens",
+                }
+            },
+        ),
+    ],
+)
+def test_a_value_that_was_refused_takes_no_other_value_from_anybody(bad, good, answer):
+    """What is learned is every tenant's: one's impossible value must not cost another's possible one."""
+    request = encode_request(ModelRequest("m", (USER,), **bad))
+    learned = learn(NOTHING, 422, orjson.dumps(answer), request)
+    assert learned is not None
+    ((name, value),) = good.items()
+    assert sent(learned=learned, **good).get(name) == value

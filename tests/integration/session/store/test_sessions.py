@@ -247,3 +247,17 @@ async def test_another_tenant_finds_nothing(kit: Kit) -> None:
     assert await store.waiting_calls(empty, run_id) == []
     assert (await store.list_sessions(empty, page_size=5, page_token="")).items == []
     assert (await store.get_session(kit.tenant, session_id)).title == "hello"
+
+
+async def test_the_labels_of_a_session_are_bounded_however_often_some_are_added(kit: Kit) -> None:
+    session = await kit.session()
+    refused = 0
+    for batch in range(8):
+        labels = {f"{batch}-{number}": "x" * 512 for number in range(32)}
+        try:
+            await kit.store.update_session(kit.tenant, session.session_id, title=None, metadata=labels)
+        except HermeshError:
+            refused += 1
+    found = await kit.store.get_session(kit.tenant, session.session_id)
+    assert len(found.metadata) <= 64, len(found.metadata)
+    assert refused
