@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from meshkit.errors import ResourceExhaustedError, UnavailableError
+from meshkit.postgres import outcome_unknown
 from tests.fakes.mesh import API_KEY, FakeRun
 
 HELLO: Any = [{"role": "user", "content": "one two"}]
@@ -243,3 +244,30 @@ async def test_a_body_that_is_not_json_has_openais_error_object(served: Any) -> 
     answer = await served.client.put("/v1/chat/completions", json={})
     assert answer.status_code == 405
     assert "error" in answer.json()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_may_have_been_done_is_not_sent_again_by_the_package(start: Any, stream: bool) -> None:
+    served = await start()
+    session = served.mesh.add_session().session_id
+    served.mesh.run_cuts = [(-1, outcome_unknown())] * 200
+    served.mesh.unary_error = outcome_unknown()
+    asked = 0
+
+    async def count(_: httpx.Request) -> None:
+        nonlocal asked
+        asked += 1
+
+    http = httpx.AsyncClient(event_hooks={"request": [count]})
+    async with openai.AsyncOpenAI(
+        base_url=f"{served.url}/v1", api_key=API_KEY, max_retries=2, timeout=10, http_client=http
+    ) as client:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await client.chat.completions.create(
+                model="scripted",
+                messages=HELLO,
+                stream=stream,
+                extra_headers={"X-Hermesh-Session": session},
+            )
+    assert raised.value.code == "outcome_unknown"
+    assert (asked, raised.value.response.headers.get("x-should-retry")) == (1, "false")
