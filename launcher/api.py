@@ -164,9 +164,7 @@ class Api:
         """
         return self._follow(partial(self._stream, "GET", f"/v1/runs/{quote(run_id, safe='')}/events"))
 
-    def _follow(
-        self, first: Callable[[], AbstractContextManager[Iterator[Event]]]
-    ) -> Iterator[Event]:
+    def _follow(self, first: Callable[[], AbstractContextManager[Iterator[Event]]]) -> Iterator[Event]:
         last: dict[str, Any] | None = None
         since = time.monotonic()
         while last is None or last["type"] not in TERMINAL:

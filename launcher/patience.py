@@ -13,9 +13,7 @@ SILENT_SECONDS = 3.0
 JOIN_SECONDS = 3.0
 
 
-def explained(
-    events: Iterable[T], problem: Callable[[], str], say: Callable[[str], None]
-) -> Iterator[T]:
+def explained(events: Iterable[T], problem: Callable[[], str], say: Callable[[str], None]) -> Iterator[T]:
     """Passes events on, and says what is wrong when none comes for `SILENT_SECONDS`, once each time.
 
     Args:
