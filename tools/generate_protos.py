@@ -18,7 +18,9 @@ SOURCES = ("protos", "third_party")
 def generate(out: Path) -> None:
     """Writes messages, services and type stubs for every proto into `out`, which is made anew."""
     with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
-        new = Path(scratch)
+        # A folder of its own, for others to read: the temporary one is its user's alone, and its copy would be.
+        new = Path(scratch) / "gen"
+        new.mkdir()
         files = [str(path) for source in SOURCES for path in sorted((ROOT / source).rglob("*.proto"))]
         services = [path for path in files if path.endswith("_service.proto")]
         well_known = Path(grpc_tools.__file__).parent / "_proto"
