@@ -18,7 +18,7 @@ SOURCES = ("protos", "third_party")
 def generate(out: Path) -> None:
     """Writes messages, services and type stubs for every proto into `out`, which is made anew."""
     with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
-        # A folder of its own, for others to read: the temporary one is its user's alone, and its copy would be.
+        # A folder of its own, for others to read: a temporary one is its user's alone, and its copy would be.
         new = Path(scratch) / "gen"
         new.mkdir()
         files = [str(path) for source in SOURCES for path in sorted((ROOT / source).rglob("*.proto"))]

@@ -112,14 +112,14 @@ async def test_it_migrates_serves_and_has_its_envoys_replaced(host: Host) -> Non
         if name not in ("migrate", "postgresql", "redis", "model"):
             for _ in range(service.get("deploy", {}).get("replicas", 1)):
                 await host.start(host.workload(name))
+    (edge,) = host.of("edge")
+    await host.within(serves(f"http://{edge.address}:8080"))
     for pod in host.pods[1:]:
         status = Path(f"/proc/{pod.pid}/status").read_text()
         facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         assert int(facts["Uid"].split()[0]) > 0
         assert int(facts["CapEff"], 16) == 0
         assert facts["NoNewPrivs"] == "1"
-    (edge,) = host.of("edge")
-    await host.within(serves(f"http://{edge.address}:8080"))
 
     events: list[str] = []
     over = asyncio.Event()
