@@ -22,6 +22,18 @@ PAUSE_SECONDS = 0.2
 PROBE_SECONDS = 2.5
 
 
+class Event(dict[str, Any]):
+    """An event of a run.
+
+    Attributes:
+        text: How it came: reading JSON and writing it again alters what a model wrote.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(json.loads(text))
+        self.text = text
+
+
 class _AwayError(Exception):
     """Nobody is there to answer now."""
 
@@ -124,7 +136,7 @@ class Api:
                 )
             time.sleep(PAUSE_SECONDS)
 
-    def run(self, session_id: str, text: str) -> Iterator[dict[str, Any]]:
+    def run(self, session_id: str, text: str) -> Iterator[Event]:
         """Submits input and yields the run's events, coming back by cursor when the stream breaks.
 
         Raises:
@@ -144,7 +156,7 @@ class Api:
         )
         return self._follow(submit)
 
-    def watch(self, run_id: str) -> Iterator[dict[str, Any]]:
+    def watch(self, run_id: str) -> Iterator[Event]:
         """Yields a run's events from its first to its last, and comes back by cursor as `run` does.
 
         Raises:
@@ -152,9 +164,7 @@ class Api:
         """
         return self._follow(partial(self._stream, "GET", f"/v1/runs/{quote(run_id, safe='')}/events"))
 
-    def _follow(
-        self, first: Callable[[], AbstractContextManager[Iterator[dict[str, Any]]]]
-    ) -> Iterator[dict[str, Any]]:
+    def _follow(self, first: Callable[[], AbstractContextManager[Iterator[Event]]]) -> Iterator[Event]:
         last: dict[str, Any] | None = None
         since = time.monotonic()
         while last is None or last["type"] not in TERMINAL:
@@ -179,12 +189,12 @@ class Api:
                 ) from away
             time.sleep(PAUSE_SECONDS)
 
-    def _watch(self, last: dict[str, Any]) -> AbstractContextManager[Iterator[dict[str, Any]]]:
+    def _watch(self, last: dict[str, Any]) -> AbstractContextManager[Iterator[Event]]:
         cursor = {"Last-Event-ID": f"{last['run_id']}:{last['seq']}"}
         return self._stream("GET", f"/v1/runs/{last['run_id']}/events", headers=cursor)
 
     @contextmanager
-    def _stream(self, method: str, path: str, **options: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    def _stream(self, method: str, path: str, **options: Any) -> Iterator[Iterator[Event]]:
         with self._client.stream(method, path, **options) as answer:
             if answer.status_code >= 400:
                 answer.read()
@@ -193,7 +203,7 @@ class Api:
                     raise _AwayError(_problem(answer))
                 raise LaunchError(_problem(answer))
             yield (
-                json.loads(line[6:])
+                Event(line[6:])
                 for line in answer.iter_lines()
                 if line.startswith("data: ") and '"seq"' in line
             )

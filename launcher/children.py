@@ -259,14 +259,21 @@ class Children:
             child.waits = False
 
     def _next(self) -> Child | None:
-        """Whose turn it is to start; None while as many start as the machine can do at once."""
+        """Whose turn it is to start; None while as many start as the machine can do at once.
+
+        What others need goes first: an agent asks for the list of tools as soon as it serves.
+        """
         replicas = [child for child in self.all.values() if child.spec.service in SERVICES]
         started = [child for child in replicas if child.identity is not None]
         if sum(not child.ready.is_set() for child in started) >= self._at_once:
             return None
         has = Counter(child.spec.service for child in started)
         waiting = [child for child in replicas if child.waits]
-        return min(waiting, key=lambda child: has[child.spec.service], default=None)
+
+        def place(child: Child) -> tuple[int, int]:
+            return has[child.spec.service], SERVICES.index(child.spec.service)
+
+        return min(waiting, key=place, default=None)
 
     async def _live(self, child: Child) -> None:
         """One life of a process: from its start or adoption to its end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -18,7 +18,7 @@ from launcher.patience import explained
 from launcher.talk import show
 
 if TYPE_CHECKING:
-    from launcher.api import Api
+    from launcher.api import Api, Event
 
 app = typer.Typer()
 
@@ -29,13 +29,13 @@ INTERRUPTED = 130
 class Followed:
     """A run's events on their way to the screen, and which run it is."""
 
-    def __init__(self, api: Api, events: Iterator[dict[str, Any]], run_id: str = "") -> None:
+    def __init__(self, api: Api, events: Iterator[Event], run_id: str = "") -> None:
         self._events = explained(
             events, api.problem, lambda text: notes.print(text, style="dim", markup=False, highlight=False)
         )
         self.run_id = run_id
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Event]:
         # On stderr a run that is silent says what it waits for: the output is the reply's.
         for event in self._events:
             self.run_id = event["run_id"]
@@ -90,7 +90,7 @@ def _print(api: Api, events: Followed, session: str, *, stop: bool, as_json: boo
             return
         failed = ""
         for event in events:
-            typer.echo(json.dumps(event, ensure_ascii=False))
+            typer.echo(event.text)
             if event["type"] == "run.failed":
                 failed = event["data"]["message"]
     except KeyboardInterrupt:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SILENT_SECONDS = 3.0
 # What is asked then has a time limit of its own, a little below this.
 JOIN_SECONDS = 3.0
 
 
-def explained(
-    events: Iterable[dict[str, Any]], problem: Callable[[], str], say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def explained(events: Iterable[T], problem: Callable[[], str], say: Callable[[str], None]) -> Iterator[T]:
     """Passes events on, and says what is wrong when none comes for `SILENT_SECONDS`, once each time.
 
     Args:

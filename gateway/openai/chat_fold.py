@@ -77,6 +77,7 @@ class Reply:
         text: The reply's text.
         reasoning: What the model said to itself, as far as it shows that.
         finish_reason: Set at the end of a good reply.
+        refused: At the end: whether the text is the model's word that it refuses.
         usage: The tokens, once known.
         failure: Set when there is no good end.
         ended: Whether nothing more comes.
@@ -88,6 +89,7 @@ class Reply:
     text: str = ""
     reasoning: str = ""
     finish_reason: str | None = None
+    refused: bool = False
     usage: dict[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     ended: bool = False
@@ -174,7 +176,9 @@ class Reply:
                 self.usage[name] = count
 
     def _completed(self, event: LoggedEvent, data: dict[str, Any]) -> None:
-        self.finish_reason = _FINISH.get(_text(data, "finish_reason"), "stop")
+        reason = _text(data, "finish_reason")
+        self.finish_reason = _FINISH.get(reason, "stop")
+        self.refused = reason == "refusal"
         self.ended = True
 
     def _failed(self, event: LoggedEvent, data: dict[str, Any]) -> None:
@@ -276,7 +280,9 @@ class ChatChunks:
             failure = self.reply.failure
             if failure is not None:
                 return out + self._error(failure)
-            out += self._open() + self._chunk({}, self.reply.finish_reason)
+            # Its text has been sent as it came; only now it is known to be a refusal.
+            last = {"refusal": self.reply.text} if self.reply.refused else {}
+            out += self._open() + self._chunk(last, self.reply.finish_reason)
             if self._include_usage:
                 out += self._frame(b"[]", orjson.dumps(usage_object(self.reply.usage)))
             out += DONE
@@ -328,7 +334,8 @@ def error_chunk(failure: Failure) -> bytes:
 
 def completion(reply: Reply) -> dict[str, Any]:
     """Returns the whole completion of a reply that ended well."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+    text, refusal = (None, reply.text) if reply.refused else (reply.text, None)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": refusal}
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
     return {

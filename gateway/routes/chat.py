@@ -21,7 +21,7 @@ from gateway.endpoints import Answer, Endpoint, Param, idempotency_key, json_res
 from gateway.follow import FeedLost, RunFeed
 from gateway.openai.chat_fold import ChatChunks, Failure, Reply, completion, error_chunk
 from gateway.openai.chat_request import CONCURRENCY_HEADER, ChatRequest, parse_chat
-from gateway.problems import OpenAIError, openai_kind
+from gateway.problems import OpenAIError, openai_kind, status_of
 from gateway.routes.sessions import IDEMPOTENCY
 from gateway.streams import EventStream
 from hermesh.agent.v1 import agent_service_pb2 as agent_pb
@@ -37,6 +37,8 @@ FIRST_TEXT_SECONDS = 15.0
 
 # Reasons whose fault is between us and the model, not between the client and us.
 _BAD_GATEWAY = frozenset({"MODEL_UNAUTHENTICATED", "MODEL_BAD_RESPONSE", "MODEL_STREAM_TRUNCATED"})
+# Reasons that say so.
+_NOTHING_DONE = frozenset({"DATABASE_UNAVAILABLE", "OVERLOADED"})
 
 
 class ChatMessage(BaseModel):
@@ -101,6 +103,25 @@ def failure_error(failure: Failure) -> OpenAIError:
     )
     error.retry_after_ms = failure.retry_after_ms
     return error
+
+
+def not_again(error: HermeshError) -> HermeshError:
+    """Returns an error of input that was passed on without a key of the client's: it is not to be sent again.
+
+    Packages send what failed with 5xx again by themselves, each time as new input. Where an error says that
+    nothing was changed, or whether to try, that stays.
+    """
+    status = status_of(error)
+    if status < 500 or isinstance(error, OpenAIError) or error.reason in _NOTHING_DONE:
+        return error
+    return OpenAIError(
+        status,
+        error.message,
+        kind=openai_kind(status),
+        openai_code=error.reason.lower(),
+        reason=error.reason,
+        retry=False,
+    )
 
 
 class ChatRenderer:
@@ -172,7 +193,7 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
     feed = RunFeed(gateway.mesh, RunCursor(), gateway.settings.follow_timeout_seconds, submit, gateway.door)
     headers = {SESSION_HEADER: session_id}
     # With a key the next try finds it again.
-    unused = _Unused(gateway, "" if chat.session_id or key else session_id)
+    once = _Once(gateway, "" if chat.session_id or key else session_id, again=bool(key))
     if chat.stream:
         stream = EventStream(
             gateway.hub,
@@ -184,29 +205,32 @@ async def complete(gateway: Gateway, request: Request) -> ASGIApp:
             headers=[(name.encode(), value.encode()) for name, value in headers.items()],
             name=f"chat in {session_id}",
         )
-        return unused.around(stream)
+        return once.around(stream)
     # A task of the hub's: when the client leaves, the run is still followed to its end.
     reply = await asyncio.shield(gateway.hub.start(_collect(feed, chat.model), name=f"chat in {session_id}"))
     if isinstance(reply, HermeshError):
-        await unused.after(reply)
-        raise reply
+        raise await once.after(reply)
     if reply.failure is not None:
         raise failure_error(reply.failure)
     return json_response(completion(reply), headers=headers)
 
 
-class _Unused:
-    """A session that was made for one call: of a flood that is refused none is to be left behind."""
+class _Once:
+    """How a refused call ends: no session made for it alone stays, and it says whether to try again."""
 
-    def __init__(self, gateway: Gateway, session_id: str) -> None:
-        """Takes the session's id; an empty one for a session that stays."""
+    def __init__(self, gateway: Gateway, session_id: str, *, again: bool) -> None:
+        """Takes a session's id, empty for one that stays, and whether sending again repeats nothing."""
         self._gateway = gateway
         self._session_id = session_id
+        self._again = again
 
-    async def after(self, error: HermeshError) -> None:
-        """Deletes the session if the error says that nothing was accepted in it."""
-        if not self._session_id or error.reason != "OVERLOADED":
-            return
+    async def after(self, error: HermeshError) -> HermeshError:
+        """Returns what the client is told; deletes the session if nothing was accepted in it."""
+        if self._session_id and error.reason == "OVERLOADED":
+            await self._delete()
+        return error if self._again else not_again(error)
+
+    async def _delete(self) -> None:
         try:
             await call(
                 self._gateway.mesh.sessions.DeleteSession(
@@ -217,14 +241,13 @@ class _Unused:
             _log.warning("an unused session stays", session_id=self._session_id, error=str(failed))
 
     def around(self, stream: ASGIApp) -> ASGIApp:
-        """Returns the application that serves a stream and deletes the session when it is refused."""
+        """Returns the application that serves a stream, and has the last word when it is refused."""
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await stream(scope, receive, send)
             except HermeshError as error:
-                await self.after(error)
-                raise
+                raise await self.after(error) from error
 
         return serve
 

@@ -149,7 +149,7 @@ class Episode:
             )
         megabytes = self.megabytes
         if not megabytes and self.theme_or_drawn == "large":
-            megabytes = drawn.choices([1, 2, 4, 8, 16], weights=[4, 3, 3, 2, 1])[0]
+            megabytes = drawn.choices([1, 2, 4, 8, 16, 32, 64], weights=[4, 3, 3, 2, 1, 0.5, 0.5])[0]
         if megabytes:
             recorder.write("mark", text=f"runs of {megabytes} MB")
             clients.append(

@@ -21,30 +21,18 @@ from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from tests.deploy.chart import ALL, SECRET, named, of_kind, render
 from tests.deploy.kubelet import NETWORK, NODE, Node, Pod, available
+from tests.deploy.pods import on_node, serves, until
 from tests.e2e.client import assert_whole, follow, new_session
 
 SERVICES = ("session", "memory", "tool", "agent", "gateway")
 KEY = "hm_" + "k" * 40
 PASSWORD = "test-password"
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
-START_SECONDS = 120.0
 
 pytestmark = [
     pytest.mark.skipif(bool(available()), reason=available() or "it can run"),
     pytest.mark.timeout(480),
 ]
-
-
-@contextlib.contextmanager
-def on_node(node: Node, folder: Path, name: str, command: list[str]) -> Iterator[None]:
-    """A server on the node, beside the pods."""
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(node.command(*command), stdout=log, stderr=log, cwd="/")
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait(timeout=30)
 
 
 async def ready(node: Node, component: str, replicas: int) -> list[Pod]:
@@ -55,13 +43,6 @@ async def ready(node: Node, component: str, replicas: int) -> list[Pod]:
         said = "\n".join(pod.log.read_text()[-3000:] for pod in node.of(component) if not pod.ready)
         raise AssertionError(f"{component} is not ready:\n{said}") from None
     return [pod for pod in node.of(component) if pod.ready]
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    """Waits until something is so."""
-    async with asyncio.timeout(START_SECONDS):
-        while not happened():
-            await asyncio.sleep(0.05)
 
 
 class Chart:
@@ -122,16 +103,6 @@ async def chart() -> AsyncIterator[Chart]:
             model = [sys.executable, "-m", "bench.model_server", "--host", NODE, "--port", "8000"]
             with on_node(node, folder, "valkey", cache), on_node(node, folder, "model", model):
                 yield chart
-
-
-async def serves(url: str) -> None:
-    """Waits until an Envoy has found a gateway, and that one everything behind it."""
-    async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(timeout=5) as client:
-        while True:
-            answer = await client.get(f"{url}/ready")
-            if answer.status_code == 200 and answer.json()["status"] == "ready":
-                return
-            await asyncio.sleep(0.2)
 
 
 class Service(httpx.AsyncBaseTransport):

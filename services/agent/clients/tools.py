@@ -44,7 +44,7 @@ from hermesh.tool.v1.tool_service_pb2 import (
 from hermesh.tool.v1.tool_service_pb2_grpc import ToolServiceStub
 from meshkit import failpoints
 from meshkit.channel import Metadata, mesh_metadata, stream_call
-from meshkit.errors import HermeshError, from_rpc_error
+from meshkit.errors import HermeshError, UnavailableError, from_rpc_error
 from meshkit.identity import PROBE_TENANT
 from meshkit.tasks import Backoff
 from services.agent import metrics
@@ -56,6 +56,8 @@ from services.agent.settings import AgentSettings
 _log = structlog.get_logger("agent.tools")
 
 LIST_TIMEOUT = 2.0
+# For a first list: as long as a call waits for a replica to come back.
+FIRST_SECONDS = 2.0
 PROBE_TIMEOUT = 1.5
 REFRESH_SECONDS = 30.0
 EXECUTE_TRIES = 6
@@ -113,29 +115,35 @@ class ToolClient:
         self._settings = settings
         self._mesh = mesh_metadata(settings)
         self._tools: Mapping[str, ToolInfo] | None = None
-        self._loading = asyncio.Lock()
+        self._known = asyncio.Event()
+        self._why: HermeshError = UnavailableError(message="the tool service has not answered yet")
 
     async def tools(self) -> Mapping[str, ToolInfo]:
-        """Return the tools by name, from the cache when there is one.
+        """Return the tools by name, as `keep_fresh` knows them.
 
         Raises:
-            HermeshError: none is cached and the tool service does not answer.
+            HermeshError: none are known, and the tool service has not answered within FIRST_SECONDS: an agent
+                that has just begun waits for a tool service that begins beside it.
         """
-        if self._tools is not None:
-            return self._tools
-        async with self._loading:
-            if self._tools is None:
-                self._tools = await self._load()
+        if self._tools is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_SECONDS):
+                    await self._known.wait()
+        if self._tools is None:
+            raise self._why
         return self._tools
 
     async def keep_fresh(self) -> None:
-        """Renew the cache until cancelled; while the tool service is away the old list stays."""
+        """Read the list and renew it, until cancelled; while the tool service is away the old list stays."""
+        backoff = Backoff(0.1, 2.0)
         while True:
             try:
                 self._tools = await self._load()
+                self._known.set()
             except HermeshError as error:
+                self._why = error
                 _log.debug("the list of tools was not renewed", reason=error.reason)
-                await asyncio.sleep(2.0 if self._tools is None else REFRESH_SECONDS)
+                await asyncio.sleep(backoff.next() if self._tools is None else REFRESH_SECONDS)
                 continue
             await asyncio.sleep(REFRESH_SECONDS)
 

@@ -26,6 +26,8 @@ from services.agent.model.torn import mended, whole
 
 TEMPLATE_TRIES = 8
 NOT_JSON = object()
+# Python itself refuses more than 4,300.
+_MOST_DIGITS = 400
 _PROBE = b"where the token stands"
 _FINISH = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_use", "tool_call"), "tool_calls"),
@@ -322,9 +324,14 @@ def _texts(parts: Iterable[object]) -> Iterable[str]:
 def _exact(payload: bytes) -> Any:
     """Decode JSON loosely and without loss: whole numbers of any size, halves of characters, NaN."""
     try:
-        return json.loads(payload.decode("utf-8", "surrogateescape"), strict=False)
+        return json.loads(payload.decode("utf-8", "surrogateescape"), strict=False, parse_int=_number)
     except (ValueError, RecursionError):
         return NOT_JSON
+
+
+def _number(digits: str) -> int | float:
+    """Read a whole number; one that no double holds is as good as infinite, and costs no time."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _exactly(payload: bytes, place: int, number: int) -> str:

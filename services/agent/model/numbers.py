@@ -6,7 +6,6 @@ here fits there, and so does every sum of it: a reply is never lost to a number 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from services.agent.model.port import MAX_COUNT, Usage
@@ -22,7 +21,8 @@ def whole(value: object, most: int = MAX_COUNT) -> int:
     """
     if isinstance(value, str):
         value = _number(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    # NaN differs from itself; `math.isnan` fails for a whole number that no double holds.
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         return 0
     if value >= most:
         return most

@@ -36,6 +36,17 @@ _SPARED = (
 # By what a server calls it that misses something: the field that is then sent.
 _WANTED = {"reasoning_content": "reasoning_content", "thought_signature": "extra_content"}
 _MISSING = re.compile(r"missing|must be passed back|must include|is required", re.I)
+# What is said of one value of a parameter, and what of the parameter itself, which goes before it.
+_OUT_OF_BOUNDS = re.compile(
+    r"(?:less|greater|more|higher|lower|larger|smaller) than|too (?:large|small|high|low|big|many|long)"
+    r"|at (?:most|least)|maximum|minimum|exceed|out of range|between|<=|>=|\u2264|\u2265",
+    re.I,
+)
+_NOT_TAKEN = re.compile(
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|deprecated", re.I
+)
+# More values of one model are not remembered: what is forgotten costs another second try.
+_MAX_VALUES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +56,13 @@ class Learned:
     Attributes:
         refused: parameters that it does not take.
         wanted: fields that its messages with tool calls must have.
+        values: parameters that it takes, but not with these values, as JSON. What is learned holds for every
+            tenant, and one's impossible value says nothing of another's.
     """
 
     refused: frozenset[str] = frozenset()
     wanted: frozenset[str] = frozenset()
+    values: frozenset[tuple[str, bytes]] = frozenset()
 
 
 NOTHING = Learned()
@@ -93,6 +107,9 @@ def encode_request(request: ModelRequest, profile: Profile = TOLERANT, learned: 
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     for name in learned.refused:
         body.pop(name, None)
+    for name, refused in learned.values:
+        if name in body and orjson.dumps(body[name]) == refused:
+            del body[name]
     return orjson.dumps(body)
 
 
@@ -244,21 +261,26 @@ def learn(learned: Learned, status: int, answer: bytes, sent: bytes) -> Learned 
     except orjson.JSONDecodeError:
         return None
     # What counts is what this request had, not what is known: another one may have taught it meanwhile.
-    in_request = _sent_names(sent)
+    body = orjson.loads(sent)
+    in_request = _names_of(body)
     if _MISSING.search(said):
         for name, field in _WANTED.items():
             if name in said:
                 given = field in learned.wanted and field in in_request
-                return None if given else Learned(learned.refused - {field}, learned.wanted | {field})
+                if given:
+                    return None
+                return replace(learned, refused=learned.refused - {field}, wanted=learned.wanted | {field})
     for name in names:
         if name in in_request:
-            return Learned(learned.refused | {name}, learned.wanted - {name})
+            if name in body and _OUT_OF_BOUNDS.search(said) and not _NOT_TAKEN.search(said):
+                kept = learned.values if len(learned.values) < _MAX_VALUES else frozenset()
+                return replace(learned, values=kept | {(name, orjson.dumps(body[name]))})
+            return replace(learned, refused=learned.refused | {name}, wanted=learned.wanted - {name})
     return None
 
 
-def _sent_names(sent: bytes) -> set[str]:
+def _names_of(body: Mapping[str, Any]) -> set[str]:
     """Return the names of what a request's body, its messages and their calls have."""
-    body = orjson.loads(sent)
     names = set(body)
     for message in body["messages"]:
         names.update(message)

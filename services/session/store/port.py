@@ -42,6 +42,8 @@ MAX_CONTEXT_BYTES = 512 * 1024
 CONTEXT_PAGE_BYTES = 512 * 1024
 # The same for a page of any list.
 PAGE_BYTES = 1024 * 1024
+# Of a session: a page of the largest stays well below what a call's answer may be.
+MAX_LABELS = 64
 
 
 class Tenants(Protocol):
@@ -96,7 +98,11 @@ class Conversations(Protocol):
     async def update_session(
         self, tenant_id: UUID, session_id: UUID, *, title: str | None, metadata: dict[str, str]
     ) -> Session:
-        """Sets the title if given, and labels; an empty value removes the label."""
+        """Sets the title if given, and labels; an empty value removes the label.
+
+        Raises:
+            ResourceExhaustedError: There would be more than MAX_LABELS (QUOTA_EXCEEDED).
+        """
         ...
 
     async def delete_session(self, tenant_id: UUID, session_id: UUID) -> list[ToolCall]:

@@ -7,12 +7,12 @@ from uuid import UUID
 
 import orjson
 
-from meshkit.errors import AlreadyExistsError, FieldViolation, InvalidArgumentError
+from meshkit.errors import AlreadyExistsError, FieldViolation, InvalidArgumentError, ResourceExhaustedError
 from meshkit.ids import uuid7
 from meshkit.paging import make_page_token, read_page_token
 from meshkit.postgres import load_sql
 from services.session.domain import Message, Page, Session, ToolCall
-from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES, PAGE_BYTES
+from services.session.store.port import MAX_CONTEXT_BYTES, MAX_CONTEXT_MESSAGES, MAX_LABELS, PAGE_BYTES
 from services.session.store.postgres_base import PostgresPart, not_found
 from services.session.store.rows import message_of, session_of, tool_call_of
 
@@ -121,10 +121,17 @@ class PostgresSessions(PostgresPart):
             title,
             orjson.dumps(labels).decode(),
             [key for key, value in metadata.items() if not value],
+            MAX_LABELS,
         )
+        # Says itself that the session is not there.
+        session = await self.get_session(tenant_id, session_id)
         if row is None:
-            raise not_found("session", session_id)
-        return await self.get_session(tenant_id, session_id)
+            raise ResourceExhaustedError(
+                "QUOTA_EXCEEDED",
+                f"a session has at most {MAX_LABELS} labels; nothing was changed",
+                metadata={"limit": "labels_per_session", "max": str(MAX_LABELS)},
+            )
+        return session
 
     async def delete_session(self, tenant_id: UUID, session_id: UUID) -> list[ToolCall]:
         """See the port."""

@@ -131,6 +131,9 @@ class Tools(tool_grpc.ToolServiceServicer):
         self.mesh = mesh
 
     async def ListTools(self, request: Any, context: Any) -> Any:
+        if self.mesh.list_failures:
+            self.mesh.list_failures -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not there yet")
         if request.page_token:
             pay = tool_pb.Tool(name="pay", effect=EFFECT_CLASS_NON_IDEMPOTENT, timeout_ms=200)
             return tool_pb.ListToolsResponse(tools=[pay])
@@ -223,6 +226,7 @@ class FakeMesh:
         self.busy = False
         self.executed: list[Any] = []
         self.tool_script: list[str] = []
+        self.list_failures = 0
         self.tool_asked = asyncio.Event()
         self.tool_gate = asyncio.Event()
         self.tool_cancels: list[str] = []

@@ -114,7 +114,7 @@ REQUEST = encode_request(
     [
         (refusal(param="temperature"), {"temperature"}),
         (refusal(message="'stream_options' is not supported"), {"stream_options"}),
-        (refusal(message="max_tokens is too large, top_p is fine", param=None), {"max_tokens"}),
+        (refusal(message="max_tokens is not for me, top_p is fine", param=None), {"max_tokens"}),
         (b'{"detail":[{"loc":["body","stream_options","include_usage"],"msg":"extra"}]}', {"stream_options"}),
         (b'{"message":{"detail":[{"loc":["body","top_p"],"msg":"extra"}]}}', {"top_p"}),
         (b'{"error":"unknown field: temperature"}', {"temperature"}),
@@ -260,3 +260,5 @@ def test_a_value_that_was_refused_takes_no_other_value_from_anybody(bad, good, a
     assert learned is not None
     ((name, value),) = good.items()
     assert sent(learned=learned, **good).get(name) == value
+    # The second try of the request itself goes without it.
+    assert not bad.keys() & sent(learned=learned, **bad).keys()

@@ -4,6 +4,7 @@ import asyncio
 from functools import partial
 
 import pytest
+from prometheus_client import REGISTRY
 
 from hermesh.session.v1.resources_pb2 import RUN_STATUS_COMPLETED, RUN_STATUS_FAILED
 from meshkit.errors import InternalError, UnavailableError
@@ -138,10 +139,16 @@ async def taken_over_until_it_ends(bench, claim):
     return run
 
 
+def requests(kind: str) -> float:
+    """What the metric says by now."""
+    return REGISTRY.get_sample_value("hermesh_agent_model_requests_total", {"kind": kind}) or 0.0
+
+
 @pytest.mark.parametrize("prefill", [False, True])
 async def test_the_model_requests_of_a_run_are_bounded_over_its_takeovers(make_bench, prefill):
     replies = [[[TextDelta("x")], asyncio.Event()] for _ in range(50)]
     bench = make_bench(FakeModel(*replies), llm_spare_requests=6, llm_prefill=prefill)
+    before = {kind: requests(kind) for kind in ("first", "again")}
     run = await taken_over_until_it_ends(bench, bench.store.new_claim("hi"))
     assert run.status == RUN_STATUS_FAILED
     failed = run.data("run.failed")[0]
@@ -151,6 +158,7 @@ async def test_the_model_requests_of_a_run_are_bounded_over_its_takeovers(make_b
         False,
     )
     assert len(bench.model.requests) == 7
+    assert {kind: requests(kind) - before[kind] for kind in before} == {"first": 1, "again": 6}
     assert [data["request"] for data in run.data("attempt.reset")] == ([] if prefill else [*range(2, 9)])
 
 

@@ -292,8 +292,11 @@ async def clients(mesh, **more):
     settings = AgentSettings(
         mesh_address=mesh.address, mesh_token=SecretStr(TOKEN), llm_base_url="http://model.invalid/v1", **more
     )
-    async with open_channel(settings) as channel:
-        yield ToolClient(channel, settings), MemoryClient(channel, settings)
+    async with open_channel(settings) as channel, asyncio.TaskGroup() as group:
+        tools = ToolClient(channel, settings)
+        fresh = group.create_task(tools.keep_fresh())
+        yield tools, MemoryClient(channel, settings)
+        fresh.cancel()
 
 
 async def execute(tools, name="pay", fence=lambda: 7, seconds_left=lambda: 60.0, place=None):
@@ -305,6 +308,26 @@ async def execute(tools, name="pay", fence=lambda: 7, seconds_left=lambda: 60.0,
 
 async def test_all_pages_of_tools_are_read(mesh):
     async with clients(mesh) as (tools, _):
+        assert set(await tools.tools()) == {"add", "pay"}
+
+
+async def test_a_tool_service_that_is_about_to_come_is_waited_for(mesh):
+    mesh.list_failures = 3
+    async with clients(mesh) as (tools, _):
+        assert set(await tools.tools()) == {"add", "pay"}
+
+
+async def test_a_tool_service_that_stays_away_is_not_waited_for_long_nor_in_turn(mesh, monkeypatch):
+    monkeypatch.setattr("services.agent.clients.tools.FIRST_SECONDS", 0.2)
+    mesh.list_failures = 1_000_000
+    async with clients(mesh) as (tools, _):
+        began = asyncio.get_running_loop().time()
+        told = await asyncio.gather(*(tools.tools() for _ in range(50)), return_exceptions=True)
+        assert {error.reason for error in told} == {"SERVICE_UNAVAILABLE"}
+        assert asyncio.get_running_loop().time() - began < 5
+        # And known as soon as it is there.
+        mesh.list_failures = 0
+        monkeypatch.setattr("services.agent.clients.tools.FIRST_SECONDS", 30.0)
         assert set(await tools.tools()) == {"add", "pay"}
 
 

@@ -198,3 +198,16 @@ def test_a_whole_completion_has_the_shape_of_the_real_thing() -> None:
             "prompt_tokens_details": {"cached_tokens": 2},
         },
     }
+
+
+def test_a_refusal_is_the_refusal_and_not_the_content() -> None:
+    events = log(delta("I will"), delta(" not."), ("run.completed", {"finish_reason": "refusal"}))
+    reply = Reply()
+    for event in events:
+        reply.feed(event)
+    (choice,) = completion(reply)["choices"]
+    assert (choice["message"]["content"], choice["message"]["refusal"]) == (None, "I will not.")
+    assert choice["finish_reason"] == "stop"
+    # Of a stream it is known at the end only.
+    last = parse(stream(events))[-1]["choices"][0]
+    assert (last["delta"], last["finish_reason"]) == ({"refusal": "I will not."}, "stop")

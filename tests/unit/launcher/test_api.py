@@ -68,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         frames = b": heartbeat\n\n"
         for one in self.server.pieces.pop(0):
-            frames += f"id: {RUN}:{one['seq']}\nevent: {one['type']}\ndata: {json.dumps(one)}\n\n".encode()
+            text = one.get("as it stands") or json.dumps(one)
+            frames += f"id: {RUN}:{one['seq']}\nevent: {one['type']}\ndata: {text}\n\n".encode()
         self.send_response(200)
         # What is promised and not sent is a stream that broke.
         self.send_header("Content-Length", str(len(frames) + (10 if self.server.pieces else 0)))
@@ -105,6 +106,14 @@ def test_a_stream_that_breaks_goes_on_where_it_was(gateway: Gateway, api: Api) -
         ("GET", f"/v1/runs/{RUN}/events", f"{RUN}:2"),
         ("GET", f"/v1/runs/{RUN}/events", f"{RUN}:3"),
     ]
+
+
+def test_an_event_keeps_how_it_came(gateway: Gateway, api: Api) -> None:
+    """Arguments are what the model wrote: 1.10 is not 1.1, and a name may stand there twice."""
+    text = json.dumps(event(2, "tool.started", arguments="X")).replace('"X"', '{"a":1.10, "a":1e2}')
+    written = event(2, "tool.started") | {"as it stands": text}
+    gateway.pieces = [[EVENTS[0], written, *EVENTS[2:]]]
+    assert list(api.run("s", "hello"))[1].text == text
 
 
 def test_what_the_gateway_refuses_is_said_with_its_reason(gateway: Gateway, api: Api) -> None:

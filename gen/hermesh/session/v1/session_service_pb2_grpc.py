@@ -140,7 +140,7 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Changes title or metadata. Errors: SESSION_NOT_FOUND.
+        """Changes title or metadata. Errors: SESSION_NOT_FOUND, QUOTA_EXCEEDED (a session has at most 64 labels).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

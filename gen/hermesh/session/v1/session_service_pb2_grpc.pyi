@@ -42,7 +42,7 @@ class SessionServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]
     """Lists the tenant's sessions, last changed first."""
     UpdateSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.UpdateSessionRequest, _session_service_pb2.UpdateSessionResponse]
-    """Changes title or metadata. Errors: SESSION_NOT_FOUND."""
+    """Changes title or metadata. Errors: SESSION_NOT_FOUND, QUOTA_EXCEEDED (a session has at most 64 labels)."""
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.DeleteSessionRequest, _session_service_pb2.DeleteSessionResponse]
     """Deletes a session with its messages, runs and events; a run in progress is cancelled."""
     ListMessages: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]
@@ -84,7 +84,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists the tenant's sessions, last changed first."""
     UpdateSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.UpdateSessionRequest, _session_service_pb2.UpdateSessionResponse]  # type: ignore[assignment]
-    """Changes title or metadata. Errors: SESSION_NOT_FOUND."""
+    """Changes title or metadata. Errors: SESSION_NOT_FOUND, QUOTA_EXCEEDED (a session has at most 64 labels)."""
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.DeleteSessionRequest, _session_service_pb2.DeleteSessionResponse]  # type: ignore[assignment]
     """Deletes a session with its messages, runs and events; a run in progress is cancelled."""
     ListMessages: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
@@ -147,7 +147,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.UpdateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.UpdateSessionResponse, _abc.Awaitable[_session_service_pb2.UpdateSessionResponse]]:
-        """Changes title or metadata. Errors: SESSION_NOT_FOUND."""
+        """Changes title or metadata. Errors: SESSION_NOT_FOUND, QUOTA_EXCEEDED (a session has at most 64 labels)."""
 
     @_abc_1.abstractmethod
     def DeleteSession(

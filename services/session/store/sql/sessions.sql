@@ -49,13 +49,16 @@ ORDER BY updated_ms DESC, session_id DESC
 LIMIT $4;
 
 -- name: update_session
--- Sets the title if one is given, and labels; a label with an empty value goes.
--- $1 tenant_id, $2 session_id, $3 title or NULL, $4 labels to set, $5 labels to remove
-UPDATE session.session
-SET title = coalesce($3, title), metadata = (metadata || $4::jsonb) - $5::text[],
-    updated_ms = greatest(updated_ms, session.now_ms())
-WHERE session_id = $2 AND tenant_id = $1
-RETURNING session_id;
+-- Sets the title if one is given, and labels; a label with an empty value goes. No row, too, if there would be more
+-- than $6 labels; where there are more already, they may still be changed and removed.
+-- $1 tenant_id, $2 session_id, $3 title or NULL, $4 labels to set, $5 labels to remove, $6 most labels
+UPDATE session.session s
+SET title = coalesce($3, s.title), metadata = (s.metadata || $4::jsonb) - $5::text[],
+    updated_ms = greatest(s.updated_ms, session.now_ms())
+WHERE s.session_id = $2 AND s.tenant_id = $1
+  AND (SELECT count(*) FROM jsonb_object_keys((s.metadata || $4::jsonb) - $5::text[]))
+      <= greatest($6::bigint, (SELECT count(*) FROM jsonb_object_keys(s.metadata)))
+RETURNING s.session_id;
 
 -- name: lock_lease
 -- Locks a session's lease row, waiting for appends under way.
