@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from uuid import UUID
 
 import asyncpg
 import orjson
 import structlog
 
+from meshkit.commit_watch import CommitWatch
 from meshkit.context import remaining
 from meshkit.errors import (
     AlreadyExistsError,
@@ -25,6 +27,8 @@ from meshkit.errors import (
 from meshkit.postgres import load_sql, map_pg_error
 from meshkit.schemas import in_schema
 from services.memory.domain import Memory, NewMemory, Query, Recalled, Scope, ScopeKind, Vector
+
+Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 _log = structlog.get_logger("memory.store")
 
@@ -95,8 +99,8 @@ class PostgresStore:
     async def remember(self, tenant_id: UUID, new: NewMemory) -> Memory:
         """Stores a memory once."""
         fingerprint = new.fingerprint()
-        async with _bounded(writes=True):
-            row = await self._pool.fetchrow(
+        async with self._writing() as connection:
+            row = await connection.fetchrow(
                 self._memory["remember"],
                 new.memory_id,
                 tenant_id,
@@ -113,7 +117,7 @@ class PostgresStore:
                 self._max_per_scope,
             )
             if row is None and new.request_id:
-                row = await self._pool.fetchrow(self._memory["find_request"], tenant_id, new.request_id)
+                row = await connection.fetchrow(self._memory["find_request"], tenant_id, new.request_id)
                 if row is not None and row["request_hash"] != fingerprint:
                     raise AlreadyExistsError(
                         "REQUEST_ID_REUSED",
@@ -147,14 +151,14 @@ class PostgresStore:
 
     async def forget(self, tenant_id: UUID, memory_id: UUID) -> int:
         """Deletes one."""
-        async with _bounded():
-            return int(await self._pool.fetchval(self._memory["forget"], tenant_id, memory_id))
+        async with self._writing() as connection:
+            return int(await connection.fetchval(self._memory["forget"], tenant_id, memory_id))
 
     async def forget_scope(self, tenant_id: UUID, scope: Scope) -> int:
         """Deletes a scope's."""
-        async with _bounded():
+        async with self._writing() as connection:
             return int(
-                await self._pool.fetchval(
+                await connection.fetchval(
                     self._memory["forget_scope"], tenant_id, int(scope.kind), scope.owner
                 )
             )
@@ -171,8 +175,8 @@ class PostgresStore:
 
     async def sweep(self, limit: int) -> int:
         """Removes what has expired."""
-        async with _bounded():
-            return int(await self._pool.fetchval(self._memory["sweep"], limit))
+        async with self._writing() as connection:
+            return int(await connection.fetchval(self._memory["sweep"], limit))
 
     async def other_models(self, model: str, after: UUID | None, size: int) -> Sequence[tuple[UUID, str]]:
         """Reads a batch of all tenants' memories."""
@@ -182,8 +186,8 @@ class PostgresStore:
 
     async def set_vector(self, memory_id: UUID, text: str, model: str, vector: Vector) -> bool:
         """Changes one row."""
-        async with _bounded():
-            found = await self._pool.fetchval(
+        async with self._writing() as connection:
+            found = await connection.fetchval(
                 self._memory["set_vector"], memory_id, text, model, list(vector)
             )
         return found is not None
@@ -200,8 +204,8 @@ class PostgresStore:
     ) -> Mapping[str, str]:
         """Changes one row."""
         document = orjson.dumps({key: value or None for key, value in changes.items()}).decode()
-        async with _bounded(writes=True):
-            text = await self._pool.fetchval(
+        async with self._writing() as connection:
+            text = await connection.fetchval(
                 self._preferences["set_preferences"], tenant_id, user, document, MAX_PREFERENCES
             )
         if text is None:
@@ -212,21 +216,42 @@ class PostgresStore:
             )
         return _preferences(text)
 
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[Connection]:
+        """Yields a connection for statements that change something.
+
+        Raises:
+            UnavailableError: OUTCOME_UNKNOWN where the database gave no answer or no synchronous standby has
+                what it answered; DATABASE_UNAVAILABLE where nothing was sent, or it refused.
+        """
+        async with _bounded() as use, self._pool.acquire() as connection:
+            with CommitWatch(connection):
+                use.changes = True
+                yield connection
+
+
+@dataclass
+class _Use:
+    """A use of the database; `changes`: a statement that changes something may have reached it."""
+
+    changes: bool = False
+
 
 @asynccontextmanager
-async def _bounded(*, writes: bool = False) -> AsyncIterator[None]:
-    """Bounds a use of the database, and turns its errors into ours; `writes`: it changes something."""
+async def _bounded() -> AsyncIterator[_Use]:
+    """Bounds a use of the database, and turns its errors into ours."""
+    use = _Use()
     left = remaining()
     try:
         async with asyncio.timeout(_SECONDS if left is None else min(left, _SECONDS)):
-            yield
+            yield use
     except TimeoutError as error:
         if left is not None and left <= _SECONDS:
             raise DeadlineError() from error
-        raise map_pg_error(error, sent=writes) from error
+        raise map_pg_error(error, sent=use.changes) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         _log.warning("the database failed", error=type(error).__name__, detail=str(error))
-        raise map_pg_error(error, sent=writes) from error
+        raise map_pg_error(error, sent=use.changes) from error
 
 
 def _memory(row: asyncpg.Record) -> Memory:

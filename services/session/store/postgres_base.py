@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
 import structlog
 
+from meshkit.commit_watch import CommitWatch
 from meshkit.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -19,7 +20,7 @@ from meshkit.errors import (
     InternalError,
     NotFoundError,
 )
-from meshkit.postgres import changes, load_sql, map_pg_error, outcome_unknown, refusal
+from meshkit.postgres import changes, load_sql, map_pg_error, refusal
 from meshkit.schemas import in_schema
 from services.session import metrics
 from services.session.store.standby_reads import StandbyReads
@@ -31,9 +32,6 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 _SQL = load_sql("services.session.store.sql", "upkeep.sql")
-
-# A warning; there is but one that our statements give.
-_WAIT_CANCELLED = "01000"
 
 SCHEMA = "session"
 ACQUIRE_TIMEOUT = 5.0
@@ -168,25 +166,13 @@ class PostgresPart:
             writes: Whether what is done with it changes anything.
         """
         sent = False
-        warnings: list[str] = []
-
-        def warned(_: object, message: asyncpg.PostgresLogMessage) -> None:
-            warnings.append(message.sqlstate)
-
         try:
             connection = await self._acquire()
-            watched = self._synchronous and writes
             try:
-                if watched:
-                    connection.add_log_listener(warned)
-                sent = writes
-                yield connection
-                if _WAIT_CANCELLED in warnings:
-                    # Somebody ended the wait for the standby, and PostgreSQL calls that a success.
-                    raise outcome_unknown()
+                with CommitWatch(connection) if self._synchronous and writes else nullcontext():
+                    sent = writes
+                    yield connection
             finally:
-                if watched:
-                    connection.remove_log_listener(warned)
                 await self._pool.release(connection)
         except HermeshError:
             raise

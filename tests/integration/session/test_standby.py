@@ -5,6 +5,7 @@ known is called unknown.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -17,10 +18,14 @@ from meshkit.postgres import open_pool
 from services.session.domain import AppendOutcome, RunAppend, RunStatus, ToolCallState
 from services.session.store import postgres_base
 from services.session.store.postgres import PostgresStore
+from tests.integration.session.process import SessionProcess, environment
 from tests.integration.session.standby import Replicated, replicated
-from tests.integration.session.store.kit import Kit, event, intent
+from tests.integration.session.store.kit import Kit, event, intent, ref
+from tests.integration.session.store.test_journal import waiting
+from tests.integration.session.test_faults import readiness
 
 PATIENCE = 0.6
+SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,72 @@ async def test_every_already_done_waits_for_the_standby(pair: Replicated, kit: K
     assert (await create()).session_id == (await create()).session_id
     assert (await complete()).state is ToolCallState.COMPLETED
     assert (await cancel())[0].status is RunStatus.CANCELLED
+
+
+async def test_a_word_about_a_call_and_an_end_that_was_asked_for_wait_for_the_standby_again(
+    pair: Replicated, kit: Kit
+) -> None:
+    (by_id, [named]), (by_word, [said]) = await waiting(kit), await waiting(kit)
+    settled, [call_id] = await waiting(kit)
+    held = await kit.started()
+
+    async def resolve() -> Any:
+        return (await kit.resolve(by_id.run_id, named, request_id=f"word-{named}"))[1].state
+
+    async def resolve_without_id() -> Any:
+        return (await kit.resolve(by_word.run_id, said, content="42"))[1].state
+
+    async def reconcile() -> Any:
+        return (await kit.store.reconcile(call_id, ToolCallState.COMPLETED, "4", "")).state
+
+    async def fail_held() -> Any:
+        return await kit.store.fail_held(ref(held), "it could not")
+
+    asked = {
+        "resolve": (by_id.run_id, resolve, ToolCallState.COMPLETED),
+        "resolve, without an id": (by_word.run_id, resolve_without_id, ToolCallState.COMPLETED),
+        "reconcile": (settled.run_id, reconcile, ToolCallState.COMPLETED),
+        "fail_held": (held.run_id, fail_held, None),
+    }
+    told: dict[str, list[str]] = {}
+    pair.freeze()
+    for name, (run_id, one, _) in asked.items():
+        told[name] = [await reason_of(one)]
+        # It is done here, where alone it can be seen: what comes next finds nothing left to do.
+        run = await kit.store.get_run(kit.tenant, run_id)
+        assert run.status is (RunStatus.FAILED if name == "fail_held" else RunStatus.QUEUED), name
+        told[name].append(await reason_of(one))
+    pair.thaw()
+    assert told == {name: ["OUTCOME_UNKNOWN"] * 2 for name in asked}
+    for name, (_, one, answer) in asked.items():
+        assert await one() is answer, name
+
+
+async def test_a_replica_says_that_no_standby_answers_for_as_long_as_none_does(pair: Replicated) -> None:
+    replica = SessionProcess("session-1", environment(pair.url))
+
+    async def until(says: str) -> None:
+        async with asyncio.timeout(SECONDS):
+            while True:
+                status, checks = await asyncio.to_thread(readiness, replica)
+                # Reads go on, and another replica would do no better.
+                assert (status, checks["postgresql"]["reason"]) == (200, None)
+                reason = checks["standby"]["reason"] or ""
+                if says in reason and bool(says) == bool(reason):
+                    return
+                await asyncio.sleep(0.05)
+
+    try:
+        await asyncio.to_thread(replica.wait_ready)
+        await until("")
+        pair.freeze()
+        await until("no synchronous standby of PostgreSQL answers")
+        pair.thaw()
+        await until("")
+    finally:
+        pair.thaw()
+        replica.kill()
+        shutil.rmtree(replica.folder, ignore_errors=True)
 
 
 async def test_readers_are_shown_nothing_that_a_failover_could_take_back(pair: Replicated, kit: Kit) -> None:

@@ -68,18 +68,25 @@ ORDER BY memory_id DESC
 LIMIT $5::bigint;
 
 -- name: forget
--- Deletes one memory. $1 tenant, $2 id.
+-- Deletes one memory. $1 tenant, $2 id. That there was none to delete waits for a synchronous standby, as in
+-- find_request: a delete before this one may be in this server alone.
 WITH gone AS (
     DELETE FROM memory.item WHERE tenant_id = $1 AND memory_id = $2 RETURNING 1
 )
-SELECT count(*) FROM gone;
+SELECT count(*),
+    CASE WHEN count(*) = 0 AND current_setting('synchronous_standby_names') <> ''
+         THEN pg_logical_emit_message(true, 'hermesh', '')::text END AS confirmed
+FROM gone;
 
 -- name: forget_scope
--- Deletes all memories of a scope. $1 tenant, $2 $3 scope.
+-- Deletes all memories of a scope. $1 tenant, $2 $3 scope. That there were none waits as in forget.
 WITH gone AS (
     DELETE FROM memory.item WHERE tenant_id = $1 AND scope_kind = $2 AND scope_owner = $3 RETURNING 1
 )
-SELECT count(*) FROM gone;
+SELECT count(*),
+    CASE WHEN count(*) = 0 AND current_setting('synchronous_standby_names') <> ''
+         THEN pg_logical_emit_message(true, 'hermesh', '')::text END AS confirmed
+FROM gone;
 
 -- name: sweep
 -- Removes expired memories of all tenants. Replicas that sweep at once skip each other's. $1 limit.

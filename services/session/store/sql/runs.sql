@@ -60,9 +60,10 @@ SELECT c.event_seq, c.event_time_ms, c.event_data, (c.run).*, session.confirm()
 FROM session.cancel_run($1, $2, $3) c;
 
 -- name: fail_held
--- See session.fail_held.
+-- See session.fail_held. That the claim is over is no row, so that nothing here could confirm it: its locks on the
+-- lease and the run are in the log, and their commit waits for a synchronous standby.
 -- $1 session_id, $2 run_id, $3 fence, $4 what a person reads
-SELECT f.*, session.confirm() FROM session.fail_held($1, $2, $3, $4) f;
+SELECT * FROM session.fail_held($1, $2, $3, $4);
 
 -- name: due
 -- Takes runs to dispatch: next in their session, and nobody holds them. They are due again after $2.
