@@ -273,6 +273,7 @@ class Pod:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     # while it lives
@@ -291,6 +292,9 @@ class Pod:
                 with contextlib.suppress(asyncio.CancelledError):
                     await probes
                 self._set_ready(False)
+                # Nothing of a container outlives its first process.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
             if self.ending or (
                 self._process.returncode == 0 and self._spec.get("restartPolicy") == "OnFailure"
             ):

@@ -86,7 +86,7 @@ async def talk(host: Host, events: list[str], over: asyncio.Event) -> int:
     async with client(host) as one:
         session = await new_session(one)
         while not over.is_set() or not replies:
-            frames = await follow(one, session, "[[tokens=100 rate=10]]", events)
+            frames = await follow(one, session, "[[tokens=400 rate=20]]", events)
             assert_whole(frames)
             assert frames[-1].event == "run.completed"
             replies += 1

@@ -62,9 +62,9 @@ class Chart:
             yield
 
     async def start(self, component: str, replicas: int) -> list[Pod]:
-        """Starts pods of a component and waits until they are ready."""
+        """Starts pods of a component until there are so many, and waits until they are ready."""
         workload = named(list(self.objects), "Deployment", component)
-        for _ in range(replicas):
+        for _ in range(replicas - len(self.node.of(component))):
             await self.node.start(workload)
         return await ready(self.node, component, replicas)
 
