@@ -103,7 +103,7 @@ def up(
             upgrade.take_over(folder, former, said)
         elif fresh:
             control.start_supervisor(folder)
-        request = {"command": "up", "replicas": wanted, "settings": asked}
+        request = {"command": "up", "replicas": wanted, "settings": asked, "prepared": former is not None}
         answer = control.ask(folder, request, said)
     addresses = State.load(folder.state_file).addresses
     console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)

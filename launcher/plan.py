@@ -318,15 +318,15 @@ class Plan:
         """How long a service may take to end: its own drain and a little."""
         return sum(map(_seconds, (("HERMESH_DRAIN_SECONDS", 10.0), ("HERMESH_DRAIN_DELAY_SECONDS", 2.5)))) + 3
 
-    def setup_commands(self) -> list[tuple[str, list[str], dict[str, str]]]:
-        """What is run once before services start: a name for people, the command, its environment."""
+    def setup_commands(self, *, rollout: bool = False) -> list[tuple[str, list[str], dict[str, str]]]:
+        """What is run before services start, or only what former ones survive: name, command, environment."""
         session = self._service_environment("session") | {"HERMESH_API_KEY": self.api_key}
         memory = self._service_environment("memory")
-        python = sys.executable
+        python, migrate = sys.executable, ["migrate", *(["--pre"] if rollout else [])]
         bootstrap = [python, "-m", "services.session", "bootstrap", "--api-key-env", "HERMESH_API_KEY"]
         return [
-            ("the session service's migrations", [python, "-m", "services.session", "migrate"], session),
-            ("the memory service's migrations", [python, "-m", "services.memory", "migrate"], memory),
+            ("the session service's migrations", [python, "-m", "services.session", *migrate], session),
+            ("the memory service's migrations", [python, "-m", "services.memory", *migrate], memory),
             ("the first tenant and its key", bootstrap, session),
         ]
 

@@ -173,7 +173,8 @@ class Supervisor:
             case "status":
                 return await self.status()
             case "up":
-                await self._unless_stopped(self.up(request.get("replicas") or {}, say))
+                replicas, prepared = request.get("replicas") or {}, bool(request.get("prepared"))
+                await self._unless_stopped(self.up(replicas, say, prepared=prepared))
                 # What it was told is kept, now that it works.
                 self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
@@ -215,8 +216,11 @@ class Supervisor:
 
     # Commands
 
-    async def up(self, replicas: dict[str, int], say: Say) -> None:
-        """Starts what is missing and returns when all of it is healthy."""
+    async def up(self, replicas: dict[str, int], say: Say, *, prepared: bool = False) -> None:
+        """Starts what is missing, replaces what is of another version, and returns when all of it is healthy.
+
+        With `prepared` whoever asks has brought the schema as far as replicas of this version need it.
+        """
         if self.strangers:
             await say("ending what an earlier mesh with other settings left behind")
             await asyncio.to_thread(end_leftovers, self.strangers)
@@ -234,7 +238,8 @@ class Supervisor:
             # An upgrade was broken off; it goes on below.
             self.start(self.plan.envoy_spec(left))
         await self.children.wait_ready(self.children.all[spec.replica] for spec in parts)
-        await self._prepare_database(say)
+        if not prepared and not any(self.children.count(service) for service in SERVICES):
+            await self._prepare_database(say)
         wanted = {
             service: replicas.get(
                 service, max(self.children.count(service), len(self._left(service))) or default
@@ -300,7 +305,9 @@ class Supervisor:
             code=self.state.code,
             say=say,
         )
-        await renewal.run()
+        if await renewal.run():
+            # What had to wait until the former version is gone.
+            await self._prepare_database(say)
 
     async def status(self) -> list[dict[str, Any]]:
         """One row a process, parts that a URL names among them."""
@@ -459,18 +466,17 @@ class Supervisor:
 
     async def _prepare_database(self, say: Say) -> None:
         """Brings the schema up to date and makes the first tenant, unless this was done before."""
-        if any(child.spec.service in SERVICES for child in self.children.all.values()):
-            return
         # A database of ours keeps a mark beside its data; what a URL names may be another one tomorrow.
-        mark = self.plan.schema_fingerprint()
-        if self.plan.postgres and self.plan.postgres.mark() == mark:
+        if self.plan.postgres and self.plan.postgres.mark() == self.plan.schema_fingerprint():
             return
+        # Those of another version work on: what they do not survive waits until they are replaced.
+        rollout = any(left.code != self.state.code for left in self._waiting("session"))
         await say("preparing the database")
-        *migrations, bootstrap = self.plan.setup_commands()
+        *migrations, bootstrap = self.plan.setup_commands(rollout=rollout)
         await asyncio.gather(*(self._set_up(*one) for one in migrations))
         await self._set_up(*bootstrap)
-        if self.plan.postgres:
-            self.plan.postgres.write_mark(mark)
+        if self.plan.postgres and not rollout:
+            self.plan.postgres.write_mark(self.plan.schema_fingerprint())
 
     async def _set_up(self, what: str, command: list[str], environment: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_exec(

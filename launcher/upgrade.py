@@ -50,7 +50,7 @@ def take_over(folder: Folder, former: Identity, say: Say) -> None:
     say("the mesh was started by another version: its schema first, then part by part, while it works")
     plan = Plan(load(LauncherSettings), folder, State.load(folder.state_file).ports)
     try:
-        set_up(plan, lambda text: None)
+        set_up(plan, lambda text: None, rollout=True)
     except LaunchError as error:
         raise LaunchError(f"{error}; nothing was replaced, and the mesh works on as before") from None
     end_all([former], grace=0)
@@ -87,13 +87,15 @@ def _environment(process: Identity) -> dict[str, str]:
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in items}
 
 
-def set_up(plan: Plan, say: Say) -> None:
+def set_up(plan: Plan, say: Say, *, rollout: bool = False) -> None:
     """Brings the schema up to date and makes the first tenant, where they are not there yet.
+
+    With `rollout` the version before still works on it, and what it does not survive waits.
 
     Raises:
         LaunchError: Which of it failed, and why.
     """
-    for what, command, environment in plan.setup_commands():
+    for what, command, environment in plan.setup_commands(rollout=rollout):
         try:
             done = subprocess.run(
                 command,
@@ -112,5 +114,5 @@ def set_up(plan: Plan, say: Say) -> None:
             why = said[-1].removeprefix("hermesh: ") if said else f"status {done.returncode}"
             raise LaunchError(f"{what} failed: {why}")
         say(f"{what}: done")
-    if plan.postgres:
+    if plan.postgres and not rollout:
         plan.postgres.write_mark(plan.schema_fingerprint())

@@ -40,6 +40,7 @@ async def test_a_rolling_restart_of_all_is_unnoticed(mesh: Mesh) -> None:
     assert [row.restarts for row in after if row.pid] == [0] * sum(row.pid > 0 for row in after)
 
 
+@pytest.mark.timeout(300)
 async def test_a_mesh_of_another_version_is_replaced_part_by_part_and_nobody_notices(mesh: Mesh) -> None:
     before = {row.replica: row.pid for row in mesh.status()}
     path = mesh.data_dir / "state.json"

@@ -163,7 +163,7 @@ async def to_next_and_back(report: Report, streams: int, work: Path) -> None:
 
 async def drill(streams: int) -> Report:
     """0 client errors, 0 gaps, every acknowledged input in its conversation once."""
-    report = Report("upgrade")
+    report = Report("upgrade", whole=True)
     with folder("hm-upgrade-") as work:
         await from_previous(report, streams, work)
         await in_place(report, streams, work)
