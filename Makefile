@@ -86,11 +86,12 @@ bench-model-pool: $(VENV)/.dev-ready ## What keeping a session on its model serv
 SEEDS ?= 20
 MINUTES ?= 20
 .PHONY: drill drill-report chaos chaos-mutations soak chaos-report
-drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|valkey|postgres|takeover, and with ARGS="--rounds 10" failover|frozen|locked|pairs|lost|scale_zero|large|redis_cluster
+drill: $(VENV)/.dev-ready ## Break one thing under load: DRILL=rolling|drain|envoy|sessions|upgrade|valkey|postgres|takeover, and with ARGS="--rounds 10" failover|frozen|locked|pairs|lost|scale_zero|large|redis_cluster
 	@$(BIN)/python -m tests.chaos.drills $(DRILL) $(ARGS)
 
-drill-report: $(VENV)/.dev-ready ## Write what the last drills of many rounds found into docs/reliability.md
+drill-report: $(VENV)/.dev-ready ## Write what the last drills found into docs/reliability.md and docs/deploy/release.md
 	@$(BIN)/python -m tests.chaos.report.drills build/drills --into docs/reliability.md
+	@[ ! -e build/drills/upgrade.json ] || $(BIN)/python -m tests.chaos.report.drills build/drills --table upgrade --into docs/deploy/release.md
 
 chaos: $(VENV)/.dev-ready ## Kill, stop, cut and flush under load, and check what is left: SEEDS=20, ARGS="--seed 7"
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) $(ARGS)

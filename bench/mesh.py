@@ -104,12 +104,14 @@ class Mesh:
         grpc_port: Envoy's public gRPC listener.
         settings: `HERMESH_*` variables beside those two ports and the folder.
         replicas: what `hermesh up --replicas` gets, such as "agent=2,session=2".
+        program: the command `hermesh`; another version's, where that is what is asked.
         scripted_model: whether a scripted model server stands in for the embedded model.
     """
 
     settings: Mapping[str, str] = field(default_factory=dict)
     replicas: str = ""
     scripted_model: bool = True
+    program: Path = HERMESH
     data_dir: Path = field(init=False)
     http_port: int = field(init=False)
     grpc_port: int = field(init=False)
@@ -193,7 +195,7 @@ class Mesh:
     def command(self, *arguments: str, seconds: float = COMMAND_SECONDS) -> str:
         """Runs `hermesh ARGUMENTS` and returns what it printed. Raises MeshError when it fails."""
         done = subprocess.run(
-            [str(HERMESH), *arguments],
+            [str(self.program), *arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.code import code_here
 from launcher.errors import LaunchError, explain_output
 from launcher.folder import Folder
 from launcher.plan import SERVICES, Spec
@@ -55,6 +56,7 @@ class Child:
     restarts: int = 0
     failures: int = 0
     last_exit: str = ""
+    code: str = ""
     hopeless: str = ""
     log_start: int = 0
     waits: bool = False
@@ -83,6 +85,7 @@ class Child:
             self.address,
             self.restarts,
             self.last_exit,
+            self.code,
         )
 
 
@@ -128,6 +131,7 @@ class Children:
             child.address = left.address or spec.address
             child.restarts = left.restarts
             child.last_exit = left.last_exit
+            child.code = left.code
         self.all[spec.replica] = child
         child.task = self._group.create_task(self._keep(child), name=spec.replica)
         return child
@@ -297,6 +301,7 @@ class Children:
         child.log_start = log.stat().st_size if log.exists() else 0
         child.process = spawn(child.spec.command, dict(child.spec.environment), log)
         child.identity = identify(child.process.pid)
+        child.code = code_here()
         self._save()
 
     async def _wait_first_ready(self, child: Child, exited: asyncio.Future[None]) -> None:

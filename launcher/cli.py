@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import control, conversation, kept
+from launcher import control, conversation, kept, upgrade
 from launcher.backup.command import app as backups
 from launcher.common import (
     Json,
@@ -68,6 +68,7 @@ def up(
 ) -> None:
     """Start the mesh in the background, or what is missing of it, and wait until it is ready.
 
+    One that another version started is brought to this one part by part, and no client notices.
     Settings that this shell does not name are those of the last start; NAME= hermesh up takes one back.
     """
     began = time.monotonic()
@@ -78,6 +79,8 @@ def up(
     settings, folder = settings_here()
     folder.prepare()
     fresh = control.supervisor_of(folder) is None
+    former = upgrade.other(folder)
+    asked = fingerprint()
     alone = fresh and not any(child.identity.alive for child in State.load(folder.state_file).children)
     if fresh:
         _check_stores(folder, yes=yes)
@@ -96,9 +99,11 @@ def up(
             else:
                 typer.echo(text)
 
-        if fresh:
+        if former:
+            upgrade.take_over(folder, former, said)
+        elif fresh:
             control.start_supervisor(folder)
-        request = {"command": "up", "replicas": wanted, "settings": fingerprint()}
+        request = {"command": "up", "replicas": wanted, "settings": asked, "prepared": former is not None}
         answer = control.ask(folder, request, said)
     addresses = State.load(folder.state_file).addresses
     console.print(f"The mesh is up after {time.monotonic() - began:.1f} s.", highlight=False)
@@ -279,6 +284,10 @@ def restart(
     _, folder = settings_here()
     parse_service(service)
     require_running(folder)
+    if place := upgrade.elsewhere(folder):
+        raise LaunchError(
+            f"the mesh runs what is in {place}, and would again; hermesh up brings it to what is here"
+        )
     request = {"command": "restart", "service": service, "rolling": rolling, "settings": fingerprint()}
     began = time.monotonic()
     answer = control.ask(folder, request, lambda text: console.print(text, highlight=False))
@@ -321,15 +330,7 @@ def migrate() -> None:
     plan = Plan(settings, folder, State.load(folder.state_file).ports)
     if plan.postgres:
         require_running(folder)
-    for what, command, environment in plan.setup_commands():
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        if done.returncode != 0:
-            said = done.stderr.strip().splitlines()
-            why = said[-1].removeprefix("hermesh: ") if said else f"status {done.returncode}"
-            raise LaunchError(f"{what} failed: {why}")
-        console.print(f"{what}: done", highlight=False)
+    upgrade.set_up(plan, lambda text: console.print(text, highlight=False))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 from launcher import replies
 from launcher.embedded import package_folder
@@ -28,6 +29,7 @@ BUFFER_BYTES = _MIB
 MAX_HEAP_MIB = 1024
 MAX_CONNECTIONS = 10_000
 _OWN_FILES = 512
+_UNDER_WAY = r"^http\.(http|grpc)\.downstream_rq_active$"
 
 
 class Policy(StrEnum):
@@ -304,6 +306,9 @@ class Admin:
     socket: Path
 
     async def _get(self, path: str) -> str | None:
+        return await self._ask("GET", path)
+
+    async def _ask(self, method: str, path: str) -> str | None:
         import httpx
 
         # Neither certificates nor a proxy have anything to do with a unix socket, and reading them costs.
@@ -312,7 +317,7 @@ class Admin:
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://envoy", timeout=2, trust_env=False
             ) as client:
-                answer = await client.get(path)
+                answer = await client.request(method, path)
         except (httpx.HTTPError, OSError):
             return None
         return answer.text if answer.status_code == 200 else None
@@ -327,6 +332,17 @@ class Admin:
         # Commit, number, state and build, with slashes between them.
         parts = str(json.loads(text or "{}").get("version", "")).split("/")
         return parts[1] if len(parts) > 1 else ""
+
+    async def leave(self) -> None:
+        """Has Envoy take no new connection, and tell open ones to close with their next answer."""
+        # In this order: who is told to close must not find the same Envoy again.
+        await self._ask("POST", "/drain_listeners")
+        await self._ask("POST", "/healthcheck/fail")
+
+    async def under_way(self) -> int:
+        """How many requests and streams of outsiders it serves; 0 where it does not answer."""
+        text = await self._get(f"/stats?filter={quote(_UNDER_WAY)}") or ""
+        return sum(int(line.rpartition(":")[2]) for line in text.splitlines() if ":" in line)
 
     async def healthy(self) -> Mapping[str, bool]:
         """Every endpoint that Envoy knows, by `cluster/host:port`, and whether it would get calls."""

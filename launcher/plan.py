@@ -113,6 +113,9 @@ class Plan:
         settings: What the person asked for.
         folder: Where everything is kept.
         ports: The ports that must stay the same: `mesh` and `model`.
+
+    Attributes:
+        envoy_number: which Envoy takes new connections; another one once it has been replaced.
     """
 
     def __init__(self, settings: LauncherSettings, folder: Folder, ports: Mapping[str, int]) -> None:
@@ -129,7 +132,7 @@ class Plan:
         if not settings.redis_url.get_secret_value():
             password = folder.secret("valkey-password")
             self.valkey = Valkey(folder.sockets, folder.root / "valkey.conf", password)
-        self.embedded_model = not settings.llm_base_url
+        self.embedded_model, self.envoy_number = not settings.llm_base_url, 1
         self.pool = ModelPool.of(words(settings.llm_base_url), settings.model_balance, ports.get("model", 0))
 
     @property
@@ -165,8 +168,12 @@ class Plan:
 
     @property
     def admin(self) -> envoy.Admin:
-        """Envoy's admin interface."""
-        return envoy.Admin(self.folder.sockets / "envoy.sock")
+        """The admin interface of the Envoy that takes new connections."""
+        return self.admin_of(self.envoy_number)
+
+    def admin_of(self, number: int) -> envoy.Admin:
+        """The admin interface of one Envoy."""
+        return envoy.Admin(self.folder.sockets / f"envoy{_suffix(number)}.sock")
 
     def parts(self) -> list[Spec]:
         """The embedded parts and Envoy."""
@@ -212,21 +219,23 @@ class Plan:
                     address=f"127.0.0.1:{self.ports['model']}",
                 )
             )
-        config = self.folder.envoy / "envoy.yaml"
-        specs.append(
-            Spec(
-                "envoy",
-                "envoy-1",
-                envoy.command(config),
-                _base_environment(),
-                probe=self.admin.answers,
-                address=f"127.0.0.1:{self.settings.http_port}",
-                prepare=lambda: self._write_envoy(config),
-            )
-        )
+        specs.append(self.envoy_spec(self.envoy_number))
         return specs
 
-    def _write_envoy(self, config: Path) -> None:
+    def envoy_spec(self, number: int) -> Spec:
+        """One Envoy. Two listen on the same ports while one takes the other's place."""
+        config = self.folder.envoy / f"envoy{_suffix(number)}.yaml"
+        return Spec(
+            "envoy",
+            f"envoy-{number}",
+            envoy.command(config),
+            _base_environment(),
+            probe=self.admin_of(number).answers,
+            address=f"127.0.0.1:{self.settings.http_port}",
+            prepare=lambda: self._write_envoy(config, self.admin_of(number)),
+        )
+
+    def _write_envoy(self, config: Path, admin: envoy.Admin) -> None:
         eds = self.folder.envoy / "eds"
         for name in envoy.CLUSTERS:
             if not (eds / f"{name}.yaml").exists():
@@ -235,7 +244,7 @@ class Plan:
             config,
             envoy.render_local(
                 eds=eds,
-                admin_socket=self.folder.sockets / "envoy.sock",
+                admin_socket=admin.socket,
                 http_port=self.settings.http_port,
                 grpc_port=self.settings.grpc_port,
                 mesh_port=self.ports["mesh"],
@@ -248,7 +257,7 @@ class Plan:
                 pool=(self.pool.listener(), self.pool.cluster()) if self.pool else ("", ""),
             ),
         )
-        self.admin.socket.unlink(missing_ok=True)
+        admin.socket.unlink(missing_ok=True)
 
     def external(self) -> list[tuple[str, str, Callable[[], Awaitable[str]]]]:
         """The parts that a URL names: service, address without credentials, and what says what is wrong.
@@ -309,15 +318,15 @@ class Plan:
         """How long a service may take to end: its own drain and a little."""
         return sum(map(_seconds, (("HERMESH_DRAIN_SECONDS", 10.0), ("HERMESH_DRAIN_DELAY_SECONDS", 2.5)))) + 3
 
-    def setup_commands(self) -> list[tuple[str, list[str], dict[str, str]]]:
-        """What is run once before services start: a name for people, the command, its environment."""
+    def setup_commands(self, *, rollout: bool = False) -> list[tuple[str, list[str], dict[str, str]]]:
+        """What is run before services start, or only what former ones survive: name, command, environment."""
         session = self._service_environment("session") | {"HERMESH_API_KEY": self.api_key}
         memory = self._service_environment("memory")
-        python = sys.executable
+        python, migrate = sys.executable, ["migrate", *(["--pre"] if rollout else [])]
         bootstrap = [python, "-m", "services.session", "bootstrap", "--api-key-env", "HERMESH_API_KEY"]
         return [
-            ("the session service's migrations", [python, "-m", "services.session", "migrate"], session),
-            ("the memory service's migrations", [python, "-m", "services.memory", "migrate"], memory),
+            ("the session service's migrations", [python, "-m", "services.session", *migrate], session),
+            ("the memory service's migrations", [python, "-m", "services.memory", *migrate], memory),
             ("the first tenant and its key", bootstrap, session),
         ]
 
@@ -350,6 +359,11 @@ class Plan:
                     "HERMESH_LLM_CONTEXT_TOKENS": str(model.TOKENS_A_SLOT),
                 } | environment
         return environment
+
+
+def _suffix(number: int) -> str:
+    # The first is called as versions with one Envoy call theirs: they have to find it.
+    return "" if number == 1 else f"-{number}"
 
 
 def _base_environment() -> dict[str, str]:

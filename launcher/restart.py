@@ -86,8 +86,15 @@ class Restart:
             LaunchError: A successor did not come up. It is ended, its predecessor and all that were not
                 reached go on as they are.
         """
-        replicas = self._replicas(services)
         again = f"hermesh restart {services[0] if len(services) == 1 else 'all'} --rolling"
+        await self.replace(self._replicas(services), again)
+
+    async def replace(self, replicas: Sequence[Child], again: str) -> None:
+        """Replaces these replicas in turn; `again` is the command that goes on where it stopped.
+
+        Raises:
+            LaunchError: As `rolling`.
+        """
         for place, child in enumerate(replicas):
             await self._replace(child, [one.spec.replica for one in replicas[place:]], again)
 

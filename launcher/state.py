@@ -15,7 +15,7 @@ from launcher.processes import Identity, boot_id
 
 @dataclass(slots=True)
 class Remembered:
-    """A child as the last supervisor knew it."""
+    """A child as the last supervisor knew it; `code` as `State.code`."""
 
     service: str
     replica: str
@@ -24,6 +24,7 @@ class Remembered:
     address: str = ""
     restarts: int = 0
     last_exit: str = ""
+    code: str = ""
 
     @property
     def identity(self) -> Identity:
@@ -41,6 +42,7 @@ class State:
         addresses: the public addresses, by `http` and `grpc`.
         settings: a fingerprint of the settings it all was started with.
         children: everything that was started.
+        code: what the supervisor runs, see `launcher.code`; empty for a version that did not say.
         boot: the machine's boot in which it was: pids and start times begin anew with the next.
     """
 
@@ -49,6 +51,7 @@ class State:
     addresses: dict[str, str] = field(default_factory=dict)
     settings: str = ""
     children: list[Remembered] = field(default_factory=list)
+    code: str = ""
     boot: str = field(default_factory=boot_id)
 
     @classmethod

@@ -22,6 +22,7 @@ from typing import Any
 
 from launcher import envoy, probes, targets
 from launcher.children import READY_SECONDS, Child, Children, note
+from launcher.code import code_here
 from launcher.errors import LaunchError, explain_os_error
 from launcher.folder import Folder
 from launcher.hangs import HangWatch
@@ -30,6 +31,7 @@ from launcher.leftovers import STOP_SECONDS, end_leftovers
 from launcher.plan import DEFAULT_REPLICAS, PARTS, SERVICES, STAGES, Plan, Spec, fingerprint
 from launcher.ports import free_port
 from launcher.processes import identify, raise_open_files
+from launcher.renew import Renewal
 from launcher.restart import Restart, parse_service
 from launcher.settings import LauncherSettings
 from launcher.state import Remembered, State
@@ -75,7 +77,9 @@ class Supervisor:
         for name in ("mesh", "model"):
             self.state.ports.setdefault(name, free_port())
         self.plan = Plan(settings, self.folder, self.state.ports)
+        self.plan.envoy_number = self._newest_envoy()
         self.state.settings = fingerprint()
+        self.state.code = code_here()
         self.state.addresses = {
             "http": f"127.0.0.1:{settings.http_port}",
             "grpc": f"127.0.0.1:{settings.grpc_port}",
@@ -169,7 +173,8 @@ class Supervisor:
             case "status":
                 return await self.status()
             case "up":
-                await self._unless_stopped(self.up(request.get("replicas") or {}, say))
+                replicas, prepared = request.get("replicas") or {}, bool(request.get("prepared"))
+                await self._unless_stopped(self.up(replicas, say, prepared=prepared))
                 # What it was told is kept, now that it works.
                 self.publish()
                 return {"settings_changed": request.get("settings") not in (None, self.state.settings)}
@@ -211,8 +216,11 @@ class Supervisor:
 
     # Commands
 
-    async def up(self, replicas: dict[str, int], say: Say) -> None:
-        """Starts what is missing and returns when all of it is healthy."""
+    async def up(self, replicas: dict[str, int], say: Say, *, prepared: bool = False) -> None:
+        """Starts what is missing, replaces what is of another version, and returns when all of it is healthy.
+
+        With `prepared` whoever asks has brought the schema as far as replicas of this version need it.
+        """
         if self.strangers:
             await say("ending what an earlier mesh with other settings left behind")
             await asyncio.to_thread(end_leftovers, self.strangers)
@@ -220,13 +228,18 @@ class Supervisor:
         # What somebody else has to mend is said before anything is started.
         await self.check_external()
         parts = self.plan.parts()
-        missing = [spec.service for spec in parts if spec.replica not in self.children.all]
+        here = self.children.all.keys() | self.leftovers.keys()
+        missing = [spec.service for spec in parts if spec.replica not in here]
         if missing:
             await say(f"starting {', '.join(missing)}")
         for spec in parts:
             self.start(spec)
+        for left in self._left("envoy"):
+            # An upgrade was broken off; it goes on below.
+            self.start(self.plan.envoy_spec(left))
         await self.children.wait_ready(self.children.all[spec.replica] for spec in parts)
-        await self._prepare_database(say)
+        if not prepared and not any(self.children.count(service) for service in SERVICES):
+            await self._prepare_database(say)
         wanted = {
             service: replicas.get(
                 service, max(self.children.count(service), len(self._left(service))) or default
@@ -237,12 +250,17 @@ class Supervisor:
         # Kept once it works: a start that comes to nothing must not be what the next one repeats.
         now = told(os.environ)
         self.kept = Kept(now, self.state.settings, exists=True, places=places(now, self.folder))
+        await self._renew(say)
 
     async def scale(self, wanted: dict[str, int], say: Say) -> None:
         """Brings services to these numbers of replicas and returns when Envoy has them."""
         if not self.children.all:
             raise LaunchError("nothing runs yet; start it with: hermesh up")
-        starting = [name for name in SERVICES if self.children.count(name) < wanted.get(name, 0)]
+        starting = [
+            name
+            for name in SERVICES
+            if self.children.count(name) + len(self._left(name)) < wanted.get(name, 0)
+        ]
         if starting:
             await say(f"starting {', '.join(starting)}")
         surplus: list[Child] = []
@@ -264,7 +282,11 @@ class Supervisor:
 
     async def restart(self, services: Sequence[str], say: Say, *, rolling: bool) -> None:
         """Restarts services with the settings that the mesh was started with; see `Restart`."""
-        restart = Restart(
+        restart = self._restart(say)
+        await (restart.rolling if rolling else restart.at_once)(services)
+
+    def _restart(self, say: Say) -> Restart:
+        return Restart(
             self.plan,
             self.children,
             number=self.free_number,
@@ -272,7 +294,20 @@ class Supervisor:
             take_out=self._take_out,
             say=say,
         )
-        await (restart.rolling if rolling else restart.at_once)(services)
+
+    async def _renew(self, say: Say) -> None:
+        """Replaces what another version's code started."""
+        renewal = Renewal(
+            self.plan,
+            self.children,
+            self._restart(say),
+            balanced=self._wait_balanced,
+            code=self.state.code,
+            say=say,
+        )
+        if await renewal.run():
+            # What had to wait until the former version is gone.
+            await self._prepare_database(say)
 
     async def status(self) -> list[dict[str, Any]]:
         """One row a process, parts that a URL names among them."""
@@ -329,6 +364,12 @@ class Supervisor:
     def _waiting(self, service: str) -> list[Remembered]:
         """What an earlier supervisor left of a service and this one does not keep yet."""
         return [child for child in self.leftovers.values() if child.service == service]
+
+    def _newest_envoy(self) -> int:
+        """The number of the Envoy that takes new connections, of those that an earlier supervisor left."""
+        found = self._waiting("envoy")
+        newest = max(found, key=lambda child: child.identity.start_time, default=None)
+        return int(newest.replica.rpartition("-")[2]) if newest else 1
 
     def _left(self, service: str) -> list[int]:
         return [int(child.replica.rpartition("-")[2]) for child in self._waiting(service)]
@@ -425,18 +466,17 @@ class Supervisor:
 
     async def _prepare_database(self, say: Say) -> None:
         """Brings the schema up to date and makes the first tenant, unless this was done before."""
-        if any(child.spec.service in SERVICES for child in self.children.all.values()):
-            return
         # A database of ours keeps a mark beside its data; what a URL names may be another one tomorrow.
-        mark = self.plan.schema_fingerprint()
-        if self.plan.postgres and self.plan.postgres.mark() == mark:
+        if self.plan.postgres and self.plan.postgres.mark() == self.plan.schema_fingerprint():
             return
+        # Those of another version work on: what they do not survive waits until they are replaced.
+        rollout = any(left.code != self.state.code for left in self._waiting("session"))
         await say("preparing the database")
-        *migrations, bootstrap = self.plan.setup_commands()
+        *migrations, bootstrap = self.plan.setup_commands(rollout=rollout)
         await asyncio.gather(*(self._set_up(*one) for one in migrations))
         await self._set_up(*bootstrap)
-        if self.plan.postgres:
-            self.plan.postgres.write_mark(mark)
+        if self.plan.postgres and not rollout:
+            self.plan.postgres.write_mark(self.plan.schema_fingerprint())
 
     async def _set_up(self, what: str, command: list[str], environment: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_exec(

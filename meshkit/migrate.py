@@ -109,7 +109,9 @@ def read_migrations(directory: Path) -> list[Migration]:
     return migrations
 
 
-async def migrate(url: str, directory: Path | str, *, schema: str = "", name: str = "") -> list[str]:
+async def migrate(
+    url: str, directory: Path | str, *, schema: str = "", name: str = "", before_rollout: bool = False
+) -> list[str]:
     """Applies what is missing.
 
     Args:
@@ -118,6 +120,7 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "", name: st
         schema: The schema of a service that shares its database with others: made if it is not there, holds
             this folder's `hermesh_migration`, and is where unqualified names go. Empty: the role's own.
         name: What the schema is called in this database, if not as in the migrations.
+        before_rollout: The version before still runs: what is `post` has to wait until it is gone.
 
     Returns:
         The names of the files applied now, in order.
@@ -132,21 +135,40 @@ async def migrate(url: str, directory: Path | str, *, schema: str = "", name: st
     try:
         try:
             await _create_table(connection, name)
-            _check_known(migrations, await connection.fetch(_list(name)))
+            rows = await connection.fetch(_list(name))
+            _check_known(migrations, rows)
             search_path = await _search_path(connection, name)
         except asyncpg.InsufficientPrivilegeError as error:
             raise StartupError(
                 f"the database's user may not make tables: {_one_line(error)}; grant it CREATE on the "
                 f"database, or make its schema: CREATE SCHEMA {name or 'hermesh'} AUTHORIZATION its_name"
             ) from error
+        due = _due(migrations, {row["version"] for row in rows}) if before_rollout else migrations
         applied = []
-        for migration in migrations:
+        for migration in due:
             if await _apply(connection, migration, _text(migration, schema, name), search_path):
                 _log.info("migration applied", migration=migration.name)
                 applied.append(migration.name)
         return applied
     finally:
         await connection.close(timeout=CONNECT_TIMEOUT)
+
+
+def _due(migrations: list[Migration], done: set[int]) -> list[Migration]:
+    """What the version before survives of what is missing.
+
+    Raises:
+        StartupError: Something that it survives builds on something that it does not: a release was left out.
+    """
+    missing = [migration for migration in migrations if migration.version not in done]
+    waiting = [migration for migration in missing if migration.phase == "post"]
+    due = [migration for migration in missing if migration.phase == "pre"]
+    if waiting and due and due[-1].version > waiting[0].version:
+        raise StartupError(
+            f"{waiting[0].name} of a release in between has to be applied before {due[-1].name}: upgrade to "
+            "one release after the other, or end the mesh first"
+        )
+    return due
 
 
 def _text(migration: Migration, schema: str, name: str) -> str:
@@ -194,7 +216,8 @@ async def _require(pool: Pool, migrations: list[Migration], service: str, schema
     rows = await pool.fetch(_list(schema))
     _check_known(migrations, rows)
     done = {row["version"] for row in rows}
-    missing = [migration.name for migration in migrations if migration.version not in done]
+    # What is `post` comes when the rollout is over, of which this replica may be a part.
+    missing = [one.name for one in migrations if one.version not in done and one.phase == "pre"]
     if missing:
         raise StartupError(
             f"the database's schema is older than this version: {', '.join(missing)} not applied; {remedy}"

@@ -5,6 +5,7 @@ The server is the embedded Valkey. All of it is on loopback, wants a password, a
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ _GONE_MS = 1000
 def documented(heading: str) -> list[str]:
     """The lines of the block under a heading of the page for operators, so that what it says is tested."""
     page = (Path(__file__).resolve().parents[1] / "docs/deploy/redis.md").read_text()
-    return page.split(f"## {heading}\n", 1)[1].split("```\n", 2)[1].splitlines()
+    return re.split(r"^```\w*\n", page.split(f"## {heading}\n", 1)[1], flags=re.MULTILINE)[1].splitlines()
 
 
 def client_of(url: str) -> redis.asyncio.Redis:

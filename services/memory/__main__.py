@@ -1,7 +1,7 @@
 """Runs the memory service.
 
 python -m services.memory            serves until it is told to stop
-python -m services.memory migrate    brings the tables up to date
+python -m services.memory migrate    brings the tables up to date (--pre: as far as former code bears)
 python -m services.memory reembed    renews the vectors after a change of embedder
 """
 
@@ -17,15 +17,15 @@ from services.memory.settings import MemorySettings
 
 def main() -> None:
     """Runs what the command line asks for."""
-    command = sys.argv[1] if len(sys.argv) == 2 else "serve" if len(sys.argv) == 1 else ""
-    if command not in ("serve", "migrate", "reembed"):
-        sys.stderr.write("usage: python -m services.memory [migrate | reembed]\n")
+    command = " ".join(sys.argv[1:]) or "serve"
+    if command not in ("serve", "migrate", "migrate --pre", "reembed"):
+        sys.stderr.write("usage: python -m services.memory [migrate [--pre] | reembed]\n")
         raise SystemExit(2)
     settings = load(MemorySettings)
 
     async def body() -> None:
-        if command == "migrate":
-            applied = await apply_migrations(settings)
+        if command.startswith("migrate"):
+            applied = await apply_migrations(settings, before_rollout=command.endswith("--pre"))
             sys.stdout.write("".join(f"applied {name}\n" for name in applied) or "nothing to apply\n")
         elif command == "reembed":
             sys.stdout.write(f"{await apply_reembed(settings)} memories have new vectors\n")

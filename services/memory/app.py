@@ -26,8 +26,8 @@ SERVICE_NAME = "hermesh.memory.v1.MemoryService"
 _MAX_REQUEST_BYTES = 2 * 1024 * 1024
 
 
-async def apply_migrations(settings: MemorySettings) -> list[str]:
-    """Brings the schema up to date and returns what was applied.
+async def apply_migrations(settings: MemorySettings, *, before_rollout: bool = False) -> list[str]:
+    """Brings the schema up to date, or as far as the version before survives it; returns what was applied.
 
     Raises:
         StartupError: It cannot.
@@ -35,7 +35,8 @@ async def apply_migrations(settings: MemorySettings) -> list[str]:
     url = settings.database_direct_url.get_secret_value() or settings.database_url.get_secret_value()
     if not url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
-    return await migrate(url, MIGRATIONS, schema=SCHEMA, name=settings.database_schema_prefix + SCHEMA)
+    name = settings.database_schema_prefix + SCHEMA
+    return await migrate(url, MIGRATIONS, schema=SCHEMA, name=name, before_rollout=before_rollout)
 
 
 async def apply_reembed(settings: MemorySettings) -> int:

@@ -17,7 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.session", description="The session service.")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("serve", help="serve until SIGTERM (the default)")
-    commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate.add_argument("--pre", action="store_true", help="only what the version before survives")
     bootstrap = commands.add_parser("bootstrap", help="make a tenant and its key, unless they are there")
     bootstrap.add_argument("--tenant", default=TENANT, help="the tenant's name (%(default)s)")
     bootstrap.add_argument(
@@ -42,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = load(SessionSettings)
     if arguments.command == "migrate":
-        run(partial(app.migrate, settings, sys.stdout))
+        run(partial(app.migrate, settings, arguments.pre, sys.stdout))
     elif arguments.command == "bootstrap":
         run(partial(app.bootstrap, settings, arguments.tenant, arguments.api_key_env, sys.stdout))
     elif arguments.command == "tenant":

@@ -316,8 +316,8 @@ async def serve(settings: SessionSettings) -> None:
         await replica.server.serve()
 
 
-async def migrate(settings: SessionSettings, out: TextIO) -> None:
-    """Brings the schema up to date and says what was done.
+async def migrate(settings: SessionSettings, before_rollout: bool, out: TextIO) -> None:
+    """Brings the schema up to date, or as far as the version before survives it, and says what was done.
 
     Raises:
         StartupError: It cannot be done; one line says why.
@@ -325,7 +325,11 @@ async def migrate(settings: SessionSettings, out: TextIO) -> None:
     if not settings.direct_url:
         raise StartupError("HERMESH_DATABASE_URL is not set; it names the PostgreSQL database")
     applied = await apply_migrations(
-        settings.direct_url, MIGRATIONS, schema=SCHEMA, name=settings.database_schema_prefix + SCHEMA
+        settings.direct_url,
+        MIGRATIONS,
+        schema=SCHEMA,
+        name=settings.database_schema_prefix + SCHEMA,
+        before_rollout=before_rollout,
     )
     for name in applied:
         out.write(f"applied {name}\n")

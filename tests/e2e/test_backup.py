@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -203,23 +201,3 @@ def test_what_is_no_whole_backup_is_refused_before_anything_is_done(tmp_path: Pa
     assert "its SHA-256 is not the manifest's" in restore(backup)
     (backup / "database.dump").write_text("")
     assert "has migration 9999_pre_later.sql, which this version does not know" in restore(backup)
-
-
-@pytest.mark.timeout(240)
-def test_the_commands_of_the_page_work(source: Mesh) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs/deploy/backup.md").read_text()
-    script = "\n".join(re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
-    shell = {name: value for name, value in os.environ.items() if not name.startswith("HERMESH_")}
-    shell |= {"HERMESH_DATA_DIR": str(source.data_dir), "PATH": f"{HERMESH.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-eu", "-o", "pipefail"],
-        input=script,
-        env=shell,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "manifest.json" in done.stdout
-    assert "Restored" in done.stdout

@@ -1,6 +1,7 @@
 """Replicas are replaced under load, and processes that hang are: on a mesh of this module's own."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from bench.mesh import Mesh, MeshError, wait_until
+from launcher.state import State
 from tests.chaos.drills.load import Script, load
 from tests.e2e.client import http, new_session, run_to_end
 
@@ -36,6 +38,31 @@ async def test_a_rolling_restart_of_all_is_unnoticed(mesh: Mesh) -> None:
     after = mesh.status()
     assert not before & {row.pid for row in after}
     assert [row.restarts for row in after if row.pid] == [0] * sum(row.pid > 0 for row in after)
+
+
+@pytest.mark.timeout(300)
+async def test_a_mesh_of_another_version_is_replaced_part_by_part_and_nobody_notices(mesh: Mesh) -> None:
+    before = {row.replica: row.pid for row in mesh.status()}
+    path = mesh.data_dir / "state.json"
+    state = State.load(path)
+    # As an earlier version left it: it did not say what it ran.
+    state.code = ""
+    state.children = [dataclasses.replace(child, code="") for child in state.children]
+    async with load(mesh, 6, [Script(20, 10), Script(200, 10), Script(20, 10, tool=True)]) as seen:
+        state.save(path)
+        said = await asyncio.to_thread(mesh.command, "up", "--no-reply", seconds=200)
+    assert "started by another version" in said
+    assert said.count("ended after") == 8
+    assert (seen.errors, seen.refused, seen.wrong) == ([], [], [])
+    assert seen.completed == len(seen.runs)
+    mesh.wait_healthy()
+    after = {row.replica: row.pid for row in mesh.status()}
+    kept = ("postgresql", "valkey", "model")
+    assert {name for name, pid in after.items() if pid and pid in before.values()} == {
+        name for name, pid in before.items() if pid and name.startswith(kept)
+    }
+    assert "envoy-2" in after
+    assert "starting" not in mesh.command("up", "--no-reply")
 
 
 def test_what_cannot_be_restarted_is_said(mesh: Mesh) -> None:

@@ -22,6 +22,7 @@ from tests.chaos.drills import (
     scale_zero,
     sessions,
     takeover,
+    upgrade,
     valkey,
 )
 from tests.chaos.drills.report import Report
@@ -37,6 +38,7 @@ STREAMS = {
     "sessions": sessions.drill,
     "valkey": valkey.drill,
     "postgres": postgres.drill,
+    "upgrade": upgrade.drill,
 }
 ROUNDS = {
     "failover": failover.drill,

@@ -38,7 +38,7 @@ class Sent:
     """Input that is sent without waiting for its reply, over and over until it is acknowledged."""
 
     acknowledged: list[str] = field(default_factory=list)
-    retries: int = 0
+    refused: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
 
     async def send(self, client: httpx.AsyncClient, session_id: str) -> None:
@@ -53,17 +53,17 @@ class Sent:
                 )
                 if answer.status_code < 300:
                     break
-            except httpx.HTTPError:
-                pass
-            self.retries += 1
+                self.refused.append(f"{answer.status_code} {answer.text[:200]}")
+            except httpx.HTTPError as error:
+                self.refused.append(type(error).__name__)
             await asyncio.sleep(_PAUSE_SECONDS)
         self.acknowledged.append(text)
         self.waits.append(time.monotonic() - since)
 
 
 @asynccontextmanager
-async def senders(mesh: Mesh, count: int) -> AsyncIterator[Sent]:
-    """Has `count` clients send input inside the block."""
+async def senders(mesh: Mesh, count: int, url: str = "") -> AsyncIterator[Sent]:
+    """Has `count` clients send input inside the block, by the mesh's own address or by `url`."""
     found, stopping = Sent(), asyncio.Event()
 
     async def one(client: httpx.AsyncClient, session_id: str) -> None:
@@ -71,7 +71,7 @@ async def senders(mesh: Mesh, count: int) -> AsyncIterator[Sent]:
             await found.send(client, session_id)
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async with httpx.AsyncClient(base_url=mesh.url, headers=mesh.headers, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=url or mesh.url, headers=mesh.headers, timeout=30) as client:
         # Before anything is broken: only input is sent again here.
         answers = [(await client.post("/v1/sessions", json={})).raise_for_status() for _ in range(count)]
         async with asyncio.TaskGroup() as group:
@@ -83,7 +83,7 @@ async def senders(mesh: Mesh, count: int) -> AsyncIterator[Sent]:
                 stopping.set()
 
 
-async def _stored(url: str) -> dict[str, int]:
+async def stored_inputs(url: str) -> dict[str, int]:
     """How often each input is stored, once every run has ended."""
     connection = await asyncpg.connect(url, timeout=30)
     try:
@@ -98,7 +98,7 @@ async def _stored(url: str) -> dict[str, int]:
         await connection.close()
 
 
-def _compare(report: Report, acknowledged: Sequence[str], stored: dict[str, int]) -> None:
+def compare(report: Report, acknowledged: Sequence[str], stored: dict[str, int]) -> None:
     missing = [text for text in acknowledged if text not in stored]
     doubled = [text for text, times in stored.items() if times > 1]
     report.at_least("acknowledged inputs", len(acknowledged), 1)
@@ -128,14 +128,14 @@ async def drill(streams: int, count: int, window: float = WINDOW_SECONDS) -> Rep
                     await pair.rebuild()
                     await healthy(mesh)
                     await seen.flowing(streams * 9 // 10)
-            stored = await _stored(pair.url)
+            stored = await stored_inputs(pair.url)
     acknowledged = [run.text for run in seen.runs if run.run_id] + sent.acknowledged
-    _compare(report, acknowledged, stored)
+    compare(report, acknowledged, stored)
     report.series(series, p50=P50_SECONDS, longest=min(MAX_SECONDS, window))
     report.note("until promoted, p50 and max", f"{median(promotions):.2f} s, {max(promotions):.2f} s")
     waits = sorted(sent.waits)
     report.note("input accepted after, p50 and max", f"{median(waits):.2f} s, {waits[-1]:.2f} s")
-    report.note("inputs sent again", sent.retries + len(seen.refused))
+    report.note("inputs sent again", len(sent.refused) + len(seen.refused))
     report.streams(seen, refused=None, errors=None)
     report.note("takeovers", seen.takeovers)
     return report

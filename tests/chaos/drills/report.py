@@ -57,7 +57,10 @@ class Held:
 
 @dataclass(slots=True)
 class Report:
-    """Lines of a table, each a name, what was found, and the bound it is held to, if any."""
+    """Lines of a table, each a name, what was found, and the bound it is held to, if any.
+
+    With `whole` the page of figures has all of them, and not only series.
+    """
 
     name: str
     about: str = ""
@@ -65,6 +68,7 @@ class Report:
     held: list[Held] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    whole: bool = False
 
     def note(self, name: str, found: object) -> None:
         """Adds what is only told."""
@@ -103,14 +107,15 @@ class Report:
         self.held.append(Held(series.what, each, len(times), middle, most, p50, longest))
 
     def save(self, folder: Path) -> None:
-        """Writes the series down, for the page of figures; nothing if there are none."""
-        if self.held:
+        """Writes the series down, or the whole table, for the page of figures; nothing if there are none."""
+        if self.held or self.whole:
             folder.mkdir(parents=True, exist_ok=True)
             record = {
                 "name": self.name,
                 "about": self.about,
                 "broken": self.broken,
                 "series": [asdict(held) for held in self.held],
+                "rows": self.rows if self.whole else [],
             }
             (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
-"""The figures of the drills of many rounds, in a page.
+"""The figures of the drills of many rounds in a page, and the whole table of one drill in another.
 
 python -m tests.chaos.report.drills FOLDER --into PAGE
+python -m tests.chaos.report.drills FOLDER --table upgrade --into PAGE
 
 Fails if a bound was broken.
 """
@@ -46,6 +47,15 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     return f"Made by `make drill-report` from the last run of each drill.\n\n{causes}\n\n{table}"
 
 
+def table(record: dict[str, Any]) -> str:
+    """Returns a drill's own table, without its markers."""
+    rows = [("", "found", "bound"), ("---", "---:", "---"), *record["rows"]]
+    lines = "\n".join(
+        f"| {name.strip()} | {found} | {bound} |".replace("  ", " ") for name, found, bound in rows
+    )
+    return f"Made by `make drill-report` from the last `make drill DRILL={record['name']}`.\n\n{lines}"
+
+
 def _held(found: float, bound: float | None) -> str:
     """A time and its bound, if it has one; one that is broken is seen."""
     if bound is None:
@@ -58,14 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.report.drills")
     parser.add_argument("folder", type=Path, help="has a file of each drill")
+    parser.add_argument("--table", metavar="DRILL", help="the whole table of this drill, and nothing else")
     parser.add_argument("--into", type=Path, metavar="PAGE", required=True, help="gets the section")
     options = parser.parse_args(arguments)
-    found = records(options.folder)
+    name = options.table or "drills"
+    found = [
+        one for one in records(options.folder) if one["name"] == name or (one["series"] and not options.table)
+    ]
     if not found:
-        print(f"no drill has left anything in {options.folder}: make drill DRILL=frozen", file=sys.stderr)
+        asked = options.table or "frozen"
+        print(f"no drill has left anything in {options.folder}: make drill DRILL={asked}", file=sys.stderr)
         return 2
-    section = markdown(found)
-    options.into.write_text(into(options.into.read_text(), section, "drills"))
+    section = table(found[0]) if options.table else markdown(found)
+    options.into.write_text(into(options.into.read_text(), section, name))
     print(section)
     return 1 if any(record["broken"] for record in found) else 0
 

@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 
 from meshkit.errors import StartupError
-from meshkit.migrate import migrate, pending
+from meshkit.migrate import migrate, open_migrated, pending
 
 
 @pytest.fixture
@@ -84,3 +84,22 @@ async def test_services_keep_apart_in_schemas_of_one_database(empty_database: st
     assert [row["schemaname"] for row in rows] == ["memory", "public"]
     with pytest.raises(ValueError, match="not a schema's name"):
         await migrate(empty_database, folder, schema="a; DROP TABLE b")
+
+
+async def test_before_a_rollout_only_what_the_version_before_survives_is_applied(
+    empty_database: str, folder: Path
+) -> None:
+    assert await migrate(empty_database, folder, before_rollout=True) == ["0001_pre_start.sql"]
+    # A replica of the new version serves meanwhile.
+    pool = await open_migrated(empty_database, folder, service="x", schema="")
+    await pool.shut()
+    (folder / "0003_pre_third.sql").write_text("ALTER TABLE b ADD COLUMN c text;")
+    with pytest.raises(
+        StartupError, match=r"0002_post_more\.sql of a release in between.*0003_pre_third"
+    ) as told:
+        await migrate(empty_database, folder, before_rollout=True)
+    assert "\n" not in str(told.value)
+    with pytest.raises(StartupError, match=r"0003_pre_third\.sql not applied"):
+        await open_migrated(empty_database, folder, service="x", schema="")
+    assert await migrate(empty_database, folder) == ["0002_post_more.sql", "0003_pre_third.sql"]
+    assert await migrate(empty_database, folder, before_rollout=True) == []

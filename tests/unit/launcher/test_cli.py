@@ -210,6 +210,7 @@ def test_an_interrupted_up_leaves_what_it_found(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("launcher.control.supervisor_of", lambda _: None if fresh else me)
+    monkeypatch.setattr("launcher.upgrade.other", lambda _: None)
     monkeypatch.setattr("launcher.control.start_supervisor", lambda _: None)
     monkeypatch.setattr("launcher.control.ask", interrupted)
     monkeypatch.setattr("launcher.control.stop", stopped.append)
