@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
-from launcher.embedded import package_folder
+from launcher.embedded import package_folder, wal
 from launcher.errors import LaunchError, explain_os_error, explain_output
 from launcher.folder import write_private
 from launcher.processes import end_all, identify
@@ -87,23 +87,25 @@ class Postgres:
         sockets: the folder of its socket.
         password: of its user `postgres`.
         user: the system user that runs it; empty for the one who asks.
+        archive: where its write-ahead log is archived, see `launcher.embedded.wal`; None for nowhere.
     """
 
     data: Path
     sockets: Path
     password: str
     user: str = ""
+    archive: Path | None = None
 
     @classmethod
-    def in_folder(cls, data: Path, sockets: Path, password: str) -> Self:
+    def in_folder(cls, data: Path, sockets: Path, password: str, archive: Path | None = None) -> Self:
         """A PostgreSQL for these folders, or for a system user's where root needs one.
 
         `data` is then a link to where the data is.
         """
         if os.geteuid() != 0 or (namespace_works() and not data.is_symlink()):
-            return cls(data, sockets, password)
+            return cls(data, sockets, password, archive=archive)
         home = USER_HOME / hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
-        return cls(home / "data", home, password, USER)
+        return cls(home / "data", home, password, USER, archive)
 
     @property
     def socket(self) -> Path:
@@ -129,7 +131,12 @@ class Postgres:
     def prepare(self) -> None:
         """Makes the data folder ready to be served. Raises LaunchError when it is not usable."""
         self.initialize()
-        self._clear_remains()
+        self.clear_remains()
+        if self.archive:
+            try:
+                wal.make_folder(self.data, self.archive, self._owner())
+            except OSError as error:
+                raise explain_os_error(error, f"write to PostgreSQL's data in {self.data}") from error
 
     def initialize(self) -> None:
         """Makes the data folder unless it is complete. Raises LaunchError when it is not usable."""
@@ -198,7 +205,7 @@ class Postgres:
                 "Move the data with pg_dump, or set HERMESH_DATA_DIR to another folder."
             )
 
-    def _clear_remains(self) -> None:
+    def clear_remains(self) -> None:
         """Ends what is left of a server that was killed, and removes its locks.
 
         PostgreSQL believes in a lock as long as any process has its pid: another program after a crash of the
@@ -235,7 +242,8 @@ class Postgres:
 
     def command(self) -> list[str]:
         """The command that serves, in the foreground."""
-        options = [word for name, value in _OPTIONS.items() for word in ("-c", f"{name}={value}")]
+        settings = _OPTIONS | (wal.options(self.archive) if self.archive else {})
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [
             *self._words(),
             *(str(self._bin() / "postgres"), "-D", str(self.data), "-k", str(self.sockets), "-p", str(PORT)),
@@ -253,6 +261,9 @@ class Postgres:
                     "Restore it from a backup, or set HERMESH_DATA_DIR to another folder to begin anew."
                 )
         return ""
+
+    def _owner(self) -> int | None:
+        return pwd.getpwnam(self.user).pw_uid if self.user else None
 
     def _words(self) -> list[str]:
         if self.user:
