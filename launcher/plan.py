@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from launcher import envoy, model, probes
-from launcher.embedded import wal
 from launcher.embedded.postgres import Postgres
 from launcher.embedded.valkey import Valkey
 from launcher.errors import LaunchError
@@ -175,7 +174,7 @@ class Plan:
         """The embedded parts and Envoy."""
         specs = []
         if self.postgres:
-            url, archive = self.postgres.url(), self.postgres.archive
+            url = self.postgres.url()
             specs.append(
                 Spec(
                     "postgresql",
@@ -184,7 +183,7 @@ class Plan:
                     _base_environment(),
                     probe=lambda: probes.postgres(url),
                     address=f"unix:{self.postgres.socket}",
-                    trouble=partial(wal.trouble, url, archive) if archive else None,
+                    trouble=self.postgres.archive_trouble,
                     prepare=self.postgres.prepare,
                     explain=self.postgres.explain,
                 )

@@ -14,7 +14,7 @@ import pwd
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -117,6 +117,15 @@ class Postgres:
         host = quote(str(self.sockets), safe="")
         return f"postgresql://postgres:{quote(self.password, safe='')}@/{database}?host={host}&port={PORT}"
 
+    @property
+    def segments(self) -> Path | None:
+        """Its own folder in the archive; None where nothing is archived."""
+        return wal.folder_of(self.data, self.archive) if self.archive else None
+
+    async def archive_trouble(self) -> str:
+        """Why its write-ahead log is not archived, where it is to be; empty for nothing."""
+        return await wal.trouble(self.url(), self.archive) if self.archive else ""
+
     def mark(self) -> str:
         """What the launcher last noted beside the data about the schema; empty for nothing."""
         try:
@@ -151,10 +160,7 @@ class Postgres:
                 shutil.rmtree(self.data)
         except OSError as error:
             raise explain_os_error(error, f"use PostgreSQL's data in {self.data}") from error
-        password_file = self.sockets / "pw"
-        write_private(password_file, self.password)
-        if self.user:
-            shutil.chown(password_file, self.user)
+        password_file = self.private_file("pw", self.password)
         command = [
             *self._words(),
             str(self._bin() / "initdb"),
@@ -178,6 +184,55 @@ class Postgres:
                 or f"PostgreSQL cannot make its data in {self.data}: {why}"
             )
         (self.data / "hermesh-complete").touch()
+
+    def private_file(self, name: str, text: str) -> Path:
+        """Writes a file that only the server may read beside its socket."""
+        path = self.sockets / name
+        write_private(path, text)
+        if self.user:
+            shutil.chown(path, self.user)
+        return path
+
+    def beside(self) -> Self:
+        """The server of what is to become its data, which is beside it until it is whole."""
+        return replace(self, data=self.data.with_name(f"{self.data.name}.restoring"), archive=None)
+
+    def copy_from(self, base: Path) -> None:
+        """Makes its data from a base backup; what an earlier try left there goes.
+
+        Raises:
+            LaunchError: It cannot be copied, or is another version's.
+        """
+        try:
+            if self.user:
+                self._make_user()
+            self.clear_remains()
+            if self.data.exists():
+                shutil.rmtree(self.data)
+            # What we note beside the data is of the mesh that was, and this one is not complete yet.
+            shutil.copytree(base, self.data, ignore=shutil.ignore_patterns("hermesh-*", "backup_manifest"))
+            self.data.chmod(0o700)
+            (self.data / "recovery.signal").touch()
+            if self.user:
+                for path in (self.data, *self.data.rglob("*")):
+                    shutil.chown(path, self.user)
+        except shutil.Error as error:
+            raise LaunchError(f"cannot copy the backup to {self.data}: {error.args[0][0][2]}") from error
+        except OSError as error:
+            raise explain_os_error(error, f"copy the backup to {self.data}") from error
+        self._check_version()
+
+    def remove(self) -> None:
+        """Removes its data, of which it is known that nobody has any other use for it."""
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def become(self, other: Postgres) -> None:
+        """Has its data, of a server that has ended well, be another's. Raises LaunchError."""
+        try:
+            (self.data / "hermesh-complete").touch()
+            self.data.rename(other.data)
+        except OSError as error:
+            raise explain_os_error(error, f"put the restored database to {other.data}") from error
 
     def _complete(self) -> bool:
         # initdb ends by itself or is cut off; only what ended, or once served, holds anything.
