@@ -100,7 +100,7 @@ async def recover(
     base = manifest.base
     assert base is not None
     await check_new(manifest, archive.root)
-    _check_moment(manifest, until, segments)
+    check_moment(manifest, until, segments)
     say("looking whether anything is there")
     if redis_url:
         await check_redis(redis_url)
@@ -140,7 +140,7 @@ class _Reached:
     redo_done: str
 
 
-def _check_moment(manifest: Manifest, until: Until, segments: Path) -> None:
+def check_moment(manifest: Manifest, until: Until, segments: Path) -> None:
     """Refuses what cannot be reached, as far as that shows before anything is done."""
     if until == "backup":
         return
@@ -208,7 +208,7 @@ async def _replayed(
     try:
         said = await _wait_ready(process, log)
         if _READY not in said:
-            raise LaunchError(_explain(server, manifest, until, segments, said))
+            raise LaunchError(explain(server, manifest, until, segments, said))
         redo = _REDO_DONE.search(said)
         yield _Reached(until, _last_of(said), redo[1] if redo else "")
     finally:
@@ -248,7 +248,7 @@ def _last_of(said: str) -> datetime | None:
     return datetime.fromisoformat(found[1].strip()) if found else None
 
 
-def _explain(server: Postgres, manifest: Manifest, until: Until, segments: Path, said: str) -> str:
+def explain(server: Postgres, manifest: Manifest, until: Until, segments: Path, said: str) -> str:
     """Why the server ended in place of serving."""
     if isinstance(until, datetime) and (_TOO_SHORT in said or _TOO_EARLY in said):
         taken, last = _taken(manifest), _last_of(said)

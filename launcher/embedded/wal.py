@@ -128,6 +128,32 @@ def folder_problem(archive: Path) -> str:
     return ""
 
 
+def examined(archive: Path, folder: Path | None, trouble: str) -> tuple[str, str, str]:
+    """What `hermesh doctor` says of it: what was looked at, what was found, and the remedy.
+
+    Args:
+        archive: Where the folders are.
+        folder: The database's own; None where it never had one.
+        trouble: What is wrong with a mesh that runs, as `trouble` says it.
+    """
+    what = "the write-ahead log's archive"
+    if trouble:
+        return what, "does not work", trouble
+    if problem := folder_problem(archive):
+        return what, "does not work", f"{problem}; it has to be there, and the embedded PostgreSQL's to write"
+    try:
+        entries = list(os.scandir(folder)) if folder else []
+        size = sum(entry.stat().st_size for entry in entries)
+    except OSError:
+        entries, size = [], 0
+    bases = [entry.stat().st_mtime for entry in entries if entry.name.endswith(".backup.gz")]
+    found = f"{len(entries)} files, {size >> 20} MiB in {folder or archive}"
+    if not bases:
+        return what, f"{found}; no base backup", "it is of use with one only: hermesh backup --base FOLDER"
+    last = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(bases)))
+    return what, f"{found}; the last base backup was taken at {last}", ""
+
+
 async def trouble(url: str, archive: Path) -> str:
     """Why the log is not archived now, since when, and how much of it waits; empty where it is."""
     import asyncio
