@@ -39,8 +39,8 @@ def backup(
         bool,
         typer.Option(
             "--base",
-            help="Of the embedded PostgreSQL, with HERMESH_WAL_ARCHIVE: one from which restore --until reaches "
-            "every later moment.",
+            help="Of the embedded PostgreSQL, with HERMESH_WAL_ARCHIVE: one from which restore --until "
+            "reaches every later moment.",
         ),
     ] = False,
 ) -> None:
