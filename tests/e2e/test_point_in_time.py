@@ -9,7 +9,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -224,26 +225,33 @@ async def test_an_archive_that_is_away_or_full_stops_nothing_and_is_told(tmp_pat
             archive.mkdir()
             wait_until(lambda: status(mesh, "postgresql")["health"] == "healthy", 90, "it catches up")
             assert list(archive.glob("*/*.gz"))
-            if not mounted(archive):
-                pytest.skip("no file system can be mounted here")
-            try:
-                (archive / "rest").write_bytes(bytes(1024 * 1024 - 64 * 1024))
+            with small_disk(archive) as grow:
                 for _ in range(3):
                     await said(client, session, "[[tokens=30]]")
                     await asked(mesh, SWITCH)
                 wait_until(lambda: status(mesh, "postgresql")["health"] == "degraded", 60, "it is told")
                 assert f"no space left in {archive}" in status(mesh, "postgresql")["reason"]
                 await said(client, session, "[[tokens=3]]")
-            finally:
-                unmount(archive)
-            wait_until(lambda: status(mesh, "postgresql")["health"] == "healthy", 90, "it catches up")
+                grow()
+                wait_until(lambda: status(mesh, "postgresql")["health"] == "healthy", 90, "it catches up")
 
 
-def mounted(folder: Path) -> bool:
-    """Puts a small file system over a folder; whether that could be done."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
+    """Puts a file system with room for 64 KiB over a folder; what it gives makes it larger."""
 
+    def run(*command: str, check: bool = True) -> bool:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=check)
+        return done.returncode == 0
 
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", str(folder)], check=True, timeout=30)
+    if not run("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(folder), check=False):
+        pytest.skip("no file system can be mounted here")
+
+    def grow() -> None:
+        run("mount", "-o", "remount,size=64m", str(folder))
+
+    try:
+        yield grow
+    finally:
+        # What archives there just now has its working folder in it.
+        run("umount", "--lazy", str(folder))
