@@ -113,7 +113,7 @@ async def recover(
         await asyncio.to_thread(server.copy_from, archive.base)
         if until != "backup":
             say(f"replaying the write-ahead log in {segments}")
-        async with _replayed(server, manifest, until, segments) as reached:
+        async with replayed(server, manifest, until, segments) as reached:
             say("looking for large results")
             results = Results(archive, base.results, object_url)
             there = await _finish(server, archive, manifest, base, results, reached, segments)
@@ -126,7 +126,7 @@ async def recover(
 
 
 @dataclass(frozen=True, slots=True)
-class _Reached:
+class Reached:
     """Where a replay ended.
 
     Attributes:
@@ -183,10 +183,14 @@ def _before(moment: datetime | float) -> str:
 
 
 @asynccontextmanager
-async def _replayed(
+async def replayed(
     server: Postgres, manifest: Manifest, until: Until, segments: Path
-) -> AsyncIterator[_Reached]:
-    """Has the server replay, and serve for the time of the block, with nobody else on it."""
+) -> AsyncIterator[Reached]:
+    """Has a server of a base backup's files replay, and serve for the time of the block, to its owner alone.
+
+    Raises:
+        LaunchError: That moment cannot be reached.
+    """
     log = server.sockets / "restore.log"
     options = {
         "hba_file": str(server.private_file("restore-hba", _TRUST)),
@@ -210,7 +214,7 @@ async def _replayed(
         if _READY not in said:
             raise LaunchError(explain(server, manifest, until, segments, said))
         redo = _REDO_DONE.search(said)
-        yield _Reached(until, _last_of(said), redo[1] if redo else "")
+        yield Reached(until, _last_of(said), redo[1] if redo else "")
     finally:
         await asyncio.to_thread(stop, process)
         log.unlink(missing_ok=True)
@@ -276,7 +280,7 @@ async def _finish(
     manifest: Manifest,
     base: Base,
     results: Results,
-    reached: _Reached,
+    reached: Reached,
     segments: Path,
 ) -> Manifest:
     """Checks what is there, makes it the new mesh's own, and brings its large results."""
@@ -314,7 +318,7 @@ async def _check_all(
     connection: asyncpg.Connection[asyncpg.Record],
     manifest: Manifest,
     base: Base,
-    reached: _Reached,
+    reached: Reached,
     segments: Path,
 ) -> None:
     """Raises LaunchError when the archive has more than was replayed: something in between is missing."""
