@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launcher import doctor_postgres, envoy, examine, model
 from launcher.control import supervisor_of
-from launcher.embedded import package_folder
+from launcher.embedded import package_folder, wal
 from launcher.embedded.postgres import BIN, USER, namespace_works
 from launcher.embedded.valkey import binary as valkey_binary
 from launcher.errors import LaunchError, library_remedy
@@ -122,14 +122,19 @@ async def _examined(settings: LauncherSettings, folder: Folder, *, running: bool
     # Of a PostgreSQL that a URL names the clock is looked at with the rest of it.
     database, redis = "", settings.redis_url.get_secret_value()
     admin: envoy.Admin | None = None
+    trouble = ""
     if running:
         plan = Plan(settings, folder, State.load(folder.state_file).ports)
         redis, admin = plan.redis_url, plan.admin
         if plan.postgres:
             database = plan.database_url
+            trouble = await plan.postgres.archive_trouble()
     rows: list[examine.Row] = []
     if database:
         rows += await examine.database_clock(database)
+    if settings.archive and not settings.database_url.get_secret_value():
+        segments = wal.folder_of(folder.postgres, settings.archive)
+        rows.append(wal.examined(settings.archive, segments, trouble))
     if redis:
         rows += await examine.redis(redis)
     if admin:

@@ -57,6 +57,7 @@ class Spec:
         ready_file: where it says that it serves; None when `probe` tells.
         probe: asks whether it serves.
         address: where it serves, where that is known beforehand.
+        trouble: asks why it is not all well with one that serves; empty for nothing.
         prepare: done right before each start.
         explain: finds in the end of its log what starting it again cannot mend; empty for nothing.
     """
@@ -68,6 +69,7 @@ class Spec:
     ready_file: Path | None = None
     probe: Callable[[], Awaitable[bool]] | None = None
     address: str = ""
+    trouble: Callable[[], Awaitable[str]] | None = None
     prepare: Callable[[], None] | None = None
     explain: Callable[[str], str] | None = None
 
@@ -128,7 +130,7 @@ class Plan:
         self.valkey: Valkey | None = None
         if not settings.database_url.get_secret_value():
             password = folder.secret("postgresql-password")
-            self.postgres = Postgres.in_folder(folder.postgres, folder.sockets, password)
+            self.postgres = Postgres.in_folder(folder.postgres, folder.sockets, password, settings.archive)
         if not settings.redis_url.get_secret_value():
             password = folder.secret("valkey-password")
             self.valkey = Valkey(folder.sockets, folder.root / "valkey.conf", password)
@@ -188,6 +190,7 @@ class Plan:
                     _base_environment(),
                     probe=lambda: probes.postgres(url),
                     address=f"unix:{self.postgres.socket}",
+                    trouble=self.postgres.archive_trouble,
                     prepare=self.postgres.prepare,
                     explain=self.postgres.explain,
                 )

@@ -80,6 +80,13 @@ class LauncherSettings(EnvironmentSettings):
             "(host:port,host:port) the primary is used. Empty starts the embedded one."
         ),
     )
+    wal_archive: Path | None = Field(
+        None,
+        description=(
+            "Folder, on another disk, into which the embedded PostgreSQL archives its write-ahead log, so "
+            "that any moment can be restored: docs/deploy/backup.md. It has to exist. Empty archives nothing."
+        ),
+    )
     redis_url: SecretStr = Field(
         SecretStr(""), description="Redis or Valkey; empty starts the embedded Valkey."
     )
@@ -124,6 +131,11 @@ class LauncherSettings(EnvironmentSettings):
         if self.envoy_metrics_port:
             ports["HERMESH_ENVOY_METRICS_PORT"] = self.envoy_metrics_port
         return ports
+
+    @property
+    def archive(self) -> Path | None:
+        """Where the write-ahead log is archived, absolute."""
+        return home() / self.wal_archive.expanduser() if self.wal_archive else None
 
     @property
     def folder(self) -> Path:

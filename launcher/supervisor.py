@@ -348,7 +348,10 @@ class Supervisor:
         if not child.ready.is_set():
             return ("restarting" if child.restarts else "starting"), ""
         if child.spec.probe:
-            return ("healthy", "") if await child.spec.probe() else ("unhealthy", probes.NO_ANSWER)
+            if not await child.spec.probe():
+                return "unhealthy", probes.NO_ANSWER
+            why = await child.spec.trouble() if child.spec.trouble else ""
+            return ("degraded", why) if why else ("healthy", "")
         if not balanced.get(f"{child.spec.service}/{child.address}"):
             return "unhealthy", "Envoy does not find it healthy"
         why = await probes.degraded(child.metrics_address)

@@ -55,6 +55,40 @@ async def dump(url: str, snapshot: str, schemas: Sequence[str], target: Path) ->
     await _end(process, "pg_dump")
 
 
+async def copy_base(url: str, target: Path) -> None:
+    """Copies the files of a running server, with the write-ahead log that makes them whole, and checks them.
+
+    Raises:
+        LaunchError: pg_basebackup or pg_verifybackup failed; the line has its own last words.
+    """
+    bare, variables = environment(url)
+    command = [
+        *(program("pg_basebackup"), f"--dbname={bare}", f"--pgdata={target}", "--wal-method=stream"),
+        *("--checkpoint=fast", "--label=hermesh", "--no-password"),
+    ]
+    process = await asyncio.create_subprocess_exec(*command, env=variables, stderr=asyncio.subprocess.PIPE)
+    await _end(process, "pg_basebackup")
+    await verify_base(target)
+
+
+async def verify_base(target: Path) -> None:
+    """Checks every file of a base backup, and that its write-ahead log can be read. Raises LaunchError."""
+    process = await asyncio.create_subprocess_exec(
+        *(program("pg_verifybackup"), "--quiet", str(target)),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    await _end(process, "pg_verifybackup")
+
+
+async def clean_archive(folder: Path, first_kept: str) -> None:
+    """Removes the archived segments before one. Raises LaunchError."""
+    process = await asyncio.create_subprocess_exec(
+        *(program("pg_archivecleanup"), "-x", ".gz", str(folder), first_kept), stderr=asyncio.subprocess.PIPE
+    )
+    await _end(process, "pg_archivecleanup")
+
+
 async def load(url: str, server: int, source: Path) -> None:
     """Loads a dump in one transaction: all of it is there afterwards, or nothing.
 

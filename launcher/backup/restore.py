@@ -69,12 +69,12 @@ async def restore(
     await check_new(manifest, archive.root)
     say("looking whether anything is there")
     if redis_url:
-        await _check_redis(redis_url)
+        await check_redis(redis_url)
     store = open_store(object_url)
     listed = {object_path(ref.tenant_id, ref.session_id, ref.ref) for ref in archive.listed()}
-    await _check_objects(store, object_url, listed)
+    await check_objects(store, object_url, listed)
     if isinstance(database, Postgres):
-        _check_folder(database)
+        check_folder(database)
     else:
         await _check_database(database)
     say("copying large results")
@@ -92,7 +92,8 @@ async def restore(
         raise
 
 
-def _check_folder(database: Postgres) -> None:
+def check_folder(database: Postgres) -> None:
+    """Raises LaunchError when there is a database."""
     if database.data.exists() and any(database.data.iterdir()):
         raise LaunchError(
             f"there is a database in {database.data}; nothing is overwritten: set HERMESH_DATA_DIR to a new "
@@ -113,8 +114,11 @@ async def _check_database(url: str) -> None:
         )
 
 
-async def _check_objects(store: ObjectStore, url: str, ours: set[str]) -> None:
-    """What an earlier try of the same restore left is no obstacle: it is the same bytes."""
+async def check_objects(store: ObjectStore, url: str, ours: set[str]) -> None:
+    """Raises LaunchError when a store has results that are not `ours`.
+
+    What an earlier try of the same restore left is no obstacle: it is the same bytes.
+    """
     try:
         async for page in obstore.list(store, f"{RESULTS}/", chunk_size=_PAGE):
             for found in page:
@@ -128,8 +132,11 @@ async def _check_objects(store: ObjectStore, url: str, ours: set[str]) -> None:
         raise LaunchError(explain(error, url)) from error
 
 
-async def _check_redis(url: str) -> None:
-    """Redis may know later fences and events than the backup, and would be believed."""
+async def check_redis(url: str) -> None:
+    """Raises LaunchError when a Redis is not empty.
+
+    It may know later fences and events than the backup, and would be believed.
+    """
     import redis.asyncio
     from redis.exceptions import RedisError
 
@@ -154,12 +161,13 @@ async def _copy_all(archive: Archive, manifest: Manifest, store: ObjectStore, ur
         for ref in refs:
             path = object_path(ref.tenant_id, ref.session_id, ref.ref)
             if path not in missing:
-                await _put(store, url, path, await asyncio.to_thread(_whole, archive.objects / path, ref))
+                await put(store, url, path, await asyncio.to_thread(whole, archive.objects / path, ref))
 
     await in_parallel([work(refs) for _ in range(_COPIES)])
 
 
-def _whole(path: Path, ref: Ref) -> bytes:
+def whole(path: Path, ref: Ref) -> bytes:
+    """The bytes of a result in a backup. Raises LaunchError when they are not what they were."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -169,7 +177,8 @@ def _whole(path: Path, ref: Ref) -> bytes:
     return data
 
 
-async def _put(store: ObjectStore, url: str, path: str, data: bytes) -> None:
+async def put(store: ObjectStore, url: str, path: str, data: bytes) -> None:
+    """Stores an object that is not there, or is the same. Raises LaunchError."""
     try:
         async with asyncio.timeout(3 * CALL_SECONDS):
             try:
@@ -219,7 +228,7 @@ async def _serving(database: Postgres, *options: str) -> AsyncIterator[None]:
     """Has the embedded server run for the time of the block, with nobody else on it."""
     database.prepare()
     log = database.sockets / "restore.log"
-    process = _start([*database.command(), *options], log)
+    process = start([*database.command(), *options], log)
     try:
         end = time.monotonic() + _START_SECONDS
         while not await probes.postgres(database.url()):
@@ -230,18 +239,20 @@ async def _serving(database: Postgres, *options: str) -> AsyncIterator[None]:
             await asyncio.sleep(0.05)
         yield
     finally:
-        await asyncio.to_thread(_stop, process)
+        await asyncio.to_thread(stop, process)
         log.unlink(missing_ok=True)
 
 
-def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a server whose output goes into a file."""
     with log.open("wb") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True
         )
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends it, and returns when it has."""
     # Fast: open connections are ended, and everything is written down.
     process.send_signal(signal.SIGINT)
     try:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import obstore
 from obstore.store import ObjectStore
 
-from launcher.backup.archive import SCHEMAS, Archive, Manifest, Ref, sha256_of
-from launcher.backup.programs import dump
+from launcher.backup.archive import BASE_FORMAT, FORMAT, SCHEMAS, Archive, Base, Manifest, Ref, sha256_of
+from launcher.backup.programs import copy_base, dump
 from launcher.errors import LaunchError, explain_os_error
 from meshkit.objects import CALL_SECONDS, FAILURES, NOT_FOUND, bucket_missing, explain, open_store
 from services.tool.results import object_path, paths
@@ -26,6 +28,7 @@ _ROWS = 1000
 _CONNECT_SECONDS = 10.0
 _NAMED = 20
 
+_FIRST_SEGMENT = re.compile(r"^START WAL LOCATION: \S+ \(file ([0-9A-F]{24})\)", re.MULTILINE)
 _SNAPSHOT = "SELECT pg_export_snapshot() AS snapshot, clock_timestamp() AS taken_at"
 _MIGRATED = "SELECT name FROM {schema}.hermesh_migration ORDER BY version"
 _COUNT = "SELECT count(*) FROM {schema}.{table}"
@@ -37,7 +40,9 @@ _REFS = (
 Say = Callable[[str], None]
 
 
-async def take(database_url: str, object_url: str, target: Path, say: Say) -> Manifest:
+async def take(
+    database_url: str, object_url: str, target: Path, say: Say, wal_archive: Path | None = None
+) -> Manifest:
     """Writes a backup.
 
     The database is read in one snapshot. The objects follow: each was stored before the database said so, and
@@ -48,6 +53,8 @@ async def take(database_url: str, object_url: str, target: Path, say: Say) -> Ma
         object_url: The object store; empty where there is none.
         target: The folder to make; it has all of the backup, or is not there.
         say: Told of each step.
+        wal_archive: Where the database's write-ahead log is archived: a base backup is then taken, from which
+            every later moment can be restored. None takes a dump.
 
     Raises:
         LaunchError: It cannot be taken; nothing is left at `target`.
@@ -57,7 +64,7 @@ async def take(database_url: str, object_url: str, target: Path, say: Say) -> Ma
     try:
         partial.mkdir(mode=0o700, parents=True)
         try:
-            manifest = await _write(archive, database_url, object_url, say)
+            manifest = await _write(archive, database_url, object_url, say, wal_archive)
             archive.write(manifest)
             partial.rename(target)
         except BaseException:
@@ -78,7 +85,14 @@ def _partial(target: Path) -> Path:
     return partial
 
 
-async def _write(archive: Archive, database_url: str, object_url: str, say: Say) -> Manifest:
+async def _write(
+    archive: Archive, database_url: str, object_url: str, say: Say, wal_archive: Path | None
+) -> Manifest:
+    base = None
+    if wal_archive is not None:
+        say("copying the database's files")
+        await copy_base(database_url, archive.base)
+        base = _base(archive, wal_archive, object_url)
     say("reading the database")
     try:
         connection = await asyncpg.connect(database_url, timeout=_CONNECT_SECONDS)
@@ -90,11 +104,10 @@ async def _write(archive: Archive, database_url: str, object_url: str, say: Say)
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             head = await connection.fetchrow(_SNAPSHOT)
             assert head is not None
-            migrations, rows = await _described(connection)
-            await dump(database_url, head["snapshot"], tuple(SCHEMAS), archive.dump)
-            with archive.refs.open("w") as file:
-                async for row in connection.cursor(_REFS, prefetch=_ROWS):
-                    file.write(Ref(row["tenant_id"], row["session_id"], row["content_ref"]).line())
+            migrations, rows = await described(connection)
+            if base is None:
+                await dump(database_url, head["snapshot"], tuple(SCHEMAS), archive.dump)
+            await write_refs(connection, archive.refs)
         server = connection.get_server_version()
     except asyncpg.PostgresError as error:
         raise LaunchError(f"the database cannot be read: {' '.join(str(error).split())}") from error
@@ -108,16 +121,44 @@ async def _write(archive: Archive, database_url: str, object_url: str, say: Say)
         postgresql=f"{server.major}.{server.minor}",
         migrations=migrations,
         rows=rows,
-        dump_sha256=await asyncio.to_thread(sha256_of, archive.dump),
+        dump_sha256="" if base else await asyncio.to_thread(sha256_of, archive.dump),
         objects=copied,
         object_bytes=size,
         missing=missing,
+        format=BASE_FORMAT if base else FORMAT,
+        base=base,
     )
 
 
-async def _described(
+def _base(archive: Archive, wal_archive: Path, object_url: str) -> Base:
+    found = _FIRST_SEGMENT.search((archive.base / "backup_label").read_text())
+    if found is None:
+        raise LaunchError(f"pg_basebackup left no backup_label that can be read in {archive.base}")
+    size = sum(path.stat().st_size for path in archive.base.rglob("*") if path.is_file())
+    return Base(str(wal_archive), found[1], without_credentials(object_url), size)
+
+
+def without_credentials(url: str) -> str:
+    """A URL as it may be kept: a store's keys are not in it."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+async def write_refs(connection: asyncpg.Connection[asyncpg.Record], path: Path) -> None:
+    """Lists the large results that a database refers to; within a transaction."""
+    with path.open("w") as file:
+        async for row in connection.cursor(_REFS, prefetch=_ROWS):
+            file.write(Ref(row["tenant_id"], row["session_id"], row["content_ref"]).line())
+
+
+async def described(
     connection: asyncpg.Connection[asyncpg.Record],
 ) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The migrations that a database has, by schema, and how many rows are in which table.
+
+    Raises:
+        LaunchError: It is no mesh's.
+    """
     migrations, rows = {}, {}
     for schema, tables in SCHEMAS.items():
         try:
@@ -144,7 +185,7 @@ async def _copy_all(archive: Archive, url: str) -> tuple[int, int, list[str]]:
         nonlocal copied, size
         for ref in refs:
             path = object_path(ref.tenant_id, ref.session_id, ref.ref)
-            data = None if store is None else await _read(store, url, ref)
+            data = None if store is None else await read(store, url, ref)
             if data is None:
                 missing.append(path)
                 continue
@@ -167,8 +208,8 @@ async def in_parallel(works: Iterable[Coroutine[Any, Any, None]]) -> None:
         raise failed.exceptions[0] from failed
 
 
-async def _read(store: ObjectStore, url: str, ref: Ref) -> bytes | None:
-    """An object's bytes; None where it is not there, or is not what it should be."""
+async def read(store: ObjectStore, url: str, ref: Ref) -> bytes | None:
+    """An object's bytes; None where it is not there, or is not what it should be. Raises LaunchError."""
     for path in paths(ref.tenant_id, ref.session_id, ref.ref):
         try:
             async with asyncio.timeout(3 * CALL_SECONDS):
@@ -191,6 +232,7 @@ def summary(manifest: Manifest) -> list[str]:
     """What a person is told of a backup."""
     rows = manifest.rows
     size = f"{manifest.objects} large results ({manifest.object_bytes} bytes)"
+    size += f", {manifest.base.bytes >> 20} MiB of the database's files" if manifest.base else ""
     kept = (
         f"{rows['session.session']} sessions, {rows['session.run']} runs, {rows['session.event']} events, "
         f"{rows['memory.item']} memories, {size}, as of {manifest.taken_at}"

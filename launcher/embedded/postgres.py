@@ -14,13 +14,13 @@ import pwd
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
-from launcher.embedded import package_folder
+from launcher.embedded import package_folder, wal
 from launcher.errors import LaunchError, explain_os_error, explain_output
 from launcher.folder import write_private
 from launcher.processes import end_all, identify
@@ -87,23 +87,25 @@ class Postgres:
         sockets: the folder of its socket.
         password: of its user `postgres`.
         user: the system user that runs it; empty for the one who asks.
+        archive: where its write-ahead log is archived, see `launcher.embedded.wal`; None for nowhere.
     """
 
     data: Path
     sockets: Path
     password: str
     user: str = ""
+    archive: Path | None = None
 
     @classmethod
-    def in_folder(cls, data: Path, sockets: Path, password: str) -> Self:
+    def in_folder(cls, data: Path, sockets: Path, password: str, archive: Path | None = None) -> Self:
         """A PostgreSQL for these folders, or for a system user's where root needs one.
 
         `data` is then a link to where the data is.
         """
         if os.geteuid() != 0 or (namespace_works() and not data.is_symlink()):
-            return cls(data, sockets, password)
+            return cls(data, sockets, password, archive=archive)
         home = USER_HOME / hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
-        return cls(home / "data", home, password, USER)
+        return cls(home / "data", home, password, USER, archive)
 
     @property
     def socket(self) -> Path:
@@ -114,6 +116,15 @@ class Postgres:
         """The connection URL of one of its databases."""
         host = quote(str(self.sockets), safe="")
         return f"postgresql://postgres:{quote(self.password, safe='')}@/{database}?host={host}&port={PORT}"
+
+    @property
+    def segments(self) -> Path | None:
+        """Its own folder in the archive; None where nothing is archived."""
+        return wal.folder_of(self.data, self.archive) if self.archive else None
+
+    async def archive_trouble(self) -> str:
+        """Why its write-ahead log is not archived, where it is to be; empty for nothing."""
+        return await wal.trouble(self.url(), self.archive) if self.archive else ""
 
     def mark(self) -> str:
         """What the launcher last noted beside the data about the schema; empty for nothing."""
@@ -129,7 +140,12 @@ class Postgres:
     def prepare(self) -> None:
         """Makes the data folder ready to be served. Raises LaunchError when it is not usable."""
         self.initialize()
-        self._clear_remains()
+        self.clear_remains()
+        if self.archive:
+            try:
+                wal.make_folder(self.data, self.archive, self._owner())
+            except OSError as error:
+                raise explain_os_error(error, f"write to PostgreSQL's data in {self.data}") from error
 
     def initialize(self) -> None:
         """Makes the data folder unless it is complete. Raises LaunchError when it is not usable."""
@@ -144,10 +160,7 @@ class Postgres:
                 shutil.rmtree(self.data)
         except OSError as error:
             raise explain_os_error(error, f"use PostgreSQL's data in {self.data}") from error
-        password_file = self.sockets / "pw"
-        write_private(password_file, self.password)
-        if self.user:
-            shutil.chown(password_file, self.user)
+        password_file = self.private_file("pw", self.password)
         command = [
             *self._words(),
             str(self._bin() / "initdb"),
@@ -171,6 +184,55 @@ class Postgres:
                 or f"PostgreSQL cannot make its data in {self.data}: {why}"
             )
         (self.data / "hermesh-complete").touch()
+
+    def private_file(self, name: str, text: str) -> Path:
+        """Writes a file that only the server may read beside its socket."""
+        path = self.sockets / name
+        write_private(path, text)
+        if self.user:
+            shutil.chown(path, self.user)
+        return path
+
+    def beside(self) -> Self:
+        """The server of what is to become its data, which is beside it until it is whole."""
+        return replace(self, data=self.data.with_name(f"{self.data.name}.restoring"), archive=None)
+
+    def copy_from(self, base: Path) -> None:
+        """Makes its data from a base backup; what an earlier try left there goes.
+
+        Raises:
+            LaunchError: It cannot be copied, or is another version's.
+        """
+        try:
+            if self.user:
+                self._make_user()
+            self.clear_remains()
+            if self.data.exists():
+                shutil.rmtree(self.data)
+            # What we note beside the data is of the mesh that was, and this one is not complete yet.
+            shutil.copytree(base, self.data, ignore=shutil.ignore_patterns("hermesh-*", "backup_manifest"))
+            self.data.chmod(0o700)
+            (self.data / "recovery.signal").touch()
+            if self.user:
+                for path in (self.data, *self.data.rglob("*")):
+                    shutil.chown(path, self.user)
+        except shutil.Error as error:
+            raise LaunchError(f"cannot copy the backup to {self.data}: {error.args[0][0][2]}") from error
+        except OSError as error:
+            raise explain_os_error(error, f"copy the backup to {self.data}") from error
+        self._check_version()
+
+    def remove(self) -> None:
+        """Removes its data, of which it is known that nobody has any other use for it."""
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def become(self, other: Postgres) -> None:
+        """Has its data, of a server that has ended well, be another's. Raises LaunchError."""
+        try:
+            (self.data / "hermesh-complete").touch()
+            self.data.rename(other.data)
+        except OSError as error:
+            raise explain_os_error(error, f"put the restored database to {other.data}") from error
 
     def _complete(self) -> bool:
         # initdb ends by itself or is cut off; only what ended, or once served, holds anything.
@@ -198,7 +260,7 @@ class Postgres:
                 "Move the data with pg_dump, or set HERMESH_DATA_DIR to another folder."
             )
 
-    def _clear_remains(self) -> None:
+    def clear_remains(self) -> None:
         """Ends what is left of a server that was killed, and removes its locks.
 
         PostgreSQL believes in a lock as long as any process has its pid: another program after a crash of the
@@ -235,7 +297,8 @@ class Postgres:
 
     def command(self) -> list[str]:
         """The command that serves, in the foreground."""
-        options = [word for name, value in _OPTIONS.items() for word in ("-c", f"{name}={value}")]
+        settings = _OPTIONS | (wal.options(self.archive) if self.archive else {})
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [
             *self._words(),
             *(str(self._bin() / "postgres"), "-D", str(self.data), "-k", str(self.sockets), "-p", str(PORT)),
@@ -253,6 +316,9 @@ class Postgres:
                     "Restore it from a backup, or set HERMESH_DATA_DIR to another folder to begin anew."
                 )
         return ""
+
+    def _owner(self) -> int | None:
+        return pwd.getpwnam(self.user).pw_uid if self.user else None
 
     def _words(self) -> list[str]:
         if self.user:

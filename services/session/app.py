@@ -68,6 +68,7 @@ ELSEWHERE = tuple(
 MIGRATIONS = Path(__file__).parent / "store" / "migrations"
 _STANDBY_SECONDS = 1.5
 _NO_STANDBY = "no synchronous standby of PostgreSQL answers: nothing can be stored"
+_NOT_ARCHIVED = "PostgreSQL cannot archive its write-ahead log; it keeps it and goes on trying"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,14 @@ async def assemble(
                 return _NO_STANDBY
             return None
 
+        async def archive() -> str | None:
+            try:
+                return _NOT_ARCHIVED if await store.archive_fails() else None
+            except HermeshError:
+                return None
+
         server.add_readiness("postgresql", database)
+        server.add_readiness("wal_archive", archive)
         server.add_readiness("standby", standby)
         server.add_readiness("mesh", mesh_check(channel))
         if live is not None:

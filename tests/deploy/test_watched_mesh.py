@@ -19,6 +19,7 @@ from tests.deploy.board import questions
 from tests.deploy.debian import debian
 from tests.deploy.prometheus import Prometheus, alerts, prometheus, targets_of
 from tests.e2e.client import http, new_session, run_to_end, submit, watch_to_end
+from tests.e2e.database import SWITCH, asked
 from tests.e2e.faults import Models, down, no_object_store
 from tests.e2e.tools_mesh import frozen
 from tests.integration.session.process import SessionProcess, environment
@@ -42,8 +43,14 @@ def models() -> Iterator[Models]:
 
 
 @pytest.fixture(scope="module")
-def watched(models: Models) -> Iterator[Mesh]:
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("archive")
+
+
+@pytest.fixture(scope="module")
+def watched(models: Models, archive: Path) -> Iterator[Mesh]:
     settings = {
+        "HERMESH_WAL_ARCHIVE": str(archive),
         "HERMESH_LLM_BASE_URL": models.urls,
         "HERMESH_LLM_MODEL": "scripted",
         "HERMESH_LLM_ATTEMPTS": "1",
@@ -361,6 +368,19 @@ def test_results_that_are_cut_are_told(watched: Mesh, calm: Prometheus) -> None:
         asyncio.run(ask(watched, LARGE))
         shows(calm, "HermeshResultsCut")
         shows(calm, "HermeshDegraded")
+    calm.until_clear(seconds=PATIENCE)
+
+
+@pytest.mark.deploy_long
+def test_an_archive_that_is_gone_is_told(watched: Mesh, calm: Prometheus, archive: Path) -> None:
+    aside = archive.with_name("aside")
+    archive.rename(aside)
+    try:
+        asyncio.run(ask(watched))
+        asyncio.run(asked(watched, SWITCH))
+        shows(calm, "HermeshArchiveFailing")
+    finally:
+        aside.rename(archive)
     calm.until_clear(seconds=PATIENCE)
 
 

@@ -350,6 +350,10 @@ class Durable(Protocol):
         """
         ...
 
+    async def archive_fails(self) -> bool:
+        """Returns whether the store archives its log and could not when it last tried; it goes on trying."""
+        ...
+
 
 class Gone(Protocol):
     """Deleted sessions whose large results are still in the object store."""

@@ -123,6 +123,11 @@ class PostgresPart:
         self._synchronous = (await self._one(_SQL["synchronous"]))["synchronous"]
         return self._synchronous
 
+    async def archive_fails(self) -> bool:
+        """Returns whether the write-ahead log is to be archived and was not when last tried."""
+        fails: bool = (await self._one(_SQL["archive_fails"]))["fails"]
+        return fails
+
     async def position(self) -> int:
         """Returns how far this server's log is, in bytes; of a primary only."""
         position: int = (await self._one(_SQL["position"]))["position"]

@@ -25,6 +25,12 @@ WHERE ctid = ANY(ARRAY(SELECT ctid FROM session.idempotency WHERE created_at < n
 SELECT current_setting('synchronous_standby_names') <> ''
        AND current_setting('synchronous_commit') NOT IN ('off', 'local') AS synchronous;
 
+-- name: archive_fails
+-- Whether the write-ahead log is to be archived and the last try failed: PostgreSQL keeps it and tries again.
+SELECT current_setting('archive_mode') <> 'off'
+       AND coalesce(last_failed_time > coalesce(last_archived_time, '-infinity'), false) AS fails
+FROM pg_stat_archiver;
+
 -- name: position
 -- How far the primary's log is, in bytes.
 SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint AS position;
