@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Annotated
@@ -69,6 +70,63 @@ def key(tenant: Tenant) -> None:
     """Print a new API key that carries a tenant's tag; nothing knows it yet."""
     _check(tenant)
     typer.echo(make_key(tenant))
+
+
+@app.command()
+def move(
+    tenant: Tenant,
+    to: Annotated[str, typer.Option("--to", help="The cell that is to have it.")],
+    file: File = _DEFAULT,
+    abort: Annotated[bool, typer.Option("--abort", help="Take back a move that has not switched.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Delete what the former cell has of a tenant that was moved.")
+    ] = False,
+) -> None:
+    """Move a tenant to another cell while it works; begun again, a move goes on where it was broken off."""
+    from launcher.cells import move as moving
+
+    _check(tenant)
+    cells = table.read(file)
+    if abort and forget:
+        raise LaunchError("--abort takes back what has not happened, --forget ends what has: name one of them")
+    if abort:
+        asyncio.run(moving.abort(cells, tenant, to, _say))
+        console.print(f"Taken back: {cells.where(tenant).name} serves {tenant}.", highlight=False)
+        return
+    if forget:
+        number = asyncio.run(moving.forget(cells, tenant, to, _say))
+        console.print(f"Deleted the former copy: {number} sessions.", highlight=False)
+        return
+    done = asyncio.run(moving.move(cells, tenant, to, _say))
+    console.print(f"{to} serves {tenant}.", highlight=False)
+    console.print(
+        f"  {done.sessions[0]} sessions copied while it worked, {done.sessions[1]} while it was frozen, "
+        f"{done.results} large results; {done.runs} runs go on in {to}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if done.pause_seconds:
+        console.print(f"  it was frozen for {done.pause_seconds:.2f} s", highlight=False)
+
+
+@app.command()
+def assign(
+    tenant: Tenant,
+    to: Annotated[str, typer.Option("--to", help="The cell that is to have it.")],
+    file: File = _DEFAULT,
+) -> None:
+    """Say where a new tenant is, before it is made there; one that has data is moved instead."""
+    from launcher.cells import move as moving
+
+    _check(tenant)
+    cells = table.read(file)
+    asyncio.run(moving.check_new(cells, tenant, to))
+    edge.write(cells, {**cells.table(), tenant: to})
+    console.print(f"Requests with {tenant}'s keys go to {to}.", highlight=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _check(tenant: str) -> None:
