@@ -1,4 +1,4 @@
-"""What the cells' edge answers by itself: the mesh's own answers, and those about a cell that is away or full."""
+"""What the cells' edge answers by itself: the mesh's own answers, and those about cells away or full."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TAG_HEADER = "x-hermesh-tag"
 NO_TAG = "-"
 _RETRY_MS = 1000
 _FULL_RETRY_MS = 2000
-# No endpoint that is well, none that could be connected to, no cell of that name, no route: nobody was reached.
+# Nobody was reached: no endpoint that is well, none that takes connections, no such cell, no route.
 _NOT_REACHED = ("UH", "UF", "NC", "NR")
 _FULL = ("UO",)
 _WHOSE = {
@@ -22,7 +22,9 @@ _WHOSE = {
 }
 
 
-def _of_cell(*flags: str, error: type[HermeshError], status: int, reason: str, text: str, retry_ms: int) -> list[Reply]:
+def _of_cell(
+    *flags: str, error: type[HermeshError], status: int, reason: str, text: str, retry_ms: int
+) -> list[Reply]:
     """The answer about somebody's cell: which one it is the request's own tag says."""
     found = []
     for pattern, whose in _WHOSE.items():

@@ -15,10 +15,13 @@ from launcher.common import console
 from launcher.errors import LaunchError
 from meshkit.api_keys import is_tag, make_key
 
-app = typer.Typer(no_args_is_help=True, help="Runs several meshes behind one edge, and moves tenants between them.")
+app = typer.Typer(
+    no_args_is_help=True, help="Runs several meshes behind one edge, and moves tenants between them."
+)
 
 File = Annotated[
-    Path, typer.Option("--cells", help="The cells' file.", envvar="HERMESH_CELLS_FILE", show_default=table.FILE)
+    Path,
+    typer.Option("--cells", help="The cells' file.", envvar="HERMESH_CELLS_FILE", show_default=table.FILE),
 ]
 Tenant = Annotated[str, typer.Argument(help="A tenant's name, which is its keys' tag.")]
 _DEFAULT = Path(table.FILE)
@@ -88,7 +91,9 @@ def move(
     _check(tenant)
     cells = table.read(file)
     if abort and forget:
-        raise LaunchError("--abort takes back what has not happened, --forget ends what has: name one of them")
+        raise LaunchError(
+            "--abort takes back what has not happened, --forget ends what has: name one of them"
+        )
     if abort:
         asyncio.run(moving.abort(cells, tenant, to, _say))
         console.print(f"Taken back: {cells.where(tenant).name} serves {tenant}.", highlight=False)

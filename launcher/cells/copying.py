@@ -1,7 +1,7 @@
 """Making what one cell's database and object store have of a tenant the same as another's.
 
-Both sides are compared by digests that PostgreSQL computes, a session at a time, and only what differs is copied. So
-copying may be done again at any time, goes on where it was broken off, and is its own proof in the end.
+Both sides are compared by digests that PostgreSQL computes, a session at a time, and only what differs is
+copied. So copying may be done again at any time, goes on where it was broken off, and is its own proof.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class Copier:
                     connection, differ, thoroughly=True
                 ):
                     raise LaunchError(
-                        f"what was copied of {len(differ)} sessions is not what cell "
-                        f"{self._source.cell.name} has; nothing was switched. Are both PostgreSQL's of one version?"
+                        f"what was copied of {len(differ)} sessions is not what {self._source.cell.name} has; "
+                        "nothing was switched. Is PostgreSQL of one version in both cells?"
                     )
         return len(differ)
 

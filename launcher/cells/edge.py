@@ -38,7 +38,7 @@ _GRPC = """\
 
 
 def render(cells: Cells, folder: Path) -> str:
-    """Returns the Envoy's configuration for a folder of tables; it changes only with the edge's own addresses."""
+    """Returns the configuration for a folder of tables; it changes only with the edge's own addresses."""
     http_host, http_port = _split(cells.http)
     grpc_host, grpc_port = _split(cells.grpc)
     return Template((TEMPLATES / "edge.yaml.tmpl").read_text()).substitute(
@@ -119,7 +119,7 @@ def render_routes(cells: Cells, table: Mapping[str, str], protocol: str) -> str:
             "cluster_matcher": {"matcher_tree": tree, "on_no_match": action(cells.default)},
         },
     }
-    # What no cell has seen is tried again; what one may have seen is its own Envoy's and the client's to repeat.
+    # What no cell has seen is tried again; the rest is the cell's Envoy's and the client's to repeat.
     route: dict[str, Any] = {
         "cluster_specifier_plugin": "cells",
         "timeout": "0s",

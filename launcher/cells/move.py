@@ -8,8 +8,8 @@
     6. the source holds it as moved away: the point after which there is no way back but another move
     7. the target serves it
 
-The rows that hold the tenant are the only state: begun again, a move goes on where they say. At no moment do both
-serve it, whatever is lost in between, and whichever table an edge's Envoy still has.
+The rows that hold the tenant are the only state: begun again, a move goes on where they say. At no moment do
+both serve it, whatever is lost in between, and whichever table an edge's Envoy still has.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ async def move(cells: Cells, tag: str, to: str, say: Say) -> Moved:
         sessions, results, runs, pause = (0, 0), 0, 0, 0.0
         if state != Held.MOVED:
             skew = await _check(one)
-            await one.target.database.execute(
-                SQL["hold"], one.tenant_id, Held.ARRIVING, one.source.cell.name
-            )
+            await one.target.database.execute(SQL["hold"], one.tenant_id, Held.ARRIVING, one.source.cell.name)
             copier = Copier(one.source, one.target, one.tenant_id)
             early = 0
             if state is None:
@@ -173,12 +171,13 @@ async def check_new(cells: Cells, tag: str, to: str) -> None:
     async with opened(here) as side:
         if await side.database.fetchval(SQL["tenant_by_name"], tag) is not None:
             raise LaunchError(
-                f"{tag} is in {here.name} and would lose sight of what it has there: hermesh cells move {tag} --to {to}"
+                f"{tag} has data in {here.name}, which it would not see any more; move it: hermesh cells move "
+                f"{tag} --to {to}"
             )
 
 
 async def freeze(source: Side, tenant_id: UUID, to: str) -> int:
-    """Freezes a tenant; once it returns, nothing of it is changed in this cell. Returns how many runs were held.
+    """Freezes a tenant; returns how many runs were held, once nothing of it can be changed in this cell.
 
     Raises:
         LaunchError: A transaction that began before does not end.
@@ -219,9 +218,13 @@ async def _open(cells: Cells, tag: str, to: str) -> AsyncIterator[_Move]:
                 yield _Move(source, target, tenant_id)
             except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
                 raise LaunchError(
-                    f"the move was broken off ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                    f"the move was broken off ({type(error).__name__}: {_line(error)}); "
                     "run it again to go on, or with --abort to take it back"
                 ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 async def _state(side: Side, tenant_id: UUID) -> Held | None:
@@ -237,21 +240,19 @@ async def _check(one: _Move) -> float:
     ]
     if found[0] != found[1]:
         raise LaunchError(
-            f"the schemas of {source.cell.name} and {target.cell.name} differ: bring both to one version, with "
-            "hermesh migrate; nothing was changed"
+            f"the schemas of {source.cell.name} and {target.cell.name} differ: bring both to one version "
+            "(hermesh migrate); nothing was changed"
         )
     state = await _state(target, one.tenant_id)
     if state not in (None, Held.ARRIVING):
         raise LaunchError(
-            f"{target.cell.name} has an old copy of this tenant, which was moved away from there: delete that "
+            f"{target.cell.name} has an old copy of this tenant, which was moved away from there: delete it "
             f"first, with --to {source.cell.name} --forget"
         )
     row = await one.source.database.fetchrow(SQL["get_tenant"], one.tenant_id)
     there = await target.database.fetchval(SQL["tenant_by_name"], row["name"] if row else "")
     if state is None and there is not None:
-        raise LaunchError(
-            f"{target.cell.name} has a tenant of this name already; nothing was changed"
-        )
+        raise LaunchError(f"{target.cell.name} has a tenant of this name already; nothing was changed")
     before = await source.database.fetchval(SQL["clock"])
     other = await target.database.fetchval(SQL["clock"])
     after = await source.database.fetchval(SQL["clock"])

@@ -140,7 +140,9 @@ class Cells:
             raise explain_os_error(error, f"read {path}") from error
         except ValueError as error:
             raise LaunchError(f"{path} is damaged; put back a copy, such as that of another edge") from error
-        if not isinstance(found, dict) or not all(is_tag(tag) and cell in self.cells for tag, cell in found.items()):
+        if not isinstance(found, dict) or not all(
+            is_tag(tag) and cell in self.cells for tag, cell in found.items()
+        ):
             raise LaunchError(f"{path} names what is no tenant's tag, or a cell that {self.file} has not")
         return found
 

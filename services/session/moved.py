@@ -58,5 +58,3 @@ class MovedTenants:
             except HermeshError as error:
                 _log.warning("moved tenants could not be looked up", error=str(error))
             await asyncio.sleep(_INTERVAL_S * jitter.uniform(0.8, 1.2))
-
-

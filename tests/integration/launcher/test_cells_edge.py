@@ -33,7 +33,7 @@ SEAL = CookieSeal(SecretStr("secret"), 600)
 
 
 class Web:
-    """The HTTP side of a cell: says which one it is and what came; it takes an upgrade to a WebSocket, too."""
+    """The HTTP side of a cell: says which one it is and what came; it takes an upgrade, too."""
 
     def __init__(self, cell: str) -> None:
         self._cell = cell
@@ -55,7 +55,10 @@ class Web:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 lines = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:] if line)
                 if lines.get("upgrade") == "websocket":
-                    writer.write(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
+                    writer.write(
+                        b"HTTP/1.1 101 Switching Protocols\r\n"
+                        b"upgrade: websocket\r\nconnection: upgrade\r\n\r\n"
+                    )
                     writer.write(self._cell.encode())
                     continue
                 body = json.dumps({"cell": self._cell, "headers": lines}).encode()
@@ -94,7 +97,10 @@ class Served:
 
     async def until(self, key: str, wanted: str) -> None:
         async with asyncio.timeout(SECONDS):
-            while (await self.ask(key)).json().get("cell") != wanted or await self.call(bearer(key)) != wanted:
+            while True:
+                found = (await self.ask(key)).json().get("cell"), await self.call(bearer(key))
+                if found == (wanted, wanted):
+                    return
                 await asyncio.sleep(0.02)
 
 
@@ -239,7 +245,9 @@ async def test_a_default_cell_that_is_away_is_called_so(served: Served) -> None:
     served.webs["a"].stop()
     problem = (await served.ask(OLD)).json()
     assert problem["reason"] == "CELL_UNAVAILABLE"
-    assert problem["detail"].startswith("the default cell, which serves keys without a tenant's tag, cannot be")
+    assert problem["detail"].startswith(
+        "the default cell, which serves keys without a tenant's tag, cannot be"
+    )
     assert await served.cell(BETA) == "b"
 
 
