@@ -219,7 +219,7 @@ def grpc_replies() -> list[Reply]:
 
 
 def http_config(listed: Sequence[Reply] = ()) -> str:
-    """Returns `local_reply_config` of an HTTP listener, as JSON, which is YAML too; by default the mesh's own."""
+    """Returns `local_reply_config` of an HTTP listener as JSON, which is YAML; by default the mesh's own."""
     # The one answer that is no error, in the gateway's form.
     healthy = {
         "filter": _status(200),

@@ -1,7 +1,7 @@
 """The form of an API key: `hm_SECRET`, or `hm_TAG_SECRET` with a tag that says whose it is.
 
-The tag is public: it is the tenant's name, so that what stands before several meshes can tell which one has the
-tenant without knowing any key. It proves nothing: the whole key does, where it is looked up.
+The tag is public: it is the tenant's name, so that what stands before several meshes can tell which one has
+the tenant without knowing any key. It proves nothing: the whole key does, where it is looked up.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ def map_pg_error(exc: BaseException, *, sent: bool = False) -> HermeshError:
 
 
 def tenant_elsewhere(reason: str) -> UnavailableError:
-    """Returns the error for a tenant that is on its way to another cell (TENANT_MOVING) or there (TENANT_MOVED)."""
+    """Returns the error for a tenant on its way to another cell (TENANT_MOVING) or there (TENANT_MOVED)."""
     said = (
         "the tenant was moved to another cell; nothing was changed here, ask the cells' common address again"
         if reason == "TENANT_MOVED"

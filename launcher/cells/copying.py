@@ -160,8 +160,8 @@ class Copier:
                     connection, differ, thoroughly=True
                 ):
                     raise LaunchError(
-                        f"what was copied of {len(differ)} sessions is not what {self._source.cell.name} has; "
-                        "nothing was switched. Is PostgreSQL of one version in both cells?"
+                        f"what was copied of {len(differ)} sessions is not what {self._source.cell.name} "
+                        "has; nothing was switched. Is PostgreSQL of one version in both cells?"
                     )
         return len(differ)
 

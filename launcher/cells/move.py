@@ -171,8 +171,8 @@ async def check_new(cells: Cells, tag: str, to: str) -> None:
     async with opened(here) as side:
         if await side.database.fetchval(SQL["tenant_by_name"], tag) is not None:
             raise LaunchError(
-                f"{tag} has data in {here.name}, which it would not see any more; move it: hermesh cells move "
-                f"{tag} --to {to}"
+                f"{tag} has data in {here.name}, which it would not see any more: "
+                f"hermesh cells move {tag} --to {to}"
             )
 
 
@@ -259,7 +259,7 @@ async def _check(one: _Move) -> float:
     skew = max(abs(other - before), abs(other - after))
     if skew > _MAX_SKEW_MS:
         raise LaunchError(
-            f"the clocks of the two database servers differ by {skew / 1000:.1f} s: leases and time limits go "
-            "by them; set them right first"
+            f"the clocks of the two database servers differ by {skew / 1000:.1f} s: leases and time limits "
+            "go by them; set them right first"
         )
     return float(skew)

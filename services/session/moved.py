@@ -1,4 +1,4 @@
-"""Tenants that were moved to another cell: whoever follows their logs here is told to ask again, and comes there.
+"""Tenants that were moved to another cell: whoever follows a log here is told to ask again, and comes there.
 
 What changes something is refused where it is stored; this is for reads that have no end.
 """

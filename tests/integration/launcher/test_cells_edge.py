@@ -235,7 +235,7 @@ async def test_a_cell_that_is_away_is_named_to_its_own_tenants_only(served: Serv
     assert "tenant beta" in (raised.value.details() or "")
     async with httpx.AsyncClient(base_url=served.url, timeout=SECONDS) as client:
         chat = await client.post("/v1/chat/completions", headers={"authorization": f"Bearer {BETA}"}, json={})
-        assert (chat.status_code, chat.json()["error"]["code"]) == (503, "CELL_UNAVAILABLE")
+        assert (chat.status_code, chat.json()["error"]["code"]) == (503, "cell_unavailable")
         assert (await client.get("/health")).json() == {"status": "ok"}
     assert await served.cell(ACME) == "a"
     assert await served.call(bearer(ACME)) == "a"
