@@ -12,7 +12,7 @@
     grpc = ["10.0.1.5:50051"]
     max_requests = 20000     # at once; what is more is told that the cell is full
 
-How a cell's stores are reached holds secrets: HERMESH_CELL_A_DATABASE_URL and HERMESH_CELL_A_OBJECT_STORE_URL,
+How a cell's stores are reached is secret: HERMESH_CELL_A_DATABASE_URL and HERMESH_CELL_A_OBJECT_STORE_URL,
 or these names with _FILE, for a cell that is called a. Only the commands that look into a cell read them.
 """
 
