@@ -112,7 +112,7 @@ class Placement:
 
 
 def placements(cells: Sequence[int] = (4, 10, 40)) -> list[Placement]:
-    """Places tenants whose sizes fall as one over their rank, and moves some from full cells to empty ones."""
+    """Places tenants whose sizes fall as one over their rank, and moves some from full cells."""
     return [placement(number) for number in cells]
 
 
