@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import IO, Any, TypeAlias
 from uuid import UUID
 
@@ -52,6 +53,14 @@ _ALIKE = {
 }
 
 
+class Held(IntEnum):
+    """Why a tenant may not be changed in a cell."""
+
+    LEAVING = 1
+    ARRIVING = 2
+    MOVED = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """A cell's stores, open."""
@@ -90,6 +99,24 @@ async def opened(cell: Cell) -> AsyncIterator[Side]:
         yield Side(cell, database, open_store(objects_url) if objects_url else None, objects_url)
     finally:
         database.terminate()
+
+
+@asynccontextmanager
+async def changing(side: Side, tenant_id: UUID, held: Held) -> AsyncIterator[Connection]:
+    """A transaction that may change a tenant which nobody else may.
+
+    Raises:
+        LaunchError: It is not held so any more: another command has gone on with it.
+    """
+    async with side.database.transaction():
+        state = await side.database.fetchval(SQL["lock_state"], tenant_id)
+        if state != held:
+            raise LaunchError(
+                f"another command has gone on with this move: cell {side.cell.name} does not hold the tenant "
+                "as it did; look with: hermesh cells list"
+            )
+        await side.database.fetchval(SQL["set_moving"], str(tenant_id))
+        yield side.database
 
 
 class Copier:
@@ -137,10 +164,9 @@ class Copier:
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[Connection]:
-        """A transaction of the target that may change the tenant."""
-        async with self._target.database.transaction():
-            await self._target.database.fetchval(SQL["set_moving"], str(self._tenant_id))
-            yield self._target.database
+        """A transaction of the target that may change the tenant, as long as it has not arrived there."""
+        async with changing(self._target, self._tenant_id, Held.ARRIVING) as connection:
+            yield connection
 
     async def _sessions(self, batch: Sequence[UUID], *, thoroughly: bool) -> int:
         source, target = self._source.database, self._target.database
@@ -292,24 +318,22 @@ async def same_objects(one: Side, other: Side) -> bool:
         await obstore.delete_async(one.objects, path)
 
 
-async def purge(side: Side, tenant_id: UUID, *, keep_results: bool) -> int:
-    """Deletes all that a cell has of a tenant; returns how many sessions. What held the tenant stays.
+async def purge(side: Side, tenant_id: UUID, held: Held, *, keep_results: bool) -> int:
+    """Deletes all that a cell has of a tenant that it holds, and what held it; returns how many sessions.
 
     The tool service removes the results of sessions that are gone, unless they are another cell's, too.
     """
-    database = side.database
-    ids = [row["session_id"] for row in await database.fetch(SQL["session_ids"], tenant_id)]
+    ids = [row["session_id"] for row in await side.database.fetch(SQL["session_ids"], tenant_id)]
     for batch in _batches(ids):
-        async with database.transaction():
-            await database.fetchval(SQL["set_moving"], str(tenant_id))
-            await database.execute(SQL["drop_events"], batch)
-            await database.execute(SQL["drop_sessions"], batch)
+        async with changing(side, tenant_id, held) as connection:
+            await connection.execute(SQL["drop_events"], batch)
+            await connection.execute(SQL["drop_sessions"], batch)
             if keep_results:
-                await database.execute(SQL["keep_results"], batch)
-    async with database.transaction():
-        await database.fetchval(SQL["set_moving"], str(tenant_id))
+                await connection.execute(SQL["keep_results"], batch)
+    async with changing(side, tenant_id, held) as connection:
         for table in _OF_TENANT:
-            found = [row["bucket"] for row in await database.fetch(SQL[f"digests_{table}"], tenant_id)]
-            await database.execute(SQL[f"drop_{table}"], tenant_id, found)
-        await database.execute(SQL["drop_tenant"], tenant_id)
+            found = [row["bucket"] for row in await connection.fetch(SQL[f"digests_{table}"], tenant_id)]
+            await connection.execute(SQL[f"drop_{table}"], tenant_id, found)
+        await connection.execute(SQL["drop_tenant"], tenant_id)
+        await connection.execute(SQL["free"], tenant_id)
     return len(ids)

@@ -19,13 +19,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from uuid import UUID
 
 import asyncpg
 
 from launcher.cells import edge
-from launcher.cells.copying import SQL, Copier, Say, Side, opened, purge, same_objects
+from launcher.cells.copying import SQL, Copier, Held, Say, Side, opened, purge, same_objects
 from launcher.cells.table import Cells
 from launcher.errors import LaunchError
 
@@ -34,14 +33,6 @@ _WRITERS_SECONDS = 60.0
 _LOOK_SECONDS = 0.005
 # Clocks of servers that are kept right differ by milliseconds.
 _MAX_SKEW_MS = 2000.0
-
-
-class Held(IntEnum):
-    """Why a tenant may not be changed in a cell."""
-
-    LEAVING = 1
-    ARRIVING = 2
-    MOVED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,7 @@ async def move(cells: Cells, tag: str, to: str, say: Say) -> Moved:
         sessions, results, runs, pause = (0, 0), 0, 0, 0.0
         if state != Held.MOVED:
             skew = await _check(one)
-            await one.target.database.execute(SQL["hold"], one.tenant_id, Held.ARRIVING, one.source.cell.name)
+            await one.target.database.execute(SQL["hold_target"], one.tenant_id, one.source.cell.name)
             copier = Copier(one.source, one.target, one.tenant_id)
             early = 0
             if state is None:
@@ -103,7 +94,8 @@ async def move(cells: Cells, tag: str, to: str, say: Say) -> Moved:
             began = time.monotonic()
         say(f"switching the edge's table to {to}")
         edge.write(cells, {**cells.table(), tag: to})
-        await one.source.database.execute(SQL["hold"], one.tenant_id, Held.MOVED, to)
+        if state != Held.MOVED and not await one.source.database.fetchval(SQL["leave"], one.tenant_id):
+            raise LaunchError(f"another command took the move of {tag} back; {await _serving(one)}")
         await one.target.database.execute(SQL["free"], one.tenant_id)
         await one.target.database.execute(SQL["wake"])
         pause = time.monotonic() - began if state is None else 0.0
@@ -123,16 +115,17 @@ async def abort(cells: Cells, tag: str, to: str, say: Say) -> None:
                 f"{tag} is {to}'s already: run the move again without --abort, then move it back to "
                 f"{one.source.cell.name}"
             )
-        if await _state(one.target, one.tenant_id) != Held.ARRIVING:
+        arriving = await _state(one.target, one.tenant_id) == Held.ARRIVING
+        if state is None and not arriving:
             raise LaunchError(f"no move of {tag} to {to} is under way; nothing was changed")
-        table = {**cells.table(), tag: one.source.cell.name}
-        edge.write(cells, table)
-        await one.source.database.execute(SQL["free"], one.tenant_id)
+        edge.write(cells, {**cells.table(), tag: one.source.cell.name})
+        if state is not None and not await one.source.database.fetchval(SQL["thaw"], one.tenant_id):
+            raise LaunchError(f"another command has gone on with the move of {tag}; look, and try again")
         await one.source.database.execute(SQL["wake"])
         say(f"{one.source.cell.name} serves {tag} again; deleting what {to} has of it")
-        shared = await same_objects(one.source, one.target)
-        await purge(one.target, one.tenant_id, keep_results=shared)
-        await one.target.database.execute(SQL["free"], one.tenant_id)
+        if arriving:
+            shared = await same_objects(one.source, one.target)
+            await purge(one.target, one.tenant_id, Held.ARRIVING, keep_results=shared)
 
 
 async def forget(cells: Cells, tag: str, to: str, say: Say) -> int:
@@ -156,8 +149,7 @@ async def forget(cells: Cells, tag: str, to: str, say: Say) -> int:
                 found = True
                 say(f"deleting what {cell.name} has of {tag}")
                 shared = await same_objects(side, target)
-                number += await purge(side, tenant_id, keep_results=shared)
-                await side.database.execute(SQL["free"], tenant_id)
+                number += await purge(side, tenant_id, Held.MOVED, keep_results=shared)
     if not found:
         raise LaunchError(f"no other cell whose database is named has anything of {tag}; nothing was deleted")
     return number
@@ -183,7 +175,7 @@ async def freeze(source: Side, tenant_id: UUID, to: str) -> int:
         LaunchError: A transaction that began before does not end.
     """
     database = source.database
-    await database.execute(SQL["hold"], tenant_id, Held.LEAVING, to)
+    await database.execute(SQL["hold_source"], tenant_id, to)
     open_ = [row["virtualtransaction"] for row in await database.fetch(SQL["writers"])]
     deadline = time.monotonic() + _WRITERS_SECONDS
     while open_:
@@ -221,6 +213,11 @@ async def _open(cells: Cells, tag: str, to: str) -> AsyncIterator[_Move]:
                     f"the move was broken off ({type(error).__name__}: {_line(error)}); "
                     "run it again to go on, or with --abort to take it back"
                 ) from error
+
+
+async def _serving(one: _Move) -> str:
+    state = await _state(one.target, one.tenant_id)
+    return f"{one.source.cell.name if state else one.target.cell.name} serves it"
 
 
 def _line(error: Exception) -> str:

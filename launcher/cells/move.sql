@@ -30,17 +30,47 @@ WHERE s.state IS NOT NULL OR m.state IS NOT NULL;
 SELECT t.tenant_id, m.cell FROM session.tenant t JOIN session.tenant_move m USING (tenant_id)
 WHERE t.name = $1 AND m.state = 3;
 
--- name: hold
--- Freezes a tenant, or says anew why it is. $1 tenant_id, $2 state, $3 the other cell
+-- name: hold_target
+-- Keeps a tenant that is to come from being changed here; one that is served here already is left alone.
+-- $1 tenant_id, $2 the cell that it comes from
 WITH session AS (
-    INSERT INTO session.tenant_move (tenant_id, state, cell) VALUES ($1, $2, $3)
-    ON CONFLICT (tenant_id) DO UPDATE SET state = excluded.state, cell = excluded.cell
+    INSERT INTO session.tenant_move (tenant_id, state, cell)
+    SELECT $1::uuid, 2, $2::text WHERE NOT EXISTS (SELECT FROM session.tenant WHERE tenant_id = $1)
+    ON CONFLICT (tenant_id) DO NOTHING RETURNING tenant_id, state, cell
 )
-INSERT INTO memory.tenant_move (tenant_id, state, cell) VALUES ($1, $2, $3)
-ON CONFLICT (tenant_id) DO UPDATE SET state = excluded.state, cell = excluded.cell;
+INSERT INTO memory.tenant_move (tenant_id, state, cell) SELECT tenant_id, state, cell FROM session
+ON CONFLICT (tenant_id) DO NOTHING;
+
+-- name: hold_source
+-- Freezes a tenant, unless it is. $1 tenant_id, $2 the cell that it goes to
+WITH session AS (
+    INSERT INTO session.tenant_move (tenant_id, state, cell) VALUES ($1, 1, $2) ON CONFLICT (tenant_id) DO NOTHING
+)
+INSERT INTO memory.tenant_move (tenant_id, state, cell) VALUES ($1, 1, $2) ON CONFLICT (tenant_id) DO NOTHING;
+
+-- name: leave
+-- A frozen tenant is another cell's from now on; how many rows say so. $1 tenant_id
+WITH session AS (
+    UPDATE session.tenant_move SET state = 3, since = clock_timestamp() WHERE tenant_id = $1 AND state = 1
+    RETURNING tenant_id
+), memory AS (
+    UPDATE memory.tenant_move SET state = 3, since = clock_timestamp()
+    WHERE tenant_id IN (SELECT tenant_id FROM session)
+)
+SELECT count(*) FROM session;
+
+-- name: thaw
+-- A frozen tenant works again; how many rows said that it was. $1 tenant_id
+WITH session AS (DELETE FROM session.tenant_move WHERE tenant_id = $1 AND state = 1 RETURNING tenant_id),
+memory AS (DELETE FROM memory.tenant_move WHERE tenant_id IN (SELECT tenant_id FROM session))
+SELECT count(*) FROM session;
+
+-- name: lock_state
+-- How a tenant is held, locked for a transaction: nobody else's command goes on with it meanwhile. $1 tenant_id
+SELECT state FROM session.tenant_move WHERE tenant_id = $1 FOR UPDATE;
 
 -- name: free
--- Ends that. $1 tenant_id
+-- A tenant is held no more. $1 tenant_id
 WITH session AS (DELETE FROM session.tenant_move WHERE tenant_id = $1)
 DELETE FROM memory.tenant_move WHERE tenant_id = $1;
 
