@@ -95,6 +95,7 @@ async def move(cells: Cells, tag: str, to: str, say: Say) -> Moved:
         say(f"switching the edge's table to {to}")
         edge.write(cells, {**cells.table(), tag: to})
         if state != Held.MOVED and not await one.source.database.fetchval(SQL["leave"], one.tenant_id):
+            edge.write(cells, {**cells.table(), tag: one.source.cell.name})
             raise LaunchError(f"another command took the move of {tag} back; {await _serving(one)}")
         await one.target.database.execute(SQL["free"], one.tenant_id)
         await one.target.database.execute(SQL["wake"])
