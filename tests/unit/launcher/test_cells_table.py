@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from launcher.cells import edge, table
+from launcher.cli import app
 from launcher.errors import LaunchError
+from meshkit.api_keys import tag_of
 
 GOOD = """
 default = "a"
@@ -82,3 +85,17 @@ def test_a_damaged_table_stops_commands_and_not_the_edge(tmp_path: Path) -> None
         path.write_text(text)
         with pytest.raises(LaunchError, match=r"tenants\.json"):
             cells.table()
+
+
+def test_the_command_makes_keys_and_lists_cells(tmp_path: Path) -> None:
+    file = tmp_path / table.FILE
+    file.write_text(GOOD)
+    edge.write(table.read(file), {"acme": "b"})
+    runner = CliRunner()
+    made = runner.invoke(app, ["cells", "key", "acme"])
+    assert tag_of(made.stdout.strip()) == "acme"
+    listed = runner.invoke(app, ["cells", "list", "--cells", str(file)]).stdout
+    assert "b  http 10.0.0.2:8080  grpc 10.0.0.2:50051  tenants: acme" in listed
+    assert "whoever is placed nowhere" in listed
+    refused = runner.invoke(app, ["cells", "key", "Acme Inc"])
+    assert "cannot be a key's tag" in str(refused.exception)
