@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.cells_forecast import NEAR, TENANTS, Placement, Spread, placements, spreads
 from bench.costs import Costs
 from bench.facts import ROOT
 from bench.forecast import (
@@ -86,7 +87,8 @@ def publish(measured: Measured, *, far: bool = True) -> list[Path]:
     written = [plot]
     if PAGE.is_file():
         link = os.path.relpath(plot, PAGE.parent)
-        write_section(PAGE, NAME, section(measured, costs, compared, grown, steps, link))
+        parts = (spreads(costs), placements()) if far else ([], [])
+        write_section(PAGE, NAME, section(measured, costs, compared, grown, steps, link, *parts))
         written.append(PAGE)
     return written
 
@@ -98,6 +100,8 @@ def section(
     grown: Sequence[Curve],
     steps: Sequence[Step],
     plot: str,
+    spread: Sequence[Spread] = (),
+    placed: Sequence[Placement] = (),
 ) -> str:
     """The page's section, made of what was measured and simulated."""
     parts = [
@@ -117,6 +121,8 @@ def section(
         parts += ["### One limit after the other, at 1,000 agents", _ladder(steps)]
     if grown:
         parts += ["### From one agent to 1,000", _curves(grown)]
+    if spread:
+        parts += ["### A million sessions on cells, and ten", _spreads(spread), _placements(placed)]
     return "\n\n".join(parts)
 
 
@@ -266,6 +272,67 @@ def _curves(grown: Sequence[Curve]) -> str:
         "busiest single one",
     ]
     return table(heads, rows)
+
+
+def _spreads(spread: Sequence[Spread]) -> str:
+    rows = [
+        [
+            f"{one.sessions:,}",
+            f"{one.cells}",
+            f"{one.agents // one.cells:,}",
+            one.layout,
+            f"{one.edge_workers}",
+            f"{one.rate:,.0f}",
+            f"{one.added(0.5) * 1e3:,.0f}",
+            f"{one.added(0.99) * 1e3:,.0f}",
+            one.hottest,
+            f"{one.sessions // one.cells:,}",
+        ]
+        for one in spread
+    ]
+    heads = [
+        "sessions",
+        "cells",
+        "agents a cell",
+        "a cell: gateways / Envoy workers / sessions / PostgreSQL / Valkey",
+        "edge's workers",
+        "runs/s",
+        "added p50, ms",
+        "p99, ms",
+        "busiest single one of a cell",
+        "sessions that one cell's end stops",
+    ]
+    note = (
+        "Cells have nothing in common, so one is simulated and counts for all. The edge is one more Envoy "
+        "on a run's way, as busy as any part may be."
+    )
+    return f"{table(heads, rows)}\n\n{note}"
+
+
+def _placements(placed: Sequence[Placement]) -> str:
+    rows = [
+        [
+            f"{one.cells}",
+            f"{one.largest:.1%}",
+            f"{one.hashed:.2f}",
+            f"{one.moves}",
+            f"{one.moved:.2f}",
+        ]
+        for one in placed
+    ]
+    heads = [
+        "cells",
+        "largest tenant",
+        "fullest cell, of the mean",
+        "tenants moved",
+        "fullest then, of the mean",
+    ]
+    note = (
+        f"{TENANTS:,} tenants whose sizes fall as one over their rank, placed by a hash; then tenants are "
+        f"moved from the fullest cell to the emptiest until it is within {NEAR - 1:.0%} of the mean, or of "
+        "the largest tenant, which no cell can hold less than."
+    )
+    return f"{table(heads, rows)}\n\n{note}"
 
 
 def _plot(compared: Sequence[Prediction], grown: Sequence[Curve]) -> Figure:

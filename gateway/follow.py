@@ -260,6 +260,11 @@ class RunFeed:
         """Decides about an error: returns to try again, raises to give up."""
         if error.code not in PASSING:
             raise error
+        if error.reason in ("TENANT_MOVING", "TENANT_MOVED"):
+            # Nobody in this mesh goes on with it: its client asks again, and comes to the cell that does.
+            if self.cursor.run_id:
+                raise FeedLost(error.reason.lower(), error.retry_after_ms or 1000)
+            raise error
         if self.cursor.run_id or self._submit is None:
             if error.retry_after_ms is not None:
                 self._pause = error.retry_after_ms / 1000

@@ -324,7 +324,10 @@ class Watches:
             self._end(line, None)
         elif content == "error":
             error = from_status(Status.FromString(frame.error))
-            if error.code in PASSING:
+            if error.reason == "TENANT_MOVED":
+                # No replica of this mesh has it any more.
+                self._end(line, error)
+            elif error.code in PASSING:
                 wait = error.retry_after_ms
                 self._again(line, None if wait is None else wait / 1000)
             else:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from launcher import control, conversation, kept, upgrade
 from launcher.backup.command import app as backups
+from launcher.cells.command import app as cells
 from launcher.common import (
     Json,
     api_of,
@@ -389,6 +390,7 @@ def doctor() -> None:
         raise SystemExit(1)
 
 
+app.add_typer(cells, name="cells")
 app.registered_commands += conversation.app.registered_commands + backups.registered_commands
 
 

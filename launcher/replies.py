@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,8 +218,8 @@ def grpc_replies() -> list[Reply]:
     ]
 
 
-def http_config() -> str:
-    """Returns `local_reply_config` of the HTTP listener, as JSON, which is YAML too."""
+def http_config(listed: Sequence[Reply] = ()) -> str:
+    """Returns `local_reply_config` of an HTTP listener as JSON, which is YAML; by default the mesh's own."""
     # The one answer that is no error, in the gateway's form.
     healthy = {
         "filter": _status(200),
@@ -226,7 +227,7 @@ def http_config() -> str:
         "body_format_override": {"json_format": {"status": "ok"}, "content_type": "application/json"},
     }
     mappers: list[dict[str, Any]] = [healthy]
-    for reply in http_replies():
+    for reply in listed or http_replies():
         mappers.append(_http_mapper(reply, openai=True))
         mappers.append(_http_mapper(reply, openai=False))
     return json.dumps({"mappers": mappers})
@@ -260,9 +261,9 @@ def _http_mapper(reply: Reply, *, openai: bool) -> dict[str, Any]:
     }
 
 
-def grpc_config() -> str:
-    """Returns `local_reply_config` of the gRPC listener, as JSON."""
-    return json.dumps({"mappers": [_grpc_mapper(reply) for reply in grpc_replies()]})
+def grpc_config(listed: Sequence[Reply] = ()) -> str:
+    """Returns `local_reply_config` of a gRPC listener, as JSON; by default the mesh's own."""
+    return json.dumps({"mappers": [_grpc_mapper(reply) for reply in listed or grpc_replies()]})
 
 
 def _grpc_mapper(reply: Reply) -> dict[str, Any]:

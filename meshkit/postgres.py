@@ -47,6 +47,9 @@ _RETRY_DOWN_MS = 500
 _RETRY_BUSY_MS = 100
 # A full disk is not mended in a moment, and those who wait for it come back all the same.
 _RETRY_REFUSED_MS = 2_000
+_RETRY_MOVING_MS = 1_000
+# What migrations raise for a tenant that may not be changed here; the message is the reason.
+_ELSEWHERE = "HM503"
 
 
 class Pool(asyncpg.Pool):  # type: ignore[misc]
@@ -294,6 +297,8 @@ def map_pg_error(exc: BaseException, *, sent: bool = False) -> HermeshError:
     """
     if isinstance(exc, HermeshError):
         return exc
+    if getattr(exc, "sqlstate", None) == _ELSEWHERE:
+        return tenant_elsewhere(str(exc.args[0]))
     if isinstance(exc, _BUSY):
         return UnavailableError(
             "DATABASE_UNAVAILABLE",
@@ -323,6 +328,16 @@ def map_pg_error(exc: BaseException, *, sent: bool = False) -> HermeshError:
             retry_after_ms=_RETRY_DOWN_MS,
         )
     return InternalError()
+
+
+def tenant_elsewhere(reason: str) -> UnavailableError:
+    """Returns the error for a tenant on its way to another cell (TENANT_MOVING) or there (TENANT_MOVED)."""
+    said = (
+        "the tenant was moved to another cell; nothing was changed here, ask the cells' common address again"
+        if reason == "TENANT_MOVED"
+        else "the tenant is being moved to another cell; nothing was changed, try again"
+    )
+    return UnavailableError(reason, said, retry_after_ms=_RETRY_MOVING_MS)
 
 
 def outcome_unknown() -> UnavailableError:

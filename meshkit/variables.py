@@ -21,6 +21,7 @@ _BESIDE = frozenset(
     {
         "HERMESH_HTTP_URL",
         "HERMESH_GRPC_ADDRESS",
+        "HERMESH_CELLS_FILE",
         "HERMESH_KEEP_DATA",
         "HERMESH_CHROMIUM",
         "HERMESH_TEST_EXAMPLES",
@@ -29,6 +30,8 @@ _BESIDE = frozenset(
 )
 # What Kubernetes sets for a service whose name begins with hermesh: nobody typed it.
 _OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
+# How `hermesh cells` reaches a cell's stores, by the cell's name.
+_OF_A_CELL = re.compile(r"HERMESH_CELL_[A-Z0-9]+_(DATABASE|OBJECT_STORE)_URL(_FILE)?")
 _NEAR = 0.75
 
 
@@ -81,6 +84,7 @@ def unknown(environment: Mapping[str, str], others: Iterable[str] = ()) -> list[
         if name.upper().startswith(PREFIX)
         and name.upper() not in taken
         and not _OF_A_SERVICE.search(name)
+        and not _OF_A_CELL.fullmatch(name.upper())
         and not value.startswith(("tcp://", "udp://"))
     ]
 

@@ -258,7 +258,9 @@ function showSignIn(message = "") {
 }
 
 async function signIn(key) {
-  await request("POST", "/auth/login", { api_key: key.trim() });
+  // The header is for what stands before several meshes: it reads the key's tag there, as in any other request.
+  const headers = /^[\x21-\x7e]+$/.test(key.trim()) ? { Authorization: `Bearer ${key.trim()}` } : {};
+  await request("POST", "/auth/login", { api_key: key.trim() }, { headers });
   await showChat();
 }
 

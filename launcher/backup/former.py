@@ -12,7 +12,7 @@ from obstore.store import ObjectStore
 
 from launcher.backup.archive import Archive, Ref
 from launcher.backup.restore import check_objects, put, whole
-from launcher.backup.take import in_parallel, read, without_credentials
+from launcher.backup.take import in_parallel, read_object, without_credentials
 from launcher.errors import LaunchError
 from meshkit.errors import StartupError
 from meshkit.objects import CALL_SECONDS, FAILURES, NOT_FOUND, bucket_missing, explain, open_store
@@ -101,7 +101,7 @@ class Results:
         if self._former is None:
             return None
         try:
-            return await read(self._former, self._former_url, ref)
+            return await read_object(self._former, self._former_url, ref)
         except LaunchError:
             # It may be gone for good: what is only there is told as missing, and the rest goes on.
             return None

@@ -185,7 +185,7 @@ async def _copy_all(archive: Archive, url: str) -> tuple[int, int, list[str]]:
         nonlocal copied, size
         for ref in refs:
             path = object_path(ref.tenant_id, ref.session_id, ref.ref)
-            data = None if store is None else await read(store, url, ref)
+            data = None if store is None else await read_object(store, url, ref)
             if data is None:
                 missing.append(path)
                 continue
@@ -208,7 +208,7 @@ async def in_parallel(works: Iterable[Coroutine[Any, Any, None]]) -> None:
         raise failed.exceptions[0] from failed
 
 
-async def read(store: ObjectStore, url: str, ref: Ref) -> bytes | None:
+async def read_object(store: ObjectStore, url: str, ref: Ref) -> bytes | None:
     """An object's bytes; None where it is not there, or is not what it should be. Raises LaunchError."""
     for path in paths(ref.tenant_id, ref.session_id, ref.ref):
         try:

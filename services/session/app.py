@@ -32,6 +32,7 @@ from services.session.backlog import Backlog
 from services.session.commits import Commits
 from services.session.flusher import Flusher
 from services.session.leftovers import Collector
+from services.session.moved import MovedTenants
 from services.session.operations.authenticate import StoreAuthenticator
 from services.session.operations.bootstrap import bootstrap as ensure_tenant
 from services.session.operations.tenant import change_of, configure, describe
@@ -173,8 +174,10 @@ async def assemble(
             store, flusher, tasks=work, guard=StormGuard(), reachable=lambda: link.up, dispatch=sweeper.wake
         )
 
+        moved = MovedTenants(store, tail)
+
         def watcher_for(tenant_id: UUID) -> Watcher:
-            return Watcher(store, tail, tenant_id)
+            return Watcher(store, tail, tenant_id, moved.check)
 
         watches = WatchHub(watcher_for, tasks=work)
         await stack.enter_async_context(server)
@@ -240,6 +243,7 @@ async def assemble(
         loops.start(backlog.run(), name="backlog")
         loops.start(link.keep(), name="link")
         loops.start(tail.poll(), name="poll")
+        loops.start(moved.keep_looking(), name="moved")
         if settings.envoy_status_port:
             envoys = Envoys(tail, settings.envoy_status_port, settings.drain_delay_seconds)
             loops.start(envoys.watch(), name="envoys")

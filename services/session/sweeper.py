@@ -211,6 +211,9 @@ class Sweeper:
             result = code.name.lower()
             if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 self._refused(from_rpc_error(error).retry_after_ms)
+            elif from_rpc_error(error).reason in ("TENANT_MOVING", "TENANT_MOVED"):
+                # Nobody claims it here, and no agent is short of anything.
+                result = "tenant_moving"
             elif code is grpc.StatusCode.UNAVAILABLE:
                 # No agent, or one that ended: the run may be due again by now.
                 self._unreached.append((run_id, until))

@@ -10,7 +10,7 @@ not to.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,10 +83,11 @@ class Subscription:
     Attributes:
         position: The last seq that the watcher has sent; the watcher keeps it up to date.
         lost: The watcher must read PostgreSQL.
+        tenant_id: Whose watch it is, where that is known.
         draining: The replica, or the Envoy that the watcher came by, stops and the watcher shall end.
     """
 
-    __slots__ = ("_events", "_size", "_wake", "draining", "lost", "position")
+    __slots__ = ("_events", "_size", "_wake", "draining", "lost", "position", "tenant_id")
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -95,6 +96,7 @@ class Subscription:
         self.position = 0
         self.lost = False
         self.draining = False
+        self.tenant_id: UUID | None = None
 
     def push(self, events: Sequence[Event]) -> None:
         """Queues committed events."""
@@ -196,9 +198,10 @@ class Lane:
 class SessionWaiter:
     """One watcher that waits for a session's next run."""
 
-    __slots__ = ("draining", "ordinal", "wake")
+    __slots__ = ("draining", "ordinal", "tenant_id", "wake")
 
     def __init__(self) -> None:
+        self.tenant_id: UUID | None = None
         self.ordinal = 0
         self.draining = False
         self.wake = asyncio.Event()
@@ -350,6 +353,17 @@ class Tail:
             feed.excused = True
             for subscription in feed.subscriptions:
                 subscription.lose("nudge")
+
+    def wake_tenants(self, tenant_ids: Set[UUID]) -> None:
+        """Has the watches of some tenants look whether they may go on."""
+        for feed in self._feeds.values():
+            for subscription in feed.subscriptions:
+                if subscription.tenant_id in tenant_ids:
+                    subscription.lose("moved")
+        for waiters in self._sessions.values():
+            for waiter in waiters:
+                if waiter.tenant_id in tenant_ids:
+                    waiter.wake.set()
 
     def drain(self) -> None:
         """Ends all watches, present and future, with a notice to reconnect."""

@@ -74,8 +74,22 @@ Batch = Sequence[Event] | Moved
 class Watcher:
     """Follows runs and sessions for one tenant."""
 
-    def __init__(self, store: Logbook, tail: Tail, tenant_id: UUID) -> None:
-        """Makes a watcher; it keeps nothing between calls."""
+    def __init__(
+        self,
+        store: Logbook,
+        tail: Tail,
+        tenant_id: UUID,
+        check: Callable[[UUID], None] = lambda _tenant_id: None,
+    ) -> None:
+        """Makes a watcher; it keeps nothing between calls.
+
+        Args:
+            store: Where logs are.
+            tail: What is committed now.
+            tenant_id: Whose logs.
+            check: Raises what a watch is to end with, once this tenant may not be followed here any more.
+        """
+        self._check_tenant = check
         self._store = store
         self._tail = tail
         self._tenant_id = tenant_id
@@ -90,7 +104,9 @@ class Watcher:
         Raises:
             NotFoundError: No such run.
             OutOfRangeError: The cursor is past the end, or older than what is kept.
+            UnavailableError: TENANT_MOVED: another cell has it now.
         """
+        self._check_tenant(self._tenant_id)
         run = await self._store.get_run(self._tenant_id, run_id)
         await self._check_cursor(run, after_seq)
         if opened is not None:
@@ -121,10 +137,12 @@ class Watcher:
         await self._store.get_session(self._tenant_id, session_id)
         with metrics.watchers.labels("session").track_inprogress():
             with self._tail.wait_for_runs(session_id) as waiter:
+                waiter.tenant_id = self._tenant_id
                 ordinal, cursor = await self._start(session_id, after_run_id, after_seq, only_new)
                 if opened is not None:
                     opened()
                 while True:
+                    self._check_tenant(self._tenant_id)
                     runs = await _patiently(self._store.runs_from, self._tenant_id, session_id, ordinal, 1)
                     for run in runs:
                         async with aclosing(self._follow(run, cursor)) as batches:
@@ -199,8 +217,10 @@ class Watcher:
         if run.status.terminal and cursor and cursor >= run.last_seq:
             return
         with self._tail.subscribe(run.session_id, run_id, cursor, run.last_seq) as subscription:
+            subscription.tenant_id = self._tenant_id
             stored = True
             while True:
+                self._check_tenant(self._tenant_id)
                 if stored:
                     subscription.lost = False
                     page = await _patiently(self._store.events_after, self._tenant_id, run_id, cursor, _PAGE)

@@ -50,7 +50,15 @@ class Tenants(Protocol):
     """Tenants and their API keys; a key is stored as the SHA-256 of its text, in hex."""
 
     async def tenant_of_key(self, key_hash: str) -> UUID | None:
-        """Returns the tenant of a key that is not revoked, else None."""
+        """Returns the tenant of a key that is not revoked, else None.
+
+        Raises:
+            UnavailableError: TENANT_MOVED: another cell has it.
+        """
+        ...
+
+    async def moved_tenants(self) -> frozenset[UUID]:
+        """Returns the tenants that were moved to another cell and are served here no more."""
         ...
 
     async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:

@@ -6,12 +6,13 @@ from uuid import UUID
 
 from meshkit.errors import StartupError
 from meshkit.ids import uuid7
-from meshkit.postgres import load_sql
+from meshkit.postgres import load_sql, tenant_elsewhere
 from services.session.domain import Tenant, TenantChange
 from services.session.store.postgres_base import PostgresPart
 from services.session.store.rows import tenant_of
 
 _SQL = load_sql("services.session.store.sql", "tenants.sql")
+_UPKEEP = load_sql("services.session.store.sql", "upkeep.sql")
 
 
 class PostgresTenants(PostgresPart):
@@ -20,7 +21,16 @@ class PostgresTenants(PostgresPart):
     async def tenant_of_key(self, key_hash: str) -> UUID | None:
         """See the port."""
         row = await self._fetchrow(_SQL["tenant_of_key"], key_hash)
-        return None if row is None else row["tenant_id"]
+        if row is None:
+            return None
+        if row["moved"]:
+            raise tenant_elsewhere("TENANT_MOVED")
+        tenant_id: UUID = row["tenant_id"]
+        return tenant_id
+
+    async def moved_tenants(self) -> frozenset[UUID]:
+        """See the port."""
+        return frozenset(row["tenant_id"] for row in await self._fetch(_UPKEEP["moved_tenants"]))
 
     async def ensure_key(self, tenant_name: str, key_hash: str, key_name: str) -> UUID:
         """See the port.

@@ -568,7 +568,8 @@ BEGIN
               SELECT r.session_id, r.run_id FROM session.run r
               WHERE r.status IN (1, 2) AND r.cancel_requested) o
         JOIN session.lease l USING (session_id)
-        WHERE l.owner IS NULL OR NOT session.in_force(l.lease_until)
+        WHERE (l.owner IS NULL OR NOT session.in_force(l.lease_until))
+          AND l.tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM session.tenant_move m))
         ORDER BY o.session_id LIMIT p_limit
     LOOP
         SELECT * INTO v_lease FROM session.lease l WHERE l.session_id = v_found.session_id
@@ -819,6 +820,24 @@ CREATE FUNCTION session.refusal(p_session uuid, p_run uuid, p_fence bigint, p_fi
     LEFT JOIN session.lease l USING (session_id)
     LEFT JOIN session.run r ON r.run_id = p_run AND r.session_id = p_session
 $$;
+
+CREATE FUNCTION session.refuse_while_moving() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    v_tenant uuid := CASE WHEN TG_OP = 'DELETE' THEN OLD.tenant_id ELSE NEW.tenant_id END;
+    v_state smallint;
+BEGIN
+    SELECT m.state INTO v_state FROM session.tenant_move m WHERE m.tenant_id = v_tenant;
+    IF v_state IS NOT NULL AND current_setting('hermesh.moving', true) IS DISTINCT FROM v_tenant::text THEN
+        RAISE EXCEPTION '%', CASE v_state WHEN 3 THEN 'TENANT_MOVED' ELSE 'TENANT_MOVING' END
+        USING ERRCODE = 'HM503';
+    END IF;
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
+END $$;
 
 CREATE FUNCTION session.request_cancel(p_run uuid, p_reason text) RETURNS void
     LANGUAGE sql
@@ -1235,6 +1254,20 @@ COMMENT ON COLUMN session.tenant.approval_tools IS 'tools whose every call a per
 
 COMMENT ON COLUMN session.tenant.run_timeout_ms IS 'time limit of runs that set none; NULL means the service''s';
 
+CREATE TABLE session.tenant_move (
+    tenant_id uuid NOT NULL,
+    state smallint NOT NULL,
+    cell text NOT NULL,
+    since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT tenant_move_state_check CHECK (((state >= 1) AND (state <= 3)))
+);
+
+COMMENT ON TABLE session.tenant_move IS 'tenants that may not be changed here: on their way between cells, or gone';
+
+COMMENT ON COLUMN session.tenant_move.state IS '1: leaving, 2: arriving, 3: moved away';
+
+COMMENT ON COLUMN session.tenant_move.cell IS 'the other cell';
+
 ALTER TABLE session.tool_call ALTER COLUMN "position" ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME session.tool_call_position_seq
     START WITH 1
@@ -1279,6 +1312,9 @@ ALTER TABLE ONLY session.run
 ALTER TABLE ONLY session.session
     ADD CONSTRAINT session_pkey PRIMARY KEY (session_id);
 
+ALTER TABLE ONLY session.tenant_move
+    ADD CONSTRAINT tenant_move_pkey PRIMARY KEY (tenant_id);
+
 ALTER TABLE ONLY session.tenant
     ADD CONSTRAINT tenant_name_key UNIQUE (name);
 
@@ -1315,6 +1351,20 @@ CREATE INDEX tool_call_by_session ON session.tool_call USING btree (session_id);
 ALTER INDEX session.event_pkey ATTACH PARTITION session.event_default_pkey;
 
 CREATE TRIGGER note_gone_session BEFORE DELETE ON session.session FOR EACH ROW EXECUTE FUNCTION session.note_gone_session();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.api_key FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.idempotency FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.message FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.run FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.session FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.tenant FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
+
+CREATE TRIGGER refuse_while_moving BEFORE INSERT OR DELETE OR UPDATE ON session.tool_call FOR EACH ROW EXECUTE FUNCTION session.refuse_while_moving();
 
 ALTER TABLE ONLY session.api_key
     ADD CONSTRAINT api_key_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES session.tenant(tenant_id) ON DELETE CASCADE;

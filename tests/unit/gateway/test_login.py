@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from gateway.login import COOKIE, CookieSeal
 from gateway.routes.web import FOLDER, POLICY
+from meshkit.api_keys import make_key
 from meshkit.errors import UnauthenticatedError
 from tests.fakes.mesh import API_KEY
 
@@ -133,6 +134,30 @@ def test_a_cookie_that_was_changed_or_is_too_old_is_refused() -> None:
     now = 1061.0
     with pytest.raises(UnauthenticatedError):
         seal.open(value)
+
+
+def test_a_cookie_shows_its_keys_tag_and_no_other_one() -> None:
+    seal = CookieSeal(SecretStr("secret"), 60)
+    key = make_key("acme")
+    value = seal.seal(key)
+    assert value.startswith("acme.")
+    assert value.count(".") == 1
+    assert seal.open(value) == key
+    sealed = value.removeprefix("acme.")
+    for bad in (
+        sealed,
+        f".{sealed}",
+        f"beta.{sealed}",
+        f"acme.acme.{sealed}",
+        f"ACME.{sealed}",
+        f"acmé.{sealed}",
+    ):
+        with pytest.raises(UnauthenticatedError):
+            seal.open(bad)
+    plain = seal.seal(API_KEY)
+    assert "." not in plain
+    with pytest.raises(UnauthenticatedError):
+        seal.open(f"acme.{plain}")
 
 
 async def test_the_page_is_served_under_a_strict_policy(browser: httpx.AsyncClient) -> None:

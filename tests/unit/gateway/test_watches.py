@@ -233,6 +233,15 @@ async def test_tenants_share_nothing(replica: Replica, watches: Watches) -> None
     assert [start.tenant_id for start in replica.starts] == ["tenant", "other"]
 
 
+async def test_a_tenant_that_was_moved_is_not_looked_for_here(replica: Replica, watches: Watches) -> None:
+    replica.error = UnavailableError("TENANT_MOVED", "it was moved", retry_after_ms=1000)
+    reader = Reader(watches)
+    await reader.until(lambda reader: reader.outcome is not None)
+    assert isinstance(reader.outcome, UnavailableError)
+    assert reader.outcome.reason == "TENANT_MOVED"
+    assert len(replica.starts) == 1
+
+
 async def test_a_reader_that_does_not_take_stalls_nobody_and_catches_up(
     replica: Replica, watches: Watches
 ) -> None:

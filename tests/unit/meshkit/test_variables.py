@@ -35,6 +35,8 @@ def test_a_mistyped_setting_is_named_with_the_one_that_is_meant(typed: str, mean
         ("HERMESH_GATEWAY_PORT", "tcp://10.0.0.1:8080"),
         ("HERMESH_GATEWAY_PORT_8080_TCP_ADDR", "10.0.0.1"),
         ("HERMESH_HTTP_URL", "http://127.0.0.1:8080"),
+        ("HERMESH_CELL_B2_DATABASE_URL_FILE", "/run/secrets/b"),
+        ("HERMESH_CELLS_FILE", "cells.toml"),
     ],
 )
 def test_what_nobody_mistyped_is_not_named(name: str, value: str) -> None:

@@ -96,6 +96,9 @@ class FakeStore:
         self.keys[hashlib.sha256(key.encode()).hexdigest()] = tenant_id
         return tenant_id
 
+    async def moved_tenants(self) -> frozenset[UUID]:
+        return frozenset()
+
     async def tenant_of_key(self, key_hash: str) -> UUID | None:
         return self.keys.get(key_hash)
 

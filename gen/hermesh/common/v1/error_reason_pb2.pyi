@@ -140,6 +140,18 @@ class _ErrorReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ErrorReaso
     """FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.
     Nothing was deleted; delete the session again after the given time.
     """
+    ERROR_REASON_TENANT_MOVING: _ErrorReason.ValueType  # 70
+    """UNAVAILABLE. The tenant is being moved to another cell: nothing was changed; retry after the given time. Input that
+    was accepted before goes on there.
+    """
+    ERROR_REASON_TENANT_MOVED: _ErrorReason.ValueType  # 71
+    """UNAVAILABLE. The tenant was moved to another cell, and this one is asked no more: nothing was changed. Ask the
+    cells' common address again after the given time.
+    """
+    ERROR_REASON_CELL_UNAVAILABLE: _ErrorReason.ValueType  # 72
+    """UNAVAILABLE. The cell that keeps the tenant cannot be reached, and no other one has its data. Nothing was done;
+    retry after the given time.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is sent as `google.rpc.ErrorInfo.reason` (without the `ERROR_REASON_` prefix) with
@@ -264,4 +276,16 @@ same request again with the same key or request id, and it is done once; a reque
 ERROR_REASON_CALLS_UNDER_WAY: ErrorReason.ValueType  # 58
 """FAILED_PRECONDITION. Tool calls of the session still act, though they were told to stop; the metadata names them.
 Nothing was deleted; delete the session again after the given time.
+"""
+ERROR_REASON_TENANT_MOVING: ErrorReason.ValueType  # 70
+"""UNAVAILABLE. The tenant is being moved to another cell: nothing was changed; retry after the given time. Input that
+was accepted before goes on there.
+"""
+ERROR_REASON_TENANT_MOVED: ErrorReason.ValueType  # 71
+"""UNAVAILABLE. The tenant was moved to another cell, and this one is asked no more: nothing was changed. Ask the
+cells' common address again after the given time.
+"""
+ERROR_REASON_CELL_UNAVAILABLE: ErrorReason.ValueType  # 72
+"""UNAVAILABLE. The cell that keeps the tenant cannot be reached, and no other one has its data. Nothing was done;
+retry after the given time.
 """

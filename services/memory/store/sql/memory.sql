@@ -94,6 +94,7 @@ WITH due AS (
     SELECT memory_id
     FROM memory.item
     WHERE expire_at <= clock_timestamp()
+        AND tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM memory.tenant_move m))
     ORDER BY expire_at
     LIMIT $1::bigint
     FOR UPDATE SKIP LOCKED
@@ -108,6 +109,7 @@ SELECT count(*) FROM gone;
 SELECT memory_id, text
 FROM memory.item
 WHERE model <> $1 AND ($2::uuid IS NULL OR memory_id > $2)
+    AND tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM memory.tenant_move m))
 ORDER BY memory_id
 LIMIT $3::bigint;
 

@@ -84,7 +84,8 @@ WITH RECURSIVE owners AS (
 ), waiting AS (
     SELECT w.run_id, w.dispatch_after,
            row_number() OVER (PARTITION BY t.tenant_id ORDER BY w.dispatch_after) AS place
-    FROM owners t
+    FROM (SELECT * FROM owners
+          WHERE tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM session.tenant_move m))) t
     CROSS JOIN LATERAL (
         SELECT r.run_id, r.dispatch_after
         FROM session.run r
@@ -110,8 +111,10 @@ RETURNING r.run_id;
 
 -- name: queued
 -- How many runs of each tenant wait, for an agent or for another run of their session. There are no more rows
--- than there is room for: SubmitRun refuses what is beyond.
-SELECT tenant_id, count(*) AS runs FROM session.run WHERE status = 1 GROUP BY tenant_id;
+-- than there is room for: SubmitRun refuses what is beyond. Those of a tenant on its way elsewhere wait for nobody here.
+SELECT tenant_id, count(*) AS runs FROM session.run
+WHERE status = 1 AND tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM session.tenant_move m))
+GROUP BY tenant_id;
 
 -- name: end_orphans
 -- See session.end_orphans.

@@ -1,9 +1,11 @@
 -- Tenants and their API keys.
 
 -- name: tenant_of_key
--- The tenant of a key that is not revoked.
+-- The tenant of a key that is not revoked, and whether it was moved to another cell.
 -- $1 key_hash
-SELECT tenant_id FROM session.api_key WHERE key_hash = $1 AND revoked_at IS NULL;
+SELECT k.tenant_id, m.state IS NOT NULL AS moved
+FROM session.api_key k LEFT JOIN session.tenant_move m ON m.tenant_id = k.tenant_id AND m.state = 3
+WHERE k.key_hash = $1 AND k.revoked_at IS NULL;
 
 -- name: ensure_tenant
 -- Makes a tenant unless its name is there, and returns the one that is.

@@ -18,6 +18,7 @@ SELECT set_config('statement_timeout', '55s', true);
 -- $1 interval, $2 how many
 DELETE FROM session.idempotency
 WHERE ctid = ANY(ARRAY(SELECT ctid FROM session.idempotency WHERE created_at < now() - $1::interval
+                       AND tenant_id <> ALL (ARRAY(SELECT m.tenant_id FROM session.tenant_move m))
                        ORDER BY created_at LIMIT $2));
 
 -- name: synchronous
@@ -57,6 +58,10 @@ RETURNING g.session_id, g.tenant_id;
 -- Forgets a deleted session that has left nothing.
 -- $1 session_id
 DELETE FROM session.gone_session WHERE session_id = $1;
+
+-- name: moved_tenants
+-- Those that were moved to another cell and are served here no more.
+SELECT tenant_id FROM session.tenant_move WHERE state = 3;
 
 -- name: count_gone
 -- How many there are, counted up to a limit.

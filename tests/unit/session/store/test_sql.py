@@ -42,6 +42,7 @@ NOT_BY_TENANT = {
         "take_gone",
         "forget_gone",
         "count_gone",
+        "moved_tenants",
     },
 }
 BLOCKS = [
