@@ -71,8 +71,8 @@ def channel_options(safe: Iterable[str] = ()) -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
-        # Where a name leads to several Envoys, those that came since are found as those before end; by default
-        # gRPC asks no name twice within 30 s, and calls fail meanwhile.
+        # Where a name leads to several Envoys, those that came since are found as those before end: by
+        # default no name is asked for twice within 30 s, and calls fail meanwhile.
         ("grpc.dns_min_time_between_resolutions_ms", 500),
         # Channels to the same address keep connections of their own, which Envoy spreads over its workers.
         ("grpc.use_local_subchannel_pool", 1),
