@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from bench.mesh import free_ports, wait_until
+from launcher.cells import table as cells
 from launcher.embedded.postgres import BIN as POSTGRES
 from launcher.embedded.postgres import as_ordinary_user
 from tests.chaos.drills import versions
@@ -37,6 +38,7 @@ SECONDS = 280.0
 # Of each page the languages whose blocks the tests below run; `sh` of what is marked goes to FAKE_CLUSTER.
 RUN = {
     "backup.md": {"sh", "sql"},
+    "cells.md": {"toml"},
     "haproxy.md": {"sh"},
     "nginx.md": {"sh"},
     "objects.md": {"sh"},
@@ -73,6 +75,15 @@ def test_nothing_is_said_to_be_run_that_is_not_there() -> None:
         for language in languages:
             assert of(page, language)
     assert not [path for path in places() if not blocks(path)]
+
+
+def test_the_cells_of_the_page_are_read(tmp_path: Path) -> None:
+    [written] = of("cells.md", "toml")
+    file = tmp_path / "cells.toml"
+    file.write_text(written.text)
+    found = cells.read(file)
+    assert found.where("anybody").name == "a"
+    assert found.cell("b").name == "b"
 
 
 # What the commands run in.
