@@ -35,10 +35,13 @@ def backup(
     from launcher.backup.take import summary, take
 
     settings, data = settings_of_mesh()
-    plan = Plan(settings, data, State.load(data.state_file).ports or {"mesh": 0, "model": 0})
-    if plan.postgres:
+    url = settings.database_url.get_secret_value()
+    if not url:
         require_running(data)
-    manifest = asyncio.run(take(plan.database_url, plan.object_store_url, folder.absolute(), _say))
+        url = Plan(settings, data, State.load(data.state_file).ports).database_url
+    # With both named it needs no data folder, and makes none.
+    objects = settings.object_store_url or data.objects.as_uri()
+    manifest = asyncio.run(take(url, objects, folder.absolute(), _say))
     console.print(f"The backup is in {folder.absolute()}:", highlight=False, soft_wrap=True)
     for line in summary(manifest):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
