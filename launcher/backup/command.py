@@ -11,7 +11,7 @@ import typer
 from launcher import control
 from launcher.common import console, require_running, settings_here, settings_of_mesh
 from launcher.embedded import wal
-from launcher.embedded.postgres import link_data
+from launcher.embedded.postgres import Postgres, link_data
 from launcher.errors import LaunchError
 from launcher.plan import Plan
 from launcher.state import State
@@ -48,12 +48,16 @@ def backup(
     from launcher.backup.take import summary, take
 
     settings, data = settings_of_mesh()
-    plan = Plan(settings, data, State.load(data.state_file).ports or {"mesh": 0, "model": 0})
-    if plan.postgres:
+    url = settings.database_url.get_secret_value()
+    postgres: Postgres | None = None
+    if not url:
         require_running(data)
-    segments = _segments_of(plan) if base else None
-    taking = take(plan.database_url, plan.object_store_url, folder.absolute(), _say, segments)
-    manifest = asyncio.run(taking)
+        plan = Plan(settings, data, State.load(data.state_file).ports)
+        url, postgres = plan.database_url, plan.postgres
+    segments = _segments_of(postgres) if base else None
+    # With both named it needs no data folder, and makes none.
+    objects = settings.object_store_url or data.objects.as_uri()
+    manifest = asyncio.run(take(url, objects, folder.absolute(), _say, segments))
     console.print(f"The backup is in {folder.absolute()}:", highlight=False, soft_wrap=True)
     for line in summary(manifest):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
@@ -62,19 +66,19 @@ def backup(
         console.print(
             f"Later moments need {manifest.base.wal_archive}, too.", highlight=False, soft_wrap=True
         )
-        if plan.postgres and (why := asyncio.run(plan.postgres.archive_trouble())):
+        if postgres and (why := asyncio.run(postgres.archive_trouble())):
             raise LaunchError(f"the backup is there, but {why}")
     if manifest.missing:
         raise LaunchError("the backup is there, without the results that are missing; see above")
 
 
-def _segments_of(plan: Plan) -> Path:
+def _segments_of(postgres: Postgres | None) -> Path:
     """Where the write-ahead log of a mesh's database is archived."""
-    if plan.postgres is None:
+    if postgres is None:
         raise LaunchError(
             "--base is for the embedded PostgreSQL; the base backups of one of your own are made by its tools"
         )
-    if (segments := plan.postgres.segments) is None:
+    if (segments := postgres.segments) is None:
         raise LaunchError(
             "this mesh archives no write-ahead log, which --base needs: set HERMESH_WAL_ARCHIVE to a folder "
             "on another disk, hermesh down, hermesh up; or take a backup without --base"

@@ -133,7 +133,7 @@ async def from_previous(report: Report, streams: int, work: Path) -> None:
     """From the release before to what is here, each in its own folder."""
     name = await asyncio.to_thread(versions.previous)
     old = await asyncio.to_thread(versions.checkout, name, work / "previous")
-    report.note("from", f"{name} to this")
+    report.note("from", f"{name} to this, in another folder")
     source = old.tree if (old.tree / "deploy" / "haproxy").is_dir() else ROOT
     with (
         Mesh(program=old.program, replicas=REPLICAS, settings=SETTINGS) as mesh,
@@ -157,6 +157,7 @@ async def in_place(report: Report, streams: int, work: Path) -> None:
 async def to_next_and_back(report: Report, streams: int, work: Path) -> None:
     """From what is here to what may come after it, and back."""
     later = await asyncio.to_thread(versions.after, work / "after")
+    report.note("from", "this to one that may come next, and back")
     with Mesh(replicas=REPLICAS, settings=SETTINGS) as mesh, front(mesh, ROOT) as edge:
         await _upgrade(report, mesh, edge, [later, HERE], streams)
 

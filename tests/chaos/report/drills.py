@@ -49,7 +49,11 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """Returns a drill's own table, without its markers."""
-    rows = [("", "found", "bound"), ("---", "---:", "---"), *record["rows"]]
+    # Each "from" begins a part of the drill.
+    named = [
+        (f"**{name}**" if name == "from" else name, found, bound) for name, found, bound in record["rows"]
+    ]
+    rows = [("", "found", "bound"), ("---", "---:", "---"), *named]
     lines = "\n".join(
         f"| {name.strip()} | {found} | {bound} |".replace("  ", " ") for name, found, bound in rows
     )
