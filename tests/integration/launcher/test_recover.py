@@ -133,6 +133,7 @@ async def test_a_server_is_brought_to_any_moment_since_its_base_backup(
     async with served(server, folder / "log"):
         assert await client.value(_SEEN) == [1, 2, 3, 4]
 
+    names = wal.segments(segments)
     await clean_archive(segments, names[1])
     assert wal.segments(segments) == names[1:]
     (base / "global" / "pg_control").write_bytes(b"x")
