@@ -340,16 +340,17 @@ async def test_notices_stay_in_the_column(page: Page, served: Served) -> None:
     await expect(page.locator(".usage")).to_be_visible()
     await page.reload()
     await expect(page.locator(".usage")).to_be_visible()
-    boxes = await page.evaluate(
+    # Once it is laid out: what was just drawn may still find its place.
+    await page.wait_for_function(
         """() => {
           const column = document.querySelector(".run").getBoundingClientRect();
           const parts = ".notice, .details, .text, .usage, .body";
           return [...document.querySelector("#log").querySelectorAll(parts)]
             .map((one) => one.getBoundingClientRect())
-            .filter((box) => box.left < column.left - 1 || box.right > column.right + 1).length;
-        }"""
+            .every((box) => box.left >= column.left - 1 && box.right <= column.right + 1);
+        }""",
+        timeout=5_000,
     )
-    assert boxes == 0
     column = await page.locator(".run").bounding_box()
     log = await page.locator("#log").bounding_box()
     assert column is not None

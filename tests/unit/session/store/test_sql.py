@@ -43,6 +43,7 @@ NOT_BY_TENANT = {
         "forget_gone",
         "count_gone",
         "moved_tenants",
+        "archive_fails",
     },
 }
 BLOCKS = [
