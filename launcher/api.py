@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from launcher.errors import LaunchError
+from meshkit import verbatim
 
 TERMINAL = ("run.completed", "run.failed", "run.cancelled")
 # Longer than a lease and the takeover after it.
@@ -22,8 +23,8 @@ PAUSE_SECONDS = 0.2
 PROBE_SECONDS = 2.5
 
 
-class Event(dict[str, Any]):
-    """An event of a run.
+class Written(dict[str, Any]):
+    """A JSON object that was read, an event or an action.
 
     Attributes:
         text: How it came: reading JSON and writing it again alters what a model wrote.
@@ -97,16 +98,19 @@ class Api:
             )
         return ""
 
-    def actions(self) -> list[dict[str, Any]]:
-        """The tool calls that wait for a person, in all sessions, from all pages."""
-        found: list[dict[str, Any]] = []
+    def actions(self) -> list[Written]:
+        """The tool calls that wait for a person, in all sessions; arguments as the model wrote them."""
+        found: list[Written] = []
         page = {"page_size": "200"}
         while True:
-            answer = self._json("GET", "/v1/actions", params=page)
-            found += answer["actions"]
-            if not answer["next_page_token"]:
+            answer = self._ask("GET", "/v1/actions", params=page)
+            for text in verbatim.elements(verbatim.members(answer.text)["actions"]):
+                found.append(Written(text))
+                found[-1].setdefault("arguments_text", verbatim.members(text).get("arguments", "{}"))
+            token = answer.json()["next_page_token"]
+            if not token:
                 return found
-            page["page_token"] = answer["next_page_token"]
+            page["page_token"] = token
 
     def resolve(self, run_id: str, call_id: str, decision: str, content: str) -> dict[str, Any]:
         """Settles a tool call and returns its run. An answer that is lost is asked for again: it is one word.
@@ -136,7 +140,7 @@ class Api:
                 )
             time.sleep(PAUSE_SECONDS)
 
-    def run(self, session_id: str, text: str) -> Iterator[Event]:
+    def run(self, session_id: str, text: str) -> Iterator[Written]:
         """Submits input and yields the run's events, coming back by cursor when the stream breaks.
 
         Raises:
@@ -156,7 +160,7 @@ class Api:
         )
         return self._follow(submit)
 
-    def watch(self, run_id: str) -> Iterator[Event]:
+    def watch(self, run_id: str) -> Iterator[Written]:
         """Yields a run's events from its first to its last, and comes back by cursor as `run` does.
 
         Raises:
@@ -164,7 +168,7 @@ class Api:
         """
         return self._follow(partial(self._stream, "GET", f"/v1/runs/{quote(run_id, safe='')}/events"))
 
-    def _follow(self, first: Callable[[], AbstractContextManager[Iterator[Event]]]) -> Iterator[Event]:
+    def _follow(self, first: Callable[[], AbstractContextManager[Iterator[Written]]]) -> Iterator[Written]:
         last: dict[str, Any] | None = None
         since = time.monotonic()
         while last is None or last["type"] not in TERMINAL:
@@ -189,12 +193,12 @@ class Api:
                 ) from away
             time.sleep(PAUSE_SECONDS)
 
-    def _watch(self, last: dict[str, Any]) -> AbstractContextManager[Iterator[Event]]:
+    def _watch(self, last: dict[str, Any]) -> AbstractContextManager[Iterator[Written]]:
         cursor = {"Last-Event-ID": f"{last['run_id']}:{last['seq']}"}
         return self._stream("GET", f"/v1/runs/{last['run_id']}/events", headers=cursor)
 
     @contextmanager
-    def _stream(self, method: str, path: str, **options: Any) -> Iterator[Iterator[Event]]:
+    def _stream(self, method: str, path: str, **options: Any) -> Iterator[Iterator[Written]]:
         with self._client.stream(method, path, **options) as answer:
             if answer.status_code >= 400:
                 answer.read()
@@ -203,12 +207,16 @@ class Api:
                     raise _AwayError(_problem(answer))
                 raise LaunchError(_problem(answer))
             yield (
-                Event(line[6:])
+                Written(line[6:])
                 for line in answer.iter_lines()
                 if line.startswith("data: ") and '"seq"' in line
             )
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._ask(method, path, **options).json()
+        return found
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             answer = self._client.request(method, path, **options)
         except httpx.TransportError as error:
@@ -217,8 +225,7 @@ class Api:
             ) from error
         if answer.status_code >= 400:
             raise LaunchError(_problem(answer))
-        found: dict[str, Any] = answer.json()
-        return found
+        return answer
 
 
 def _problem(answer: httpx.Response) -> str:

@@ -18,7 +18,7 @@ from launcher.patience import explained
 from launcher.talk import show
 
 if TYPE_CHECKING:
-    from launcher.api import Api, Event
+    from launcher.api import Api, Written
 
 app = typer.Typer()
 
@@ -29,13 +29,13 @@ INTERRUPTED = 130
 class Followed:
     """A run's events on their way to the screen, and which run it is."""
 
-    def __init__(self, api: Api, events: Iterator[Event], run_id: str = "") -> None:
+    def __init__(self, api: Api, events: Iterator[Written], run_id: str = "") -> None:
         self._events = explained(
             events, api.problem, lambda text: notes.print(text, style="dim", markup=False, highlight=False)
         )
         self.run_id = run_id
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[Written]:
         # On stderr a run that is silent says what it waits for: the output is the reply's.
         for event in self._events:
             self.run_id = event["run_id"]
@@ -187,7 +187,7 @@ def actions(as_json: Json = False) -> None:
     with api_of(folder, settings) as api:
         found = api.actions()
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo("[" + ",\n ".join(action.text for action in found) + "]")
         return
     if not found:
         console.print("Nothing waits for a person.")

@@ -116,6 +116,14 @@ def test_an_event_keeps_how_it_came(gateway: Gateway, api: Api) -> None:
     assert list(api.run("s", "hello"))[1].text == text
 
 
+def test_an_action_shows_the_arguments_that_were_written(gateway: Gateway, api: Api) -> None:
+    text = '{"run_id":"' + RUN + '","arguments":{"a":1.10, "a":1e2}}'
+    page = '{"actions":[' + text + '],"next_page_token":""}'
+    gateway.answers = {"/v1/actions?page_size=200": (200, page)}
+    [action] = api.actions()
+    assert (action.text, action["arguments_text"]) == (text, '{"a":1.10, "a":1e2}')
+
+
 def test_what_the_gateway_refuses_is_said_with_its_reason(gateway: Gateway, api: Api) -> None:
     problem = {"title": "Not Found", "detail": "there is no such session", "reason": "SESSION_NOT_FOUND"}
     gateway.answers = {"/v1/sessions/s/runs": (404, problem), "/v1/sessions": (502, "<html>")}
