@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from launcher.state import State
 from meshkit.settings import load
 
 SETUP_SECONDS = 120.0
+END_SECONDS = 5.0
 
 Say = Callable[[str], None]
 
@@ -53,7 +55,8 @@ def take_over(folder: Folder, former: Identity, say: Say) -> None:
         set_up(plan, lambda text: None, rollout=True)
     except LaunchError as error:
         raise LaunchError(f"{error}; nothing was replaced, and the mesh works on as before") from None
-    end_all([former], grace=0)
+    # Nothing milder: told to end, it would end what it keeps.
+    end_all([former], grace=END_SECONDS, polite=signal.SIGKILL)
     state = State.load(folder.state_file)
     # Each version has its own way to tell settings from others; these are the same.
     state.settings = fingerprint()

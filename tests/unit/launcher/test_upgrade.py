@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,25 @@ def test_the_former_supervisor_ends_when_the_schema_is_there_and_its_settings_st
     assert (os.environ["HERMESH_LLM_MODEL"], os.environ["HERMESH_HTTP_PORT"]) == ("told-before", "18080")
     # The next supervisor takes over what has its settings.
     assert State.load(folder.state_file).settings == fingerprint()
+
+
+def test_the_former_supervisor_is_never_told_to_end(
+    folder: Folder, former: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At SIGTERM it would end all that it keeps, as far as it got before SIGKILL.
+    sent: list[int] = []
+    send = Identity.send
+
+    def note(identity: Identity, number: signal.Signals) -> None:
+        sent.append(number)
+        send(identity, number)
+
+    monkeypatch.setattr(Identity, "send", note)
+    monkeypatch.setattr(upgrade, "set_up", lambda *_, **__: None)
+    monkeypatch.setattr("launcher.control.start_supervisor", lambda _: None)
+    upgrade.take_over(folder, former, lambda _: None)
+    assert set(sent) == {signal.SIGKILL}
+    assert not former.alive
 
 
 def test_a_schema_that_cannot_be_made_leaves_all_as_it_is(
